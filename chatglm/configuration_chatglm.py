@@ -1,0 +1,65 @@
+"""Configuration of ChatGLM-6B: the official `config.json`, read unchanged."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+CHATGLM2_KEYS = ("padded_vocab_size", "multi_query_attention", "ffn_hidden_size", "kv_channels", "rmsnorm")
+
+
+@strict
+class ChatGLMConfig(PreTrainedConfig):
+    """The shape of a ChatGLM-6B model. The defaults are those of the published 6B checkpoint.
+
+    Raises:
+        ValueError: the file describes a model that shares the name `chatglm` but not the architecture (ChatGLM2 and
+            later), or a variant that needs other weights (int4/int8, P-tuning, one-dimensional positions).
+    Source: `config.json` of THUDM/chatglm-6b.
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "num_hidden_layers": "num_layers",
+        "intermediate_size": "inner_hidden_size",
+        "max_position_embeddings": "max_sequence_length",
+    }
+
+    vocab_size: int = 130528
+    hidden_size: int = 4096
+    num_layers: int = 28
+    num_attention_heads: int = 32
+    inner_hidden_size: int = 16384
+    layernorm_epsilon: float = 1e-5
+    max_sequence_length: int = 2048
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 3
+    bos_token_id: int | None = 130004
+    eos_token_id: int | list[int] | None = 130005
+    mask_token_id: int = 130000
+    gmask_token_id: int = 130001
+    position_encoding_2d: bool = True
+    quantization_bit: int = 0
+    pre_seq_len: int | None = None
+
+    def __post_init__(self, **kwargs):
+        found = [key for key in CHATGLM2_KEYS if key in kwargs]
+        if found:
+            raise ValueError(
+                f"config.json has {', '.join(found)}: it describes ChatGLM2 or later, another architecture under the "
+                "same name. This project needs the files of THUDM/chatglm-6b (the first ChatGLM)."
+            )
+        if self.quantization_bit:
+            raise ValueError(
+                f"config.json has quantization_bit={self.quantization_bit}: these weights are already quantised. "
+                "Use the 16-bit files of THUDM/chatglm-6b; they are quantised to 4 bits while loading."
+            )
+        if self.pre_seq_len:
+            raise ValueError(f"config.json has pre_seq_len={self.pre_seq_len}: P-tuning checkpoints are not supported.")
+        if not self.position_encoding_2d:
+            raise ValueError("config.json has position_encoding_2d=false; ChatGLM-6B uses two-dimensional positions.")
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["ChatGLMConfig"]

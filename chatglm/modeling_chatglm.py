@@ -1,0 +1,365 @@
+"""ChatGLM-6B: a prefix language model with two-dimensional rotary positions and post-norm residuals.
+
+Shapes: B rows, T query tokens, S key tokens (past and current), H heads, D head dimension, C hidden size, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from chatglm.chat import ChatMixin
+from chatglm.configuration_chatglm import ChatGLMConfig
+
+# The official blocks scale the residual for 28 layers whatever the number of layers in the configuration.
+RESIDUAL_SCALE = math.sqrt(2 * 28)
+
+
+def first_index(matches: torch.Tensor) -> torch.Tensor:
+    """Index of the first True of each row [B, T] -> [B, 1]; T for a row that has none."""
+    found = matches.any(dim=1, keepdim=True)
+    return torch.where(found, matches.int().argmax(dim=1, keepdim=True), matches.shape[1])
+
+
+def prefix_lm_position_ids(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: ChatGLMConfig
+) -> torch.Tensor:
+    """Two-dimensional positions of one sample a row, padded on either side.
+
+    The prompt counts up in the first dimension and stays 0 in the second; from `<sop>` on the first dimension stays at
+    the position of `[gMASK]` (failing that, `[MASK]`) and the second counts 1, 2, 3, ...
+
+    Args:
+        input_ids: [B, T], long.
+        attention_mask: [B, T], 0 for padding; None where there is none.
+    Returns:
+        [B, 2, T], long: `position`, `block_position`.
+    Source: "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", section 2.1.
+    """
+    index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    if attention_mask is None:
+        start = torch.zeros_like(index[:, :1])
+    else:
+        start = first_index(attention_mask != 0)
+    context_end = first_index(input_ids == config.bos_token_id)
+    gmask, mask = first_index(input_ids == config.gmask_token_id), first_index(input_ids == config.mask_token_id)
+    blank = torch.where(gmask < input_ids.shape[1], gmask, mask).minimum(context_end - 1)
+    in_context = index < context_end
+    position = (torch.where(in_context, index, blank) - start).clamp(min=0)
+    block_position = torch.where(in_context, 0, index - context_end + 1)
+    return torch.stack((position, block_position), dim=1)
+
+
+def prefix_lm_mask(
+    segment_ids: torch.Tensor | None,
+    block_position: torch.Tensor,
+    past_length: int | torch.Tensor,
+    kv_length: int,
+) -> torch.Tensor:
+    """Which keys a query may see: those of its own sample that are in the prompt or not after it.
+
+    Args:
+        segment_ids: [B, past + T], 0 for padding, n for the n-th sample of the row; an ordinary attention mask is the
+            case of one sample a row. None: every token belongs to one sample.
+        block_position: [B, T], 0 in the prompt.
+        past_length: number of tokens already in the cache.
+        kv_length: S; more than past + T where the cache has room for more.
+    Returns:
+        [B, 1, T, S], bool, True where a query may look. Padding sees padding, so that no row is empty.
+    """
+    B, T = block_position.shape
+    query_index = torch.arange(T, device=block_position.device) + past_length
+    key_index = torch.arange(kv_length, device=block_position.device)
+    prompt_keys = torch.zeros(B, kv_length, dtype=torch.bool, device=block_position.device)
+    prompt_keys.index_copy_(1, query_index, block_position == 0)
+    visible = (key_index <= query_index[:, None]) | prompt_keys[:, None, :]
+    if segment_ids is not None:
+        segment_of_keys = F.pad(segment_ids, (0, kv_length - segment_ids.shape[1]))
+        visible = visible & (segment_ids[:, -T:, None] == segment_of_keys[:, None, :])
+    return visible[:, None]
+
+
+class ChatGLMRotaryEmbedding(nn.Module):
+    """Cosines and sines for both halves of a head: one turned by `position`, the other by `block_position`."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.rotary_dim = config.hidden_size // config.num_attention_heads // 2
+        self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
+
+    def inverse_frequencies(self) -> torch.Tensor:
+        """[rotary_dim / 2], fp32, rounded once to fp16 as the published weights were trained with."""
+        exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
+        return (1.0 / 10000**exponent).half().float()
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, 2, T] -> cos and sin, each [B, T, 1, 2, D / 2], in `dtype`."""
+        angles = position_ids.transpose(1, 2)[..., None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates each half of each head by its own angle; [B, T, H, D] -> [B, T, H, D]."""
+    halves = states.unflatten(-1, (2, -1))
+    first, second = halves.chunk(2, dim=-1)
+    return (halves * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(Q K^T) V in plain operations, the softmax in fp32; [B, H, T, D] -> [B, T, H, D]."""
+    scores = (query @ key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class ChatGLMAttention(nn.Module):
+    """Self-attention with query, key and value of each head side by side in one projection."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # the mask says what may be seen
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        B, T, C = hidden_states.shape
+        query, key, value = self.query_key_value(hidden_states).view(B, T, -1, 3 * self.head_dim).chunk(3, dim=-1)
+        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, H, T, D]
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
+        return self.dense(output.reshape(B, T, C))
+
+
+class ChatGLMMLP(nn.Module):
+    """Two linear layers around a GELU (tanh approximation)."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
+
+
+class ChatGLMBlock(GradientCheckpointingLayer):
+    """One layer. The residual is taken after the layer norm and scaled up."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attention = ChatGLMAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = ChatGLMMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states = RESIDUAL_SCALE * hidden_states + self.attention(hidden_states, **kwargs)
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        return RESIDUAL_SCALE * hidden_states + self.mlp(hidden_states)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """Loading, initialisation and what the library may do with the model."""
+
+    config_class = ChatGLMConfig
+    config: ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ChatGLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, ChatGLMRotaryEmbedding):
+            init.copy_(module.inv_freq, module.inverse_frequencies())
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """The layers without the head."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = ChatGLMRotaryEmbedding(config)
+        self.layers = nn.ModuleList(ChatGLMBlock(config, layer_idx) for layer_idx in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """See `ChatGLMForConditionalGeneration.forward`; returns the hidden states after the last norm, [B, T, C]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds, not both and not neither.")
+        if position_ids is None:
+            if input_ids is None or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+                raise ValueError("With inputs_embeds or a filled cache, pass position_ids of shape [B, 2, T].")
+            position_ids = prefix_lm_position_ids(input_ids, attention_mask, self.config)
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        if attention_mask is None or attention_mask.dim() == 2:
+            attention_mask = self.attention_mask(attention_mask, position_ids, past_key_values)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(self.final_layernorm(hidden_states), past_key_values=past_key_values)
+
+    @staticmethod
+    def attention_mask(
+        segment_ids: torch.Tensor | None, position_ids: torch.Tensor, past_key_values: Cache | None
+    ) -> torch.Tensor:
+        """The boolean mask [B, 1, T, S] for a row of samples and what the cache already holds."""
+        T = position_ids.shape[-1]
+        if past_key_values is None:
+            past_length, kv_length = 0, T
+        else:
+            past_length, kv_length = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(T, 0)[0]
+        return prefix_lm_mask(segment_ids, position_ids[:, 1], past_length, kv_length)
+
+
+class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
+    """ChatGLM-6B with its head, which shares the embedding's weight.
+
+    Source: modeling_chatglm.py of THUDM/chatglm-6b, as observed by running it.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        """Ties the head to the embedding; a checkpoint that holds both with different values is refused."""
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+        loading = missing_keys is not None
+        if loading and self.config.tie_word_embeddings and not self.all_tied_weights_keys:
+            raise ValueError(
+                "lm_head.weight and transformer.word_embeddings.weight of this checkpoint differ. In ChatGLM-6B they "
+                "are one tensor: the files are damaged, or of another model. Download them again."
+            )
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits and, with labels, the cross-entropy in fp32.
+
+        Args:
+            input_ids: [B, T], long.
+            attention_mask: [B, past + T]: 0 for padding, n for the n-th sample where several are concatenated in a
+                row (so 1 for all where there is one); or a ready bool mask [B, 1, T, S].
+            position_ids: [B, 2, T]; derived from `input_ids` where there is one sample a row and no filled cache.
+            past_key_values: cache of earlier keys and values.
+            inputs_embeds: [B, T, C], instead of `input_ids`.
+            labels: [B, T], long, -100 where there is nothing to learn; logits at t predict label t + 1.
+            use_cache: whether to return a cache; by default only outside training.
+            logits_to_keep: how many of the last positions get logits (0: all), or a 1-D tensor of positions.
+            shift_labels: [B, positions kept], long: labels already moved to the position that predicts them.
+            num_items_in_batch: divisor of the summed loss, the labels of all micro-batches of one optimizer step; None
+                gives the mean over this batch.
+        Returns:
+            loss (fp32 scalar or None), logits [B, positions kept, V], past_key_values.
+        """
+        outputs = self.transformer(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, attention_mask=None, **kwargs) -> dict:
+        """Adds the positions, which depend on where `[gMASK]` and `<sop>` stand in the whole sequence so far."""
+        kwargs["position_ids"] = prefix_lm_position_ids(input_ids, attention_mask, self.config)
+        return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+
+    def create_masks_for_generate(
+        self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ) -> torch.Tensor:
+        """The mask for a cache of fixed size, called by `generate` before a compiled forward."""
+        return self.transformer.attention_mask(attention_mask, position_ids, past_key_values)
+
+
+__all__ = ["ChatGLMForConditionalGeneration", "ChatGLMModel", "ChatGLMPreTrainedModel"]

@@ -1,0 +1,112 @@
+"""Tokenizer of ChatGLM-6B: the official `ice_text.model`, whose SentencePiece ids are the token ids."""
+
+import re
+import shutil
+from pathlib import Path
+
+import sentencepiece
+from transformers import PreTrainedTokenizer
+
+MAX_BLANKS = 80  # runs of 2 to 80 spaces have a piece of their own
+RUN_OF_SPACES = re.compile(f" {{2,{MAX_BLANKS}}}")
+BLANK_PIECE = re.compile(r"<\|blank_(\d+)\|>")
+
+
+class ChatGLMTokenizer(PreTrainedTokenizer):
+    """SentencePiece with pieces for newline, tab and runs of spaces, and the endings that ChatGLM-6B expects.
+
+    `encode(text)` gives `text [gMASK] <sop>`; a pair gives `text [gMASK] <sop> pair <eop>`. Padding is on the left,
+    as generation needs it. Control tokens written in a text (`<sop>`, `<pad>`, ...) become control tokens, as in the
+    official tokenizer; pass `split_special_tokens=True` to keep them text, which data and prompts need.
+
+    Args:
+        vocab_file: path of `ice_text.model`.
+        num_image_tokens: must be 0; the first releases, whose ids start at 20,000, need their own files.
+    Raises:
+        ValueError: `num_image_tokens` is not 0.
+    Source: `tokenizer_config.json` and `ice_text.model` of THUDM/chatglm-6b.
+    """
+
+    vocab_files_names = {"vocab_file": "ice_text.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str,
+        bos_token: str = "<sop>",
+        eos_token: str = "<eop>",
+        unk_token: str = "<unk>",
+        pad_token: str = "<pad>",
+        mask_token: str = "[MASK]",
+        padding_side: str = "left",
+        num_image_tokens: int = 0,
+        **kwargs,
+    ):
+        if num_image_tokens:
+            raise ValueError(
+                f"tokenizer_config.json has num_image_tokens={num_image_tokens}: these are files of an early release. "
+                "Download the current tokenizer_config.json, config.json and ice_text.model of THUDM/chatglm-6b."
+            )
+        self.vocab_file = vocab_file
+        self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
+        # [gMASK] and </s> have pieces, but official encoding does not look for them in a text.
+        kwargs.pop("model_specific_special_tokens", None)
+        super().__init__(
+            bos_token=bos_token,
+            eos_token=eos_token,
+            unk_token=unk_token,
+            pad_token=pad_token,
+            mask_token=mask_token,
+            padding_side=padding_side,
+            num_image_tokens=num_image_tokens,
+            **kwargs,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of SentencePiece pieces."""
+        return self.sp_model.get_piece_size()
+
+    @property
+    def gmask_token_id(self) -> int:
+        """Id of `[gMASK]`, after which the answer is generated."""
+        return self.sp_model.piece_to_id("[gMASK]")
+
+    def get_vocab(self) -> dict[str, int]:
+        """All pieces with their ids."""
+        return {self.sp_model.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+        text = RUN_OF_SPACES.sub(lambda run: f"<|blank_{len(run.group())}|>", text)
+        return self.sp_model.encode(text, out_type=str)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.sp_model.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        # The embedding has more rows than there are pieces; a model may produce such an id.
+        return self.sp_model.id_to_piece(index) if index < self.vocab_size else self.unk_token
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of a list of pieces; control tokens leave no trace."""
+        text = self.sp_model.decode_pieces(tokens).replace("<n>", "\n").replace("<|tab|>", "\t")
+        return BLANK_PIECE.sub(lambda piece: " " * int(piece.group(1)), text)
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """`A [gMASK] <sop>`, or `A [gMASK] <sop> B <eop>` for a pair."""
+        answer = [] if token_ids_1 is None else [*token_ids_1, self.eos_token_id]
+        return [*token_ids_0, self.gmask_token_id, self.bos_token_id, *answer]
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Copies the SentencePiece model into a folder."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        target = Path(save_directory) / (prefix + self.vocab_files_names["vocab_file"])
+        if target.resolve() != Path(self.vocab_file).resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)
+
+
+__all__ = ["ChatGLMTokenizer"]
