@@ -45,10 +45,8 @@ class ChatMixin:
         Returns:
             The reply and the history with this round.
         """
-        reply = ""
-        for reply, _ in self.stream_chat(tokenizer, query, history, **generation_kwargs):
-            pass
-        return reply, [*(history or []), (query, reply)]
+        *_, last = self.stream_chat(tokenizer, query, history, **generation_kwargs)
+        return last
 
     def stream_chat(
         self, tokenizer: PreTrainedTokenizer, query: str, history: History | None = None, **generation_kwargs

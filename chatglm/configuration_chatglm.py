@@ -56,7 +56,9 @@ class ChatGLMConfig(PreTrainedConfig):
                 "Use the 16-bit files of THUDM/chatglm-6b; they are quantised to 4 bits while loading."
             )
         if self.pre_seq_len:
-            raise ValueError(f"config.json has pre_seq_len={self.pre_seq_len}: P-tuning checkpoints are not supported.")
+            raise ValueError(
+                f"config.json has pre_seq_len={self.pre_seq_len}: P-tuning checkpoints are not supported."
+            )
         if not self.position_encoding_2d:
             raise ValueError("config.json has position_encoding_2d=false; ChatGLM-6B uses two-dimensional positions.")
         super().__post_init__(**kwargs)

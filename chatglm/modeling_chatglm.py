@@ -1,6 +1,7 @@
 """ChatGLM-6B: a prefix language model with two-dimensional rotary positions and post-norm residuals.
 
-Shapes: B rows, T query tokens, S key tokens (past and current), H heads, D head dimension, C hidden size, V vocabulary.
+Shapes: B rows, T query tokens, S key tokens (past and current), H heads, D head dimension, C hidden size, V vocabulary
+size.
 """
 
 import math
@@ -44,10 +45,7 @@ def prefix_lm_position_ids(
     Source: "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", section 2.1.
     """
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    if attention_mask is None:
-        start = torch.zeros_like(index[:, :1])
-    else:
-        start = first_index(attention_mask != 0)
+    start = 0 if attention_mask is None else first_index(attention_mask != 0)
     context_end = first_index(input_ids == config.bos_token_id)
     gmask, mask = first_index(input_ids == config.gmask_token_id), first_index(input_ids == config.mask_token_id)
     blank = torch.where(gmask < input_ids.shape[1], gmask, mask).minimum(context_end - 1)

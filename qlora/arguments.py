@@ -1,0 +1,239 @@
+"""Command line and JSON: the JSON holds transformers' TrainingArguments, the command line the rest."""
+
+import dataclasses
+import difflib
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
+
+RECOMPUTE_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
+
+# Keys of older transformers that live on under another name.
+RENAMED_KEYS = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+}
+
+
+@dataclass
+class FinetuneArguments:
+    """What to fine-tune, on what, and the size of the adapter."""
+
+    train_args_json: str = field(
+        default="chatGLM_6B_QLoRA.json", metadata={"help": "JSON file with transformers' TrainingArguments."}
+    )
+    model_name_or_path: str = field(
+        default="THUDM/chatglm-6b", metadata={"help": "Folder with the files of THUDM/chatglm-6b."}
+    )
+    train_data_path: str = field(default="data/train.jsonl", metadata={"help": "Training rows, one JSON a line."})
+    eval_data_path: str | None = field(
+        default="data/dev.jsonl", metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."}
+    )
+    seed: int | None = field(default=None, metadata={"help": "Random seed; takes the place of the JSON's."})
+    max_input_length: int = field(
+        default=512, metadata={"help": "Longest prompt in tokens, [gMASK] and <sop> included; the rest is cut."}
+    )
+    max_output_length: int = field(
+        default=1536, metadata={"help": "Longest answer in tokens, <eop> included; the rest is cut."}
+    )
+    lora_rank: int = field(default=4, metadata={"help": "Rank r of the adapter's matrices."})
+    lora_alpha: float = field(default=32, metadata={"help": "The adapter's output is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter's matrices, 0 to 1."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["query_key_value"],
+        metadata={"help": "Linear layers with an adapter: query_key_value dense dense_h_to_4h dense_4h_to_h."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder to continue from, or 'last' for the newest one."}
+    )
+    prompt_text: str = field(default="", metadata={"help": "Text put before every instruction."})
+    compute_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
+            "choices": list(COMPUTE_DTYPES),
+        },
+    )
+
+    def __post_init__(self):
+        problems = []
+        if self.max_input_length < 3:
+            problems.append(f"--max_input_length is {self.max_input_length}; a prompt needs at least 3 tokens")
+        if self.max_output_length < 2:
+            problems.append(f"--max_output_length is {self.max_output_length}; an answer needs at least 2 tokens")
+        if self.lora_rank < 1:
+            problems.append(f"--lora_rank is {self.lora_rank}; it must be at least 1")
+        if self.lora_alpha <= 0:
+            problems.append(f"--lora_alpha is {self.lora_alpha}; it must be positive")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
+        if self.eval_data_path in ("none", ""):
+            self.eval_data_path = None
+
+
+@dataclass
+class InferenceArguments:
+    """What to answer, with which adapter, and how."""
+
+    adapter_path: str = field(
+        default="saved_files/chatGLM_6B_QLoRA_t32", metadata={"help": "Folder of the trained adapter."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}
+    )
+    prompt: list[str] = field(
+        default_factory=list, metadata={"help": "A prompt; may be given many times.", "action": "extend"}
+    )
+    prompt_file: str | None = field(
+        default=None, metadata={"help": "Prompts from a file: .jsonl rows with instruction, else one text a line."}
+    )
+    max_prompts: int | None = field(default=None, metadata={"help": "Answer only the first so many prompts."})
+    do_sample: bool = field(
+        default=False, metadata={"help": "Sample with top_p and temperature instead of taking the likeliest token."}
+    )
+    top_p: float = field(default=0.7, metadata={"help": "Sampling: smallest set of tokens with this probability."})
+    temperature: float = field(default=0.95, metadata={"help": "Sampling: above 1 flatter, below 1 sharper."})
+    seed: int = field(default=42, metadata={"help": "Random seed of the sampling."})
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest answer in tokens."})
+    batch_size: int = field(default=8, metadata={"help": "Prompts answered at once."})
+    chat: bool = field(default=False, metadata={"help": "Hold a conversation with the tuned model instead."})
+    compute_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
+            "choices": list(COMPUTE_DTYPES),
+        },
+    )
+
+
+def parse_command_line(dataclass_type: type, args: list[str] | None = None):
+    """Parses flags into a dataclass.
+
+    Raises:
+        ValueError: an unknown flag (with the nearest known one) or a value out of range.
+    """
+    parser = HfArgumentParser(dataclass_type, allow_abbrev=False)
+    parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    if unknown:
+        known = [f"--{f.name}" for f in dataclasses.fields(dataclass_type)]
+        raise ValueError("; ".join(f"unknown argument {name}{nearest(name, known)}" for name in unknown) + ".")
+    return parsed
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`, did you mean X?`, or nothing where no known name is close."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {matches[0]}?" if matches else ""
+
+
+class TrainingSetup(NamedTuple):
+    """What the JSON and the hardware decide together."""
+
+    training_args: TrainingArguments
+    compute_dtype: torch.dtype
+    recompute: bool
+
+
+def read_training_arguments(
+    path: str, seed: int | None = None, compute_dtype: str | None = None, evaluate: bool = True
+) -> TrainingSetup:
+    """Reads the JSON of TrainingArguments; keys that transformers renamed are translated.
+
+    With fp16 arithmetic the Trainer's loss scaling is switched on: without it small gradients vanish.
+
+    Args:
+        path: the JSON file.
+        seed: takes the place of the JSON's.
+        compute_dtype: fp32, fp16 or bf16; None for what the JSON (`fp16`, `bf16`) or the hardware suggests.
+        evaluate: False where there is nothing to evaluate on.
+    Returns:
+        The arguments, the type of the arithmetic, and whether activations are recomputed (yes, unless the JSON has
+        `gradient_checkpointing` or `activation_checkpointing` as false).
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: broken JSON, an unknown key (with the nearest known one), or a value transformers refuses.
+    """
+    values = translate_renamed_keys(read_json_object(path), path)
+    known = [f.name for f in dataclasses.fields(TrainingArguments)]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        problems = "; ".join(f"{key}{nearest(key, known)}" for key in unknown)
+        raise ValueError(f"{path}: not a TrainingArguments key of this transformers version: {problems}.")
+    if seed is not None:
+        values["seed"] = seed
+    dtype = choose_compute_dtype(compute_dtype, values)
+    if not evaluate:
+        values["eval_strategy"] = "no"
+    recompute = [bool(values.pop(key)) for key in RECOMPUTE_KEYS if key in values]
+    try:
+        return TrainingSetup(TrainingArguments(**values), dtype, all(recompute))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_json_object(path: str) -> dict:
+    """Reads a JSON file that holds one object."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--train_args_json: there is no file {path}.")
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold one JSON object, found a {type(values).__name__}.")
+    return values
+
+
+def translate_renamed_keys(values: dict, path: str) -> dict:
+    """Gives keys of older transformers their present names, and says so in one line."""
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    renamed = {old: new for old, new in RENAMED_KEYS.items() if old in values and old not in known}
+    clash = [f"{old} and {new}" for old, new in renamed.items() if new in values]
+    if clash:
+        raise ValueError(f"{path} sets {'; '.join(clash)}, which are the same setting: keep one.")
+    translated = {renamed.get(key, key): value for key, value in values.items()}
+    notes = [f"{old} -> {new}" for old, new in renamed.items()]
+    if "group_by_length" in values and "group_by_length" not in known:
+        by_length = translated.pop("group_by_length")
+        translated.setdefault("train_sampling_strategy", "group_by_length" if by_length else "random")
+        notes.append("group_by_length -> train_sampling_strategy")
+    if notes:
+        logger.info("%s: read under their present names: %s", path, ", ".join(notes))
+    return translated
+
+
+def choose_compute_dtype(name: str | None, training_values: dict) -> torch.dtype:
+    """The type of the arithmetic: as asked, else as the JSON's `fp16`/`bf16` say, else what the hardware does best.
+
+    Sets `fp16` in `training_values` where loss scaling is needed.
+    """
+    if name is None:
+        name = next((key for key in ("bf16", "fp16") if training_values.get(key)), None)
+    dtype = COMPUTE_DTYPES[name] if name else best_compute_dtype()
+    if dtype == torch.float16 and torch.cuda.is_available():
+        training_values["fp16"] = True
+    return dtype
+
+
+def best_compute_dtype() -> torch.dtype:
+    """bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

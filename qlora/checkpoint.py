@@ -1,0 +1,109 @@
+"""Is this folder a complete ChatGLM-6B checkpoint? Asked before anything is loaded, and answered in a sentence."""
+
+import json
+import zipfile
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from chatglm import ChatGLMConfig
+
+HOW_TO_GET = 'Download all files of THUDM/chatglm-6b into it (README, "Weights"), or try `bash train.sh --demo`.'
+LFS_POINTER = b"version https://git-lfs"
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+
+def check_checkpoint(path: str) -> ChatGLMConfig:
+    """Checks that a folder holds config, tokenizer and every weight file, whole.
+
+    Args:
+        path: folder in the official format, with `.bin` or `.safetensors` weights, sharded or not.
+    Returns:
+        Its configuration.
+    Raises:
+        FileNotFoundError: the folder, a file, or a shard named by the index is missing.
+        ValueError: another architecture, a truncated file, or a Git LFS pointer in place of a file.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {path}. {HOW_TO_GET}")
+    for name in ("config.json", "tokenizer_config.json", "ice_text.model"):
+        check_file(folder / name)
+    config = read_config(folder)
+    for shard in weight_files(folder):
+        check_file(shard)
+        check_whole(shard)
+    return config
+
+
+def read_config(folder: Path) -> ChatGLMConfig:
+    """The configuration, if it is that of a ChatGLM-6B."""
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder}/config.json is not a JSON object: {error}") from error
+    if model_type != ChatGLMConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {model_type!r}, expected 'chatglm'. {HOW_TO_GET}")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights: those an index names, or a single one."""
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}. {HOW_TO_GET}")
+    if found.suffix != ".json":
+        return [found]
+    check_file(found)
+    try:
+        names = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{found} is not a weight index (no JSON object with a weight_map). {HOW_TO_GET}") from error
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise ValueError(f"{found} names files outside its folder: {strange[0]!r}.")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(names)} weight files are missing: {missing[0]} ...")
+    return [folder / name for name in names]
+
+
+def check_file(path: Path):
+    """There, and not a Git LFS pointer."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. {HOW_TO_GET}")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it.")
+
+
+def check_whole(path: Path):
+    """Not truncated: a `.bin` has its zip directory at the end, a `.safetensors` says in its header how long it is."""
+    if path.suffix == ".safetensors":
+        whole = path.stat().st_size == safetensors_size(path)
+    else:
+        whole = zipfile.is_zipfile(path)
+    if not whole:
+        size = path.stat().st_size
+        raise ValueError(f"{path} is damaged or incomplete ({size:,} bytes): download it again.")
+
+
+def safetensors_size(path: Path) -> int:
+    """The size in bytes that a safetensors file claims to have; -1 where its header cannot be read."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return -1
+        try:
+            header = json.loads(file.read(length))
+            return 8 + length + max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return -1

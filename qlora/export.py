@@ -1,0 +1,73 @@
+"""Writing a folder in the official format: fp16 `.bin` shards with an index, and config.json."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm.modeling_chatglm import ChatGLMRotaryEmbedding
+
+NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings")
+
+
+def write_checkpoint(
+    folder: str, config: ChatGLMConfig, tensor: Callable[[str, torch.Size], torch.Tensor], shard_size: str = "1900MB"
+):
+    """Writes weights and configuration; one shard is in memory at a time, so the model may be larger than it.
+
+    Args:
+        folder: created if need be; the tokenizer's files are not written.
+        config: the model's configuration.
+        tensor: gives the weight of a name and shape; the head is asked for under the embedding's name.
+        shard_size: largest size of a file.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    inv_freq = ChatGLMRotaryEmbedding(config).inv_freq
+    sizes = parameter_sizes(config, inv_freq)
+    plan = split_torch_state_dict_into_shards(
+        sizes, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=shard_size
+    )
+
+    def half(name: str) -> torch.Tensor:
+        if name.endswith("inv_freq"):
+            return inv_freq.half()
+        source = "transformer.word_embeddings.weight" if name == "lm_head.weight" else name
+        return tensor(source, sizes[name].shape).to("cpu", torch.float16).contiguous()
+
+    for filename, names in plan.filename_to_tensors.items():
+        torch.save({name: half(name) for name in names}, target / filename)
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": plan.metadata["total_size"]}, "weight_map": plan.tensor_to_filename}
+        write_json(target / "pytorch_model.bin.index.json", index)
+    write_json(target / "config.json", official_config(config))
+
+
+def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every entry of an official checkpoint, in its order, as a tensor without storage."""
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration(config).half()
+        sizes = {name: torch.empty_like(parameter) for name, parameter in model.state_dict().items()}
+        for i in range(config.num_layers):
+            sizes[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = torch.empty_like(
+                inv_freq, dtype=torch.float16, device="meta"
+            )
+    return dict(sorted(sizes.items(), key=lambda item: item[0] == "lm_head.weight"))
+
+
+def official_config(config: ChatGLMConfig) -> dict:
+    """config.json as the official files have it."""
+    values = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_OFFICIAL}
+    auto_map = {
+        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
+        "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
+    }
+    return values | {"architectures": ["ChatGLMModel"], "torch_dtype": "float16", "auto_map": auto_map}
+
+
+def write_json(path: Path, values: dict):
+    """One key a line, sorted."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,158 @@
+"""Loading: the tokenizer, the base model in 4 bits, the adapter on top."""
+
+import logging
+
+import bitsandbytes
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
+
+from chatglm import ChatGLMConfig
+from qlora.checkpoint import check_checkpoint
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+WORKING_MEMORY = 1.0 * GIB  # CUDA context, activations of one sample, adapter, optimizer
+LARGEST_CPU_MODEL = 1e9  # parameters
+BITS_PER_QUANTIZED_WEIGHT = 4.127  # 4 bits, 8 per block of 64 for its scale, 32 per 256 blocks for theirs
+
+
+def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation; embedding and head stay in `compute_dtype`.
+
+    Source: "QLoRA: Efficient Finetuning of Quantized LLMs", section 3.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizer:
+    """The tokenizer of a checkpoint folder, after the whole folder has been checked.
+
+    Raises:
+        FileNotFoundError, ValueError: see `check_checkpoint`.
+    """
+    check_checkpoint(path)
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """The base model, its linear layers quantised while they are read, on the GPU if there is one.
+
+    Args:
+        path: checkpoint folder in the official format.
+        compute_dtype: type of the arithmetic, of the embedding, the head and the norms.
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint is incomplete or of another architecture; no GPU for a model of
+            this size, too little memory on it, or bitsandbytes cannot use it.
+    """
+    config = check_checkpoint(path)
+    check_device(config, compute_dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=compute_dtype,
+        quantization_config=quantization_config(compute_dtype),
+        device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+    )
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # On CPUs with AVX512-BF16 an evaluation would repack the weights into a form that cannot be trained.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def parameter_counts(config: ChatGLMConfig) -> tuple[int, int]:
+    """Number of weights that are quantised, and of those that are not (the shared embedding, mainly)."""
+    quantized = config.num_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.inner_hidden_size)
+    return quantized, config.vocab_size * config.hidden_size
+
+
+def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
+    """ValueError unless the model can be trained on this machine."""
+    quantized, embedding = parameter_counts(config)
+    if not torch.cuda.is_available():
+        if quantized + embedding > LARGEST_CPU_MODEL:
+            raise ValueError(
+                f"no CUDA GPU was found (torch {torch.__version__}), and {(quantized + embedding) / 1e9:.1f} billion "
+                "parameters need one. Check `nvidia-smi` and that torch is a CUDA build, or try "
+                "`bash train.sh --demo`, which runs on a CPU."
+            )
+        return
+    needed = quantized * BITS_PER_QUANTIZED_WEIGHT / 8 + embedding * compute_dtype.itemsize + WORKING_MEMORY
+    free, total = torch.cuda.mem_get_info()
+    if free < needed:
+        raise ValueError(
+            f"{torch.cuda.get_device_name()} has {free / GIB:.1f} of {total / GIB:.1f} GiB free; the model needs at "
+            f"least {needed / GIB:.1f} GiB. Stop other programs on this GPU (`nvidia-smi`), or choose another one "
+            "with CUDA_VISIBLE_DEVICES."
+        )
+    check_bitsandbytes()
+
+
+def check_bitsandbytes():
+    """ValueError unless bitsandbytes can quantise and dequantise on this GPU."""
+    try:
+        weight = torch.randn(64, 64, device="cuda")
+        restored = bitsandbytes.functional.dequantize_4bit(*bitsandbytes.functional.quantize_4bit(weight))
+        works = bool(((weight - restored).abs().mean() < 0.5).item())
+        reason = "its result is wrong"
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        works, reason = False, str(error).strip().splitlines()[0]
+    if not works:
+        major, minor = torch.cuda.get_device_capability()
+        raise ValueError(
+            f"bitsandbytes {bitsandbytes.__version__} does not work on {torch.cuda.get_device_name()} (compute "
+            f"capability {major}.{minor}) with torch {torch.__version__}: {reason}. Install a bitsandbytes built for "
+            f"CUDA {torch.version.cuda}; `python -m bitsandbytes` says more."
+        )
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, target_modules: list[str]) -> PeftModel:
+    """Puts a new LoRA adapter on the model; its weights are fp32, everything else is frozen.
+
+    Raises:
+        ValueError: a target module that the model does not have.
+    """
+    linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    unknown = [name for name in target_modules if name not in linear]
+    if unknown:
+        raise ValueError(f"--lora_target_modules: the model has no {', '.join(unknown)}; it has {', '.join(linear)}.")
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules
+    )
+    model.enable_input_require_grads()
+    return get_peft_model(model, config)
+
+
+def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """Puts a trained adapter on the model.
+
+    Raises:
+        ValueError: the adapter was made for a model of another shape.
+    """
+    weights = load_peft_weights(path, device="cpu")
+    try:
+        model = PeftModel.from_pretrained(model, path)
+        fits = shapes(get_peft_model_state_dict(model)) == shapes(weights)
+    except (RuntimeError, ValueError) as error:
+        fits, cause = False, error
+    else:
+        cause = None
+    if not fits:
+        raise ValueError(
+            f"the adapter in {path} does not fit the base model {model.name_or_path}: it has {len(weights)} tensors "
+            f"such as {', '.join(f'{name} {list(t.shape)}' for name, t in list(weights.items())[:1])}. "
+            "Give the base model it was trained on with --model_name_or_path."
+        ) from cause
+    return model
+
+
+def shapes(state_dict: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}

@@ -1,0 +1,116 @@
+"""Convert the official AdvertiseGen download to this project's row format.
+
+Usage:
+    python scripts/convert_advertisegen.py AdvertiseGen/ [--output_dir data/adgen] [--overwrite]
+
+The source is the folder with train.json and dev.json, or the .tar.gz that holds it. Each line of these files is
+{"content": ..., "summary": ...}; each line written is {"instruction": ..., "output": ...}.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+
+SPLITS = ("train", "dev")
+FIELDS = {"content": "instruction", "summary": "output"}  # AdvertiseGen's name: ours
+
+
+@contextmanager
+def open_split(source: Path, name: str) -> Iterator[Iterable[bytes]]:
+    """Open the file `name` of a folder or of a .tar.gz; nothing is extracted to disk."""
+    with ExitStack() as stack:
+        if source.is_file():
+            archive = stack.enter_context(tarfile.open(source, "r:gz"))
+            members = [m for m in archive if m.isfile() and PurePosixPath(m.name).name == name]
+            if len(members) != 1:
+                raise ValueError(f"{source}: expected one file named {name} in the archive, found {len(members)}")
+            yield stack.enter_context(archive.extractfile(members[0]))
+        else:
+            yield stack.enter_context((source / name).open("rb"))
+
+
+def convert_line(line: bytes) -> bytes:
+    """Convert one line of AdvertiseGen to one of ours.
+
+    Raises:
+        ValueError: with the reason, if the line is not UTF-8, not a JSON object, or lacks a text.
+    """
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    for field in FIELDS:
+        if field not in row:
+            raise ValueError(f'field "{field}" is missing')
+        if not isinstance(row[field], str):
+            raise ValueError(f'field "{field}" must be a string, found {type(row[field]).__name__}')
+        if not row[field].strip():
+            raise ValueError(f'field "{field}" is empty')
+    converted = {ours: row[theirs] for theirs, ours in FIELDS.items()}
+    return (json.dumps(converted, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def convert_split(source: Path, name: str, target: Path) -> int:
+    """Convert the file `name` of `source` into `target`, passing over empty lines; return the number of rows."""
+    rows = 0
+    with open_split(source, name) as lines, target.open("wb") as output:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    output.write(convert_line(line))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{source / name}, line {number}: {error}") from None
+                rows += 1
+    if rows == 0:
+        raise ValueError(f"{source / name} has no rows")
+    return rows
+
+
+def convert(source: Path, output_dir: Path, overwrite: bool) -> None:
+    """Convert both splits under temporary names and rename them once both are whole."""
+    targets = {split: output_dir / f"{split}.jsonl" for split in SPLITS}
+    existing = [str(target) for target in targets.values() if target.exists()]
+    if existing and not overwrite:
+        raise ValueError(f"{' and '.join(existing)} exist already; pass --overwrite to replace")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    partial = {split: output_dir / f"{split}.jsonl.{os.getpid()}.tmp" for split in SPLITS}
+    try:
+        counts = {split: convert_split(source, f"{split}.json", partial[split]) for split in SPLITS}
+        for split in SPLITS:
+            partial[split].replace(targets[split])
+            print(f"{source / split}.json -> {targets[split]}: {counts[split]} rows")
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Convert the official AdvertiseGen download.")
+    parser.add_argument("source", type=Path, help="Folder with train.json and dev.json, or the .tar.gz that holds it.")
+    parser.add_argument("--output_dir", type=Path, default=Path("data/adgen"), help="Folder for the converted files.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace converted files that are already there.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert, or end with one message that says why not."""
+    args = parse_args()
+    try:
+        convert(args.source, args.output_dir, args.overwrite)
+    except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
+        raise SystemExit(f"error: {args.source} is not a whole .tar.gz: {error}") from None
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Fine-tune ChatGLM-6B with QLoRA.
+
+    bash train.sh                                  # chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
+    python train_qlora.py --train_args_json my.json --train_data_path my.jsonl --lora_rank 8
+
+The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` lists the rest.
+"""
+
+import logging
+import os
+
+from transformers import Trainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from qlora.arguments import FinetuneArguments, parse_command_line, read_training_arguments
+from qlora.collation import ConcatenatingCollator
+from qlora.data import SampleEncoder, load_samples
+from qlora.errors import message_instead_of_traceback
+from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+
+logger = logging.getLogger("train_qlora")
+
+
+def main():
+    with message_instead_of_traceback():
+        trainer, checkpoint = prepare()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    logger.info("The adapter is in %s", trainer.args.output_dir)
+
+
+def prepare() -> tuple[Trainer, str | None]:
+    """Everything up to the first step: arguments, data, model, adapter."""
+    args = parse_command_line(FinetuneArguments)
+    training_args, compute_dtype, recompute = read_training_arguments(
+        args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
+    )
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
+    set_seed(training_args.seed)
+
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
+    with training_args.main_process_first(desc="tokenizing"):
+        train_samples = load_samples(args.train_data_path, encoder)
+        eval_samples = load_samples(args.eval_data_path, encoder) if args.eval_data_path else None
+
+    model = load_quantized_model(args.model_name_or_path, compute_dtype)
+    model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    model.print_trainable_parameters()
+    if recompute:
+        # The method goes by its newer name where transformers has one.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_samples,
+        eval_dataset=eval_samples,
+        data_collator=ConcatenatingCollator(model.config),
+        processing_class=tokenizer,
+    )
+    return trainer, checkpoint
+
+
+def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
+    """The checkpoint to resume from: the given folder, or the newest in `output_dir` for 'last'."""
+    if requested is None:
+        return None
+    found = get_last_checkpoint(output_dir) if requested == "last" and os.path.isdir(output_dir) else requested
+    if found is None or not os.path.isfile(os.path.join(found, "trainer_state.json")):
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {requested}: there is no checkpoint (a folder with trainer_state.json) in "
+            f"{output_dir if requested == 'last' else requested}."
+        )
+    return found
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()
