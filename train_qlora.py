@@ -9,14 +9,15 @@ The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` l
 import logging
 import os
 
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from qlora.arguments import FinetuneArguments, parse_command_line, read_training_arguments
-from qlora.collation import ConcatenatingCollator
 from qlora.data import SampleEncoder, load_samples
 from qlora.errors import message_instead_of_traceback
+from qlora.linear import use_training_kernels
 from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+from qlora.trainer import QLoRATrainer
 
 logger = logging.getLogger("train_qlora")
 
@@ -30,7 +31,7 @@ def main():
     logger.info("The adapter is in %s", trainer.args.output_dir)
 
 
-def prepare() -> tuple[Trainer, str | None]:
+def prepare() -> tuple[QLoRATrainer, str | None]:
     """Everything up to the first step: arguments, data, model, adapter."""
     args = parse_command_line(FinetuneArguments)
     training_args, compute_dtype, recompute = read_training_arguments(
@@ -48,17 +49,17 @@ def prepare() -> tuple[Trainer, str | None]:
     model = load_quantized_model(args.model_name_or_path, compute_dtype)
     model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     model.print_trainable_parameters()
-    if recompute:
-        # The method goes by its newer name where transformers has one.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    for block in model.get_base_model().transformer.layers:
+        block.recompute_attention = block.recompute_mlp = recompute
 
-    trainer = Trainer(
+    model.get_base_model().set_attn_implementation("packed")
+    use_training_kernels(model)
+    trainer = QLoRATrainer(
         model=model,
         args=training_args,
+        max_tokens=args.max_tokens,
         train_dataset=train_samples,
         eval_dataset=eval_samples,
-        data_collator=ConcatenatingCollator(model.config),
         processing_class=tokenizer,
     )
     return trainer, checkpoint

@@ -5,10 +5,12 @@ size.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -18,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from chatglm.chat import ChatMixin
 from chatglm.configuration_chatglm import ChatGLMConfig
+from chatglm.loss import linear_cross_entropy
 
 # The official blocks scale the residual for 28 layers whatever the number of layers in the configuration.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
@@ -112,6 +115,14 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return (halves * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
 
 
+def split_and_rotate(
+    projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value, thirds of each head, the first two rotated; [B, T, 3C] -> 3 x [B, T, H, D]."""
+    query, key, value = projected.unflatten(-1, (-1, 3 * head_dim)).chunk(3, dim=-1)
+    return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """softmax(Q K^T) V in plain operations, the softmax in fp32; [B, H, T, D] -> [B, T, H, D]."""
     scores = (query @ key.transpose(2, 3)) * scaling
@@ -131,6 +142,7 @@ class ChatGLMAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # the mask says what may be seen
+        self.split_and_rotate = split_and_rotate  # training may put a compiled one here
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -142,15 +154,13 @@ class ChatGLMAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        B, T, C = hidden_states.shape
-        query, key, value = self.query_key_value(hidden_states).view(B, T, -1, 3 * self.head_dim).chunk(3, dim=-1)
-        query, key = apply_rotary(query, *position_embeddings), apply_rotary(key, *position_embeddings)
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, H, T, D]
+        states = self.split_and_rotate(self.query_key_value(hidden_states), *position_embeddings, self.head_dim)
+        query, key, value = (state.transpose(1, 2) for state in states)  # [B, H, T, D]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
-        return self.dense(output.reshape(B, T, C))
+        return self.dense(output.flatten(2))
 
 
 class ChatGLMMLP(nn.Module):
@@ -166,7 +176,11 @@ class ChatGLMMLP(nn.Module):
 
 
 class ChatGLMBlock(GradientCheckpointingLayer):
-    """One layer. The residual is taken after the layer norm and scaled up."""
+    """One layer. The residual is taken after the layer norm and scaled up.
+
+    Each half may keep its input only and recompute the rest in the backward pass, apart from transformers' gradient
+    checkpointing, which does so for the whole.
+    """
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
@@ -174,12 +188,28 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.attention = ChatGLMAttention(config, layer_idx)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = ChatGLMMLP(config)
+        self.recompute_attention = False
+        self.recompute_mlp = False
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = self.run(self.attention_half, self.recompute_attention, hidden_states, **kwargs)
+        return self.run(self.mlp_half, self.recompute_mlp, hidden_states)
+
+    def run(self, half: Callable, recompute: bool, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """One half, with or without keeping what its backward pass needs."""
+        if recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(half, hidden_states, use_reentrant=False, **kwargs)
+        return half(hidden_states, **kwargs)
+
+    def attention_half(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """scale * norm(x) + attention(norm(x))"""
         hidden_states = self.input_layernorm(hidden_states)
-        hidden_states = RESIDUAL_SCALE * hidden_states + self.attention(hidden_states, **kwargs)
+        return torch.add(self.attention(hidden_states, **kwargs), hidden_states, alpha=RESIDUAL_SCALE)
+
+    def mlp_half(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """scale * norm(x) + mlp(norm(x))"""
         hidden_states = self.post_attention_layernorm(hidden_states)
-        return RESIDUAL_SCALE * hidden_states + self.mlp(hidden_states)
+        return torch.add(self.mlp(hidden_states), hidden_states, alpha=RESIDUAL_SCALE)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -242,7 +272,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-        if attention_mask is None or attention_mask.dim() == 2:
+        if self.config._attn_implementation == "packed" and kwargs.get("packed_row") is not None:
+            attention_mask = None
+        elif attention_mask is None or attention_mask.dim() == 2:
             attention_mask = self.attention_mask(attention_mask, position_ids, past_key_values)
 
         hidden_states = inputs_embeds
@@ -326,26 +358,27 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             labels: [B, T], long, -100 where there is nothing to learn; logits at t predict label t + 1.
             use_cache: whether to return a cache; by default only outside training.
             logits_to_keep: how many of the last positions get logits (0: all), or a 1-D tensor of positions.
-            shift_labels: [B, positions kept], long: labels already moved to the position that predicts them.
+            shift_labels: [B, positions kept], long: what each of `logits_to_keep` predicts, without -100. The loss is
+                then computed a slice at a time and no logits are returned.
             num_items_in_batch: divisor of the summed loss, the labels of all micro-batches of one optimizer step; None
                 gives the mean over this batch.
         Returns:
-            loss (fp32 scalar or None), logits [B, positions kept, V], past_key_values.
+            loss (fp32 scalar or None), logits [B, positions kept, V] (or None), past_key_values.
         """
         outputs = self.transformer(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items_in_batch,
+        hidden_states = outputs.last_hidden_state[:, kept]
+        loss = logits = None
+        if shift_labels is not None:
+            loss = linear_cross_entropy(
+                hidden_states.flatten(0, 1), self.lm_head.weight, shift_labels.flatten(), num_items_in_batch
             )
+        else:
+            logits = self.lm_head(hidden_states)
+        if labels is not None and shift_labels is None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, attention_mask=None, **kwargs) -> dict:

@@ -62,6 +62,7 @@ class FinetuneArguments:
         default=None, metadata={"help": "A checkpoint folder to continue from, or 'last' for the newest one."}
     )
     prompt_text: str = field(default="", metadata={"help": "Text put before every instruction."})
+    max_tokens: int = field(default=4096, metadata={"help": "Most tokens that go through the model at once."})
     compute_dtype: str | None = field(
         default=None,
         metadata={

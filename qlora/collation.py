@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from chatglm.configuration_chatglm import ChatGLMConfig
+from chatglm import ChatGLMConfig, PackedRow
 from chatglm.modeling_chatglm import prefix_lm_position_ids
 from qlora.data import IGNORE_INDEX
 
@@ -15,25 +15,27 @@ class ConcatenatingCollator:
     """Concatenates samples into one row; each keeps its own positions and sees only itself.
 
     Returns, for N samples of T tokens altogether, L of which are labels:
-        input_ids [1, T]; attention_mask [1, T], n for the n-th sample; position_ids [1, 2, T]; labels [1, T];
-        logits_to_keep [L], the positions that predict a label; shift_labels [1, L], what they predict.
+        input_ids [1, T]; attention_mask [1, T], n for the n-th sample; position_ids [1, 2, T]; packed_row, the same
+        layout for attention without a mask; labels [1, T]; logits_to_keep [L], the positions that predict a label;
+        shift_labels [1, L], what they predict.
     """
 
     config: ChatGLMConfig
 
-    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        ids = [torch.tensor(sample["input_ids"]) for sample in samples]
-        labels = torch.cat([torch.tensor(sample["labels"]) for sample in samples])
+    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | PackedRow]:
+        ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
+        labels = torch.cat([torch.as_tensor(sample["labels"]) for sample in samples])
         padded = pad_sequence(ids, batch_first=True, padding_value=self.config.pad_token_id)
         position_ids = prefix_lm_position_ids(padded, None, self.config)
-        segment_ids = [torch.full_like(row, number) for number, row in enumerate(ids, 1)]
-        targets = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        lengths = torch.tensor([len(row) for row in ids])
+        real = torch.arange(padded.shape[1]) < lengths[:, None]  # [N, longest]
+        contexts = ((position_ids[:, 1] == 0) & real).sum(dim=1)
+        targets = (labels != IGNORE_INDEX).nonzero()[:, 0]
         return {
-            "input_ids": torch.cat(ids)[None],
-            "attention_mask": torch.cat(segment_ids)[None],
-            "position_ids": torch.cat([row[:, : len(i)] for row, i in zip(position_ids, ids, strict=True)], dim=1)[
-                None
-            ],
+            "input_ids": padded[real][None],
+            "attention_mask": torch.arange(1, len(ids) + 1).repeat_interleave(lengths)[None],
+            "position_ids": position_ids.transpose(1, 2)[real].T[None],
+            "packed_row": PackedRow.of(torch.stack((contexts, lengths - contexts), dim=1).tolist()),
             "labels": labels[None],
             "logits_to_keep": targets - 1,
             "shift_labels": labels[targets][None],

@@ -126,7 +126,6 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
     config = LoraConfig(
         task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules
     )
-    model.enable_input_require_grads()
     return get_peft_model(model, config)
 
 

@@ -1,0 +1,143 @@
+"""The HF Trainer, with one optimizer step's samples in one batch that is split to suit the GPU.
+
+`per_device_train_batch_size x gradient_accumulation_steps` fixes the mathematics: the loss of a step is the mean over
+all label tokens of these samples. How many of them go through the GPU at once changes nothing but time and memory.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from qlora.collation import ConcatenatingCollator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Samples:
+    """The samples of one step. Not a list, so that the libraries on the way leave it as it is."""
+
+    items: list[dict]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples, prompts and answers."""
+        return sum(len(item["input_ids"]) for item in self.items)
+
+
+def split_evenly(samples: list[dict], max_tokens: int) -> list[list[dict]]:
+    """Splits samples into as few groups of at most `max_tokens` tokens as a greedy division finds, about equally long.
+
+    A sample that is longer than `max_tokens` has a group to itself.
+    """
+    by_length = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
+    total = sum(len(sample["input_ids"]) for sample in samples)
+    for count in range(max(1, -(-total // max_tokens)), len(samples) + 1):
+        groups, sizes = [[] for _ in range(count)], [0] * count
+        for sample in by_length:
+            smallest = sizes.index(min(sizes))
+            groups[smallest].append(sample)
+            sizes[smallest] += len(sample["input_ids"])
+        if max(sizes) <= max_tokens or count == len(samples):
+            break
+    return [group for group in groups if group]
+
+
+class QLoRATrainer(Trainer):
+    """Trains on whole optimizer steps and evaluates by the token.
+
+    Args:
+        args: TrainingArguments as the JSON gave them.
+        max_tokens: most tokens that go through the model at once.
+        kwargs: anything the Trainer takes; datasets have `input_ids` and `labels`.
+    """
+
+    def __init__(self, model, args: TrainingArguments, max_tokens: int, **kwargs):
+        step_args = dataclasses.replace(
+            args,
+            per_device_train_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            gradient_accumulation_steps=1,
+        )
+        super().__init__(model=model, args=step_args, data_collator=Samples, **kwargs)
+        self.max_tokens = max_tokens
+        self.collate = ConcatenatingCollator(self.model.config)
+
+    def micro_batch(self, samples: list[dict]) -> dict:
+        """A group of samples as the model's inputs, on its device."""
+        device = self.args.device
+        inputs = self.collate(samples)
+        if device.type == "cuda":
+            inputs = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            inputs = {k: v.to(device, non_blocking=True) if not isinstance(v, int) else v for k, v in inputs.items()}
+        return inputs
+
+    def training_step(self, model: torch.nn.Module, inputs: Samples, num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward for all samples of an optimizer step, a group at a time."""
+        model.train()
+        groups = split_evenly(inputs.items, self.max_tokens)
+        num_labels = self.count_labels(inputs.items)
+        loss = torch.zeros((), device=self.args.device)
+        for number, group in enumerate(groups, 1):
+            last = number == len(groups)
+            with (
+                contextlib.nullcontext() if last else self.accelerator.no_sync(model),
+                self.compute_loss_context_manager(),
+            ):
+                group_loss = model(**self.micro_batch(group), num_items_in_batch=num_labels).loss
+                self.accelerator.backward(group_loss)
+            loss += group_loss.detach()
+        return loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list[Samples], None]:
+        """The next step's batch; its labels are counted in `training_step`."""
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def count_labels(self, samples: list[dict]) -> int | torch.Tensor:
+        """Label tokens of a step, over all processes; DDP averages gradients, so the mean over processes."""
+        count = sum(int((torch.as_tensor(sample["labels"]) != -100).sum()) for sample in samples)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(torch.tensor([count], device=self.args.device))
+            return counts.sum() / self.args.world_size
+        return count
+
+    def floating_point_ops(self, inputs: Samples) -> int:
+        """Forward pass and gradient of the activations: 4 operations for each token and weight."""
+        return 4 * self.weights * inputs.num_tokens
+
+    @property
+    def weights(self) -> int:
+        """Weights that a token is multiplied with."""
+        config = self.model.config
+        per_layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.inner_hidden_size
+        return config.num_layers * per_layer + config.vocab_size * config.hidden_size
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ) -> EvalLoopOutput:
+        """The mean loss over all label tokens; no logits are kept."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for batch in dataloader:
+            for group in split_evenly(batch.items, self.max_tokens):
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    inputs = self.micro_batch(group)
+                    loss = model(**inputs, num_items_in_batch=1).loss
+                    totals += torch.stack(
+                        (loss.double(), torch.tensor(inputs["shift_labels"].numel(), device=loss.device))
+                    )
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        loss_sum, labels = self.accelerator.reduce(totals).tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss_sum / labels}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))

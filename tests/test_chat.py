@@ -1,0 +1,148 @@
+"""chatglm/chat.py: prompts with history, the clean-up of replies, and streaming.
+
+Expected prompts and clean-ups follow the official `build_prompt` and `process_response` of THUDM/chatglm-6b.
+"""
+
+import threading
+
+import pytest
+from transformers import LogitsProcessor
+
+from chatglm.chat import build_prompt, clean_response
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+def test_prompt_without_history_is_the_query():
+    assert build_prompt("你好") == "你好"
+    assert build_prompt("你好", []) == "你好"
+
+
+def test_prompt_with_history_numbers_the_rounds():
+    history = [("问一", "答一"), ("问二", "答二")]
+    assert build_prompt("问三", history) == (
+        "[Round 0]\n问：问一\n答：答一\n[Round 1]\n问：问二\n答：答二\n[Round 2]\n问：问三\n答："
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("  你好\n", "你好"),
+        ("", ""),
+        ("我的训练数据截止到[[训练时间]]。", "我的训练数据截止到2023年。"),
+        ("好,", "好，"),
+        (",好", "，好"),
+        ("好!好:好;好?", "好！好：好；好？"),
+        ("a,b!c:d;e?", "a,b!c:d;e?"),
+        ("好,b", "好，b"),
+        ("a,好", "a，好"),
+        ("a, 好", "a, 好"),
+        ("好,,", "好，,"),
+        (",", ","),
+        ("12:30开门", "12:30开门"),
+        ("价格:30", "价格：30"),
+        ("好.", "好."),
+        ("第一行,\n第二行", "第一行，\n第二行"),
+        ("好，", "好，"),
+    ],
+)
+def test_clean_response(text, cleaned):
+    assert clean_response(text) == cleaned
+
+
+def test_cleaning_twice_changes_nothing():
+    once = clean_response("好!,好 a,b好:c ")
+    assert clean_response(once) == once
+
+
+def test_chat_returns_reply_and_history(tiny_model, tokenizer):
+    reply, history = tiny_model.chat(tokenizer, "类型#裙", **GREEDY)
+    assert reply and history == [("类型#裙", reply)]
+    past = list(history)
+    second, longer = tiny_model.chat(tokenizer, "颜色#白色", history, **GREEDY)
+    assert longer == [*past, ("颜色#白色", second)]
+    assert history == past  # the caller's list is left alone
+
+
+def test_chat_is_generate_on_the_prompt(tiny_model, tokenizer):
+    history = [("类型#裤", "好")]
+    inputs = tokenizer(build_prompt("类型#裙", history), return_tensors="pt")
+    output = tiny_model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    expected = clean_response(tokenizer.decode(output, skip_special_tokens=True))
+    assert tiny_model.chat(tokenizer, "类型#裙", history, **GREEDY)[0] == expected
+
+
+def test_stream_ends_with_what_chat_returns(tiny_model, tokenizer):
+    steps = list(tiny_model.stream_chat(tokenizer, "类型#裙", **GREEDY))
+    assert len(steps) > 2
+    assert steps[-1] == tiny_model.chat(tokenizer, "类型#裙", **GREEDY)
+    assert all(history == [("类型#裙", reply)] for reply, history in steps)
+
+
+def received(model, tokenizer, monkeypatch: pytest.MonkeyPatch, query: str, **kwargs) -> dict:
+    """What reaches `generate`."""
+    caught = {}
+
+    def generate(streamer, **options):
+        caught.update(options)
+        streamer.end()
+
+    monkeypatch.setattr(model, "generate", generate)
+    model.chat(tokenizer, query, **kwargs)
+    return caught
+
+
+def test_defaults_are_the_official_decoding(tiny_model, tokenizer, monkeypatch):
+    options = received(tiny_model, tokenizer, monkeypatch, "类型#裙")
+    expected = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "max_length": 2048}
+    assert {name: options.get(name) for name in expected} == expected
+
+
+def test_a_limit_on_new_tokens_replaces_the_limit_on_all(tiny_model, tokenizer, monkeypatch):
+    options = received(tiny_model, tokenizer, monkeypatch, "类型#裙", max_new_tokens=5, top_p=0.5)
+    assert options["max_new_tokens"] == 5 and options["top_p"] == 0.5 and "max_length" not in options
+
+
+def test_control_tokens_in_a_query_stay_text(tiny_model, tokenizer, monkeypatch):
+    ids = received(tiny_model, tokenizer, monkeypatch, "白<sop>裙[MASK]<eop><pad>")["input_ids"][0].tolist()
+    control = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    assert ids[-2:] == control
+    assert not {*control, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id} & set(ids[:-2])
+
+
+class FailAfter(LogitsProcessor):
+    """Raises in the middle of an answer."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def __call__(self, input_ids, scores):
+        if self.steps == 0:
+            raise RuntimeError("out of memory, say")
+        self.steps -= 1
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"num_beams": 2}, ValueError),  # generate cannot stream beams
+        ({"logits_processor": [FailAfter(0)]}, RuntimeError),
+        ({"logits_processor": [FailAfter(3)]}, RuntimeError),
+    ],
+)
+def test_failure_in_generate_reaches_the_caller(tiny_model, tokenizer, options, error):
+    caught = []
+
+    def consume():
+        try:
+            list(tiny_model.stream_chat(tokenizer, "类型#裙", **GREEDY, **options))
+        except Exception as raised:
+            caught.append(raised)
+
+    thread = threading.Thread(target=consume, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "stream_chat hangs"
+    assert [type(raised) for raised in caught] == [error]
