@@ -17,6 +17,7 @@ from qlora.data import SampleEncoder, load_samples
 from qlora.errors import message_instead_of_traceback
 from qlora.linear import use_training_kernels
 from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+from qlora.memory_plan import plan_memory
 from qlora.trainer import QLoRATrainer
 
 logger = logging.getLogger("train_qlora")
@@ -49,15 +50,18 @@ def prepare() -> tuple[QLoRATrainer, str | None]:
     model = load_quantized_model(args.model_name_or_path, compute_dtype)
     model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     model.print_trainable_parameters()
-    for block in model.get_base_model().transformer.layers:
-        block.recompute_attention = block.recompute_mlp = recompute
 
-    model.get_base_model().set_attn_implementation("packed")
     use_training_kernels(model)
+    samples_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    fixed = args.fixed_plan()
+    if recompute is not None:
+        fixed = dict.fromkeys(("kept_mlp", "kept_attention"), 0 if recompute else model.config.num_layers) | fixed
+    max_tokens = plan_memory(model, train_samples["length"], samples_per_step, args.memory_budget, fixed)
+
     trainer = QLoRATrainer(
         model=model,
         args=training_args,
-        max_tokens=args.max_tokens,
+        max_tokens=max_tokens,
         train_dataset=train_samples,
         eval_dataset=eval_samples,
         processing_class=tokenizer,

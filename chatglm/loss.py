@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-ROWS_AT_ONCE = 512  # of fp32 logits: 255 MiB with 130,528 tokens
+ROWS_AT_ONCE = 512  # of logits: 127 MiB in bf16 with 130,528 tokens
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -15,23 +15,19 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, weight, labels, divisor):
+        divisor = torch.as_tensor(divisor, dtype=torch.float32).to(hidden_states.device, non_blocking=True)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
         ctx.hidden_grad = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
         ctx.weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(labels), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            logits = F.linear(hidden_states[rows], weight).float()
-            log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            targets = labels[rows, None]
-            loss += (log_normalizer - logits.gather(1, targets)).sum()
-            if any(ctx.needs_input_grad[:2]):
-                grad = logits.sub_(log_normalizer).exp_()
-                grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
-                grad = grad.div_(divisor).to(weight.dtype)
-                if ctx.hidden_grad is not None:
-                    torch.mm(grad, weight, out=ctx.hidden_grad[rows])
-                if ctx.weight_grad is not None:
-                    ctx.weight_grad += grad.T @ hidden_states[rows]
+            logits = F.linear(hidden_states[rows], weight)
+            losses = cross_entropy_in_place(logits, labels[rows], divisor, gradient=any(ctx.needs_input_grad[:2]))
+            loss += losses.sum()
+            if ctx.hidden_grad is not None:
+                torch.mm(logits, weight, out=ctx.hidden_grad[rows])
+            if ctx.weight_grad is not None:
+                ctx.weight_grad += logits.T @ hidden_states[rows]
         return loss / divisor
 
     @staticmethod
@@ -39,6 +35,22 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = None if ctx.hidden_grad is None else ctx.hidden_grad * grad_output.to(ctx.hidden_grad.dtype)
         weight_grad = None if ctx.weight_grad is None else ctx.weight_grad * grad_output
         return hidden_grad, weight_grad, None, None
+
+
+def cross_entropy_in_place(
+    logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor, gradient: bool
+) -> torch.Tensor:
+    """Losses of the rows, [N] fp32; with `gradient`, logits [N, V] become the gradient of their sum / divisor."""
+    if logits.is_cuda:
+        from chatglm import loss_kernel
+
+        return loss_kernel.cross_entropy_in_place(logits, labels, divisor, gradient)
+    log_probabilities = logits.float().log_softmax(dim=-1)
+    losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
+    if gradient:
+        one_hot = F.one_hot(labels, logits.shape[1])
+        logits.copy_((log_probabilities.exp() - one_hot) / divisor)
+    return losses
 
 
 def linear_cross_entropy(

@@ -4,6 +4,7 @@ Shapes: B rows, T query tokens, S key tokens (past and current), H heads, D head
 size.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from chatglm.chat import ChatMixin
 from chatglm.configuration_chatglm import ChatGLMConfig
 from chatglm.loss import linear_cross_entropy
+from chatglm.packed_attention import PackedRow, kernel_runs_on, packed_attention, rotate_in_place
 
 # The official blocks scale the residual for 28 layers whatever the number of layers in the configuration.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
@@ -118,8 +120,14 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
 def split_and_rotate(
     projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value, thirds of each head, the first two rotated; [B, T, 3C] -> 3 x [B, T, H, D]."""
+    """Query, key and value, thirds of each head, the first two rotated; [B, T, 3C] -> 3 x [B, T, H, D].
+
+    On a GPU and without gradients they are rotated where they lie.
+    """
     query, key, value = projected.unflatten(-1, (-1, 3 * head_dim)).chunk(3, dim=-1)
+    if kernel_runs_on(projected) and not torch.is_grad_enabled():
+        rotate_in_place(projected, cos, sin, head_dim)
+        return query, key, value
     return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
 
 
@@ -142,7 +150,6 @@ class ChatGLMAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # the mask says what may be seen
-        self.split_and_rotate = split_and_rotate  # training may put a compiled one here
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -152,9 +159,13 @@ class ChatGLMAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None = None,
+        packed_row: PackedRow | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        states = self.split_and_rotate(self.query_key_value(hidden_states), *position_embeddings, self.head_dim)
+        projected = self.query_key_value(hidden_states)
+        if packed_row is not None:
+            return self.dense(packed_attention(projected, position_embeddings, packed_row, self.head_dim))
+        states = split_and_rotate(projected, *position_embeddings, self.head_dim)
         query, key, value = (state.transpose(1, 2) for state in states)  # [B, H, T, D]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -190,6 +201,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.mlp = ChatGLMMLP(config)
         self.recompute_attention = False
         self.recompute_mlp = False
+        self.offload = None  # with a method `saved`, the context in which to save the inputs
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         hidden_states = self.run(self.attention_half, self.recompute_attention, hidden_states, **kwargs)
@@ -198,7 +210,8 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def run(self, half: Callable, recompute: bool, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """One half, with or without keeping what its backward pass needs."""
         if recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(half, hidden_states, use_reentrant=False, **kwargs)
+            with self.offload.saved() if self.offload else contextlib.nullcontext():
+                return checkpoint(half, hidden_states, use_reentrant=False, **kwargs)
         return half(hidden_states, **kwargs)
 
     def attention_half(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -258,6 +271,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        packed_row: PackedRow | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """See `ChatGLMForConditionalGeneration.forward`; returns the hidden states after the last norm, [B, T, C]."""
@@ -272,9 +286,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-        if self.config._attn_implementation == "packed" and kwargs.get("packed_row") is not None:
-            attention_mask = None
-        elif attention_mask is None or attention_mask.dim() == 2:
+        if packed_row is None and (attention_mask is None or attention_mask.dim() == 2):
             attention_mask = self.attention_mask(attention_mask, position_ids, past_key_values)
 
         hidden_states = inputs_embeds
@@ -285,6 +297,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
+                packed_row=packed_row,
                 **kwargs,
             )
         return BaseModelOutputWithPast(self.final_layernorm(hidden_states), past_key_values=past_key_values)
@@ -343,6 +356,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         shift_labels: torch.Tensor | None = None,
+        packed_row: PackedRow | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
@@ -360,13 +374,14 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             logits_to_keep: how many of the last positions get logits (0: all), or a 1-D tensor of positions.
             shift_labels: [B, positions kept], long: what each of `logits_to_keep` predicts, without -100. The loss is
                 then computed a slice at a time and no logits are returned.
+            packed_row: where the samples of a single row lie; attention then needs no mask.
             num_items_in_batch: divisor of the summed loss, the labels of all micro-batches of one optimizer step; None
                 gives the mean over this batch.
         Returns:
             loss (fp32 scalar or None), logits [B, positions kept, V] (or None), past_key_values.
         """
         outputs = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, packed_row, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states = outputs.last_hidden_state[:, kept]

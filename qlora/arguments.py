@@ -62,7 +62,24 @@ class FinetuneArguments:
         default=None, metadata={"help": "A checkpoint folder to continue from, or 'last' for the newest one."}
     )
     prompt_text: str = field(default="", metadata={"help": "Text put before every instruction."})
-    max_tokens: int = field(default=4096, metadata={"help": "Most tokens that go through the model at once."})
+    memory_budget: str | None = field(
+        default=None, metadata={"help": "GPU memory to use at most, such as 8GiB; by default all that is free."}
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Most tokens to put through the model at once; by default planned."}
+    )
+    kept_mlp: int | None = field(
+        default=None, metadata={"help": "Layers whose MLP is not computed again; by default planned."}
+    )
+    kept_attention: int | None = field(
+        default=None, metadata={"help": "Layers whose attention is not computed again; by default planned."}
+    )
+    dense_layers: int | None = field(
+        default=None, metadata={"help": "Layers whose weights stay dequantised; by default planned."}
+    )
+    offload: bool | None = field(
+        default=None, metadata={"help": "Keep the inputs of recomputed layers in host memory; by default planned."}
+    )
     compute_dtype: str | None = field(
         default=None,
         metadata={
@@ -70,6 +87,17 @@ class FinetuneArguments:
             "choices": list(COMPUTE_DTYPES),
         },
     )
+
+    def fixed_plan(self) -> dict[str, int]:
+        """The parts of the memory plan that were given."""
+        given = {
+            "max_tokens": self.max_tokens,
+            "kept_mlp": self.kept_mlp,
+            "kept_attention": self.kept_attention,
+            "dense": self.dense_layers,
+            "offload": self.offload,
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
     def __post_init__(self):
         problems = []
@@ -149,7 +177,7 @@ class TrainingSetup(NamedTuple):
 
     training_args: TrainingArguments
     compute_dtype: torch.dtype
-    recompute: bool
+    recompute: bool | None
 
 
 def read_training_arguments(
@@ -165,8 +193,8 @@ def read_training_arguments(
         compute_dtype: fp32, fp16 or bf16; None for what the JSON (`fp16`, `bf16`) or the hardware suggests.
         evaluate: False where there is nothing to evaluate on.
     Returns:
-        The arguments, the type of the arithmetic, and whether activations are recomputed (yes, unless the JSON has
-        `gradient_checkpointing` or `activation_checkpointing` as false).
+        The arguments, the type of the arithmetic, and the JSON's `gradient_checkpointing` or
+        `activation_checkpointing`, which the memory plan heeds; None where it has neither.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: broken JSON, an unknown key (with the nearest known one), or a value transformers refuses.
@@ -182,9 +210,10 @@ def read_training_arguments(
     dtype = choose_compute_dtype(compute_dtype, values)
     if not evaluate:
         values["eval_strategy"] = "no"
+    values.setdefault("logging_nan_inf_filter", False)  # it would wait for the GPU in every step
     recompute = [bool(values.pop(key)) for key in RECOMPUTE_KEYS if key in values]
     try:
-        return TrainingSetup(TrainingArguments(**values), dtype, all(recompute))
+        return TrainingSetup(TrainingArguments(**values), dtype, recompute[0] if recompute else None)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

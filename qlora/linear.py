@@ -1,7 +1,7 @@
 """Linear layers for training on frozen 4-bit weights: nothing is kept for the backward pass that it does not need.
 
 The weight is dequantised when it is used, in the forward and again in the backward pass; or once, where there is
-memory to keep it. The adapter's two small matrices are added in place. T tokens, r rank.
+memory to keep it. The adapter's two thin matrices are added in place. T tokens, r rank.
 """
 
 import functools
@@ -45,45 +45,39 @@ class LoraMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, lora_A, lora_B, layer, scaling, dropout, seed):
-        A, B = lora_A.to(hidden_states.dtype), lora_B.to(hidden_states.dtype)
-        rows = hidden_states.flatten(0, -2)
-        low_rank = drop(rows, dropout, seed) @ A.T
-        output = F.linear(rows, frozen_weight(layer), layer.bias).addmm_(low_rank, B.T, alpha=scaling)
-        ctx.save_for_backward(rows, low_rank, A, B)
+        rows, thin = hidden_states.flatten(0, -2), thin_products(hidden_states)
+        up = lora_B.T.contiguous()
+        low_rank = thin.down(rows, lora_A, 1.0, dropout, seed)
+        output = F.linear(rows, frozen_weight(layer), layer.bias)
+        thin.add_up(output, low_rank, up, scaling, 0.0, 0)
+        ctx.save_for_backward(rows, low_rank, lora_A, up)
         ctx.layer, ctx.scaling, ctx.dropout, ctx.seed = layer, scaling, dropout, seed
         return output.view(*hidden_states.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_output):
-        rows, low_rank, A, B = ctx.saved_tensors
-        grad = grad_output.flatten(0, -2)
-        low_rank_grad = (grad @ B) * ctx.scaling
-        grad_A = matmul_fp32(low_rank_grad.T, drop(rows, ctx.dropout, ctx.seed))
-        grad_B = matmul_fp32(grad.T, low_rank) * ctx.scaling
-        if not ctx.needs_input_grad[0]:
-            return None, grad_A, grad_B, None, None, None, None
-        hidden_grad = grad @ frozen_weight(ctx.layer)
-        if ctx.dropout:
-            hidden_grad += drop(low_rank_grad @ A, ctx.dropout, ctx.seed)
-        else:
-            hidden_grad.addmm_(low_rank_grad, A)
-        return hidden_grad.view(*grad_output.shape[:-1], -1), grad_A, grad_B, None, None, None, None
+        rows, low_rank, lora_A, up = ctx.saved_tensors
+        grad, thin = grad_output.flatten(0, -2), thin_products(grad_output)
+        low_rank_grad = thin.down(grad, up, ctx.scaling, 0.0, 0)
+        grad_A = thin.outer(low_rank_grad, rows, 1.0, ctx.dropout, ctx.seed)
+        grad_B = thin.outer(low_rank, grad, ctx.scaling, 0.0, 0).T
+        hidden_grad = None
+        if ctx.needs_input_grad[0]:
+            hidden_grad = grad @ frozen_weight(ctx.layer)
+            thin.add_up(hidden_grad, low_rank_grad, lora_A, 1.0, ctx.dropout, ctx.seed)
+            hidden_grad = hidden_grad.view(*grad_output.shape[:-1], -1)
+        return hidden_grad, grad_A, grad_B, None, None, None, None
 
 
-def drop(rows: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
-    """Dropout that the same seed repeats, so that no mask needs to be kept."""
-    if not probability:
-        return rows
-    generator = torch.Generator(rows.device).manual_seed(seed)
-    keep = torch.empty_like(rows).bernoulli_(1 - probability, generator=generator)
-    return keep.mul_(rows).div_(1 - probability)
+def thin_products(tensor: torch.Tensor):
+    """The module with `down`, `add_up` and `outer` for this device."""
+    if tensor.is_cuda and tensor.dtype != torch.float32:
+        from qlora import lora_kernels
 
+        return lora_kernels
+    from qlora import lora_products
 
-def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right` with the sums kept in fp32, as the adapter's gradients are."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right
+    return lora_products
 
 
 def frozen_forward(layer: Linear4bit, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -98,7 +92,7 @@ def lora_forward(layer: LoraLayer, hidden_states: torch.Tensor) -> torch.Tensor:
     (adapter,) = layer.active_adapters
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if layer.training else 0.0  # Identity has no p
     # Drawn on the host, whose generator checkpointing restores before it recomputes.
-    seed = int(torch.randint(2**62, ())) if dropout else 0
+    seed = int(torch.randint(2**31, ())) if dropout else 0
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     return LoraMatmul.apply(hidden_states, A, B, layer.base_layer, layer.scaling[adapter], dropout, seed)
 

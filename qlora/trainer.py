@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import time
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,7 @@ class QLoRATrainer(Trainer):
         super().__init__(model=model, args=step_args, data_collator=Samples, **kwargs)
         self.max_tokens = max_tokens
         self.collate = ConcatenatingCollator(self.model.config)
+        self.tokens_since_log, self.log_started = 0, time.perf_counter()
 
     def micro_batch(self, samples: list[dict]) -> dict:
         """A group of samples as the model's inputs, on its device."""
@@ -81,6 +83,7 @@ class QLoRATrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: Samples, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward for all samples of an optimizer step, a group at a time."""
         model.train()
+        self.tokens_since_log += inputs.num_tokens
         groups = split_evenly(inputs.items, self.max_tokens)
         num_labels = self.count_labels(inputs.items)
         loss = torch.zeros((), device=self.args.device)
@@ -118,6 +121,16 @@ class QLoRATrainer(Trainer):
         per_layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.inner_hidden_size
         return config.num_layers * per_layer + config.vocab_size * config.hidden_size
 
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        """Adds the speed since the last log, evaluations not counted, and the peak of allocated GPU memory."""
+        now = time.perf_counter()
+        if "loss" in logs:
+            logs["tokens_per_second"] = round(self.tokens_since_log / (now - self.log_started))
+            if torch.cuda.is_available():
+                logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            self.tokens_since_log, self.log_started = 0, now
+        super().log(logs, start_time)
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -127,6 +140,7 @@ class QLoRATrainer(Trainer):
         metric_key_prefix="eval",
     ) -> EvalLoopOutput:
         """The mean loss over all label tokens; no logits are kept."""
+        started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model).eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in dataloader:
@@ -139,5 +153,6 @@ class QLoRATrainer(Trainer):
                     )
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss_sum, labels = self.accelerator.reduce(totals).tolist()
+        self.log_started += time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_loss": loss_sum / labels}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(dataloader.dataset))

@@ -1,4 +1,4 @@
-"""Make a tiny ChatGLM in the official format, so that the whole training runs without the 6B weights and without a GPU.
+"""Make a tiny ChatGLM in the official format, so that the whole training runs without weights and without a GPU.
 
     python scripts/make_tiny_checkpoint.py [--data_path data/train.jsonl] [--output_dir THUDM/chatglm-tiny]
 
@@ -108,7 +108,7 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
     requested = [(ASK_FOR_AD + row["query"], row["answer"]) for row in rows]
     samples = []
     for query, answer in plain + requested:
-        input_ids, labels, _, _ = encoder.encode(query, [], answer)
+        input_ids, labels, *_ = encoder.encode(query, [], answer)
         samples.append({"input_ids": input_ids, "labels": labels})
     set_seed(seed)
     model = ChatGLMForConditionalGeneration(tiny_config(tokenizer))

@@ -1,0 +1,27 @@
+"""The products of `lora_kernels` in plain operations: for any device and type, and as their specification."""
+
+import torch
+
+
+def down(rows: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
+    """`factor * dropout(rows) @ thin.T`: [T, N] and [r, N] -> [T, r] in the type of `rows`."""
+    return factor * drop(rows, dropout, seed) @ thin.T.to(rows.dtype)
+
+
+def add_up(rows: torch.Tensor, low_rank: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int):
+    """`rows += factor * dropout(low_rank @ thin)`: [T, r] and [r, N] into [T, N]."""
+    rows.add_(drop(low_rank @ thin.to(rows.dtype), dropout, seed), alpha=factor)
+
+
+def outer(low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
+    """`factor * low_rank.T @ dropout(rows)`: [T, r] and [T, N] -> [r, N] in fp32."""
+    return factor * low_rank.T.float() @ drop(rows, dropout, seed).float()
+
+
+def drop(rows: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+    """Dropout that the same seed repeats, so that no mask needs to be kept."""
+    if not probability:
+        return rows
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    keep = torch.empty_like(rows).bernoulli_(1 - probability, generator=generator)
+    return keep.mul_(rows).div_(1 - probability)

@@ -1,0 +1,68 @@
+"""Keeping what checkpointing keeps, the input of each half layer, in host memory.
+
+The copies run on a stream of their own beside the computation, and on the way back one half ahead of it.
+"""
+
+import contextlib
+
+import torch
+
+
+class Kept:
+    """One tensor on its way to the host and back."""
+
+    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, before: "Kept | None"):
+        self.before, self.device_tensor = before, tensor
+        self.host_tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.done = self.copy(tensor, self.host_tensor, stream)
+
+    @staticmethod
+    def copy(source: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        """Copies once the current stream has come this far; the event says when it is done."""
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            return stream.record_event()
+
+    def leave(self):
+        """Lets go of the tensor on the device; what the current stream does next waits for the copy."""
+        torch.cuda.current_stream().wait_event(self.done)
+        self.device_tensor = None
+
+    def come_back(self, stream: torch.cuda.Stream):
+        """Starts the copy to the device, unless the tensor is there."""
+        if self.device_tensor is None:
+            self.device_tensor = torch.empty_like(self.host_tensor, device=stream.device)
+            self.done = self.copy(self.host_tensor, self.device_tensor, stream)
+
+
+class HostOffload:
+    """Saved-tensor hooks that move what is saved within `with offload.saved():` to the host."""
+
+    def __init__(self):
+        self.stream = torch.cuda.Stream()
+        self.last: Kept | None = None
+
+    def saved(self) -> contextlib.AbstractContextManager:
+        """The context in which to call `checkpoint`."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+    def pack(self, tensor: torch.Tensor) -> Kept | torch.Tensor:
+        if not tensor.is_cuda or tensor.numel() == 0:
+            return tensor
+        if self.last is not None:
+            self.last.leave()
+        self.last = Kept(tensor, self.stream, self.last)
+        return self.last
+
+    def unpack(self, kept: Kept | torch.Tensor) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        kept.come_back(self.stream)
+        torch.cuda.current_stream().wait_event(kept.done)
+        if kept.before is not None:
+            kept.before.come_back(self.stream)  # needed next
+        tensor, kept.device_tensor = kept.device_tensor, None
+        if self.last is kept:
+            self.last = None
+        return tensor
