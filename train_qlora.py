@@ -7,10 +7,8 @@ The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` l
 """
 
 import logging
-import os
 
-from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+import torch
 
 from qlora.arguments import FinetuneArguments, parse_command_line, read_training_arguments
 from qlora.data import SampleEncoder, load_samples
@@ -18,7 +16,7 @@ from qlora.errors import message_instead_of_traceback
 from qlora.linear import use_training_kernels
 from qlora.loading import add_lora, load_quantized_model, load_tokenizer
 from qlora.memory_plan import plan_memory
-from qlora.trainer import QLoRATrainer
+from qlora.trainer import QLoRATrainer, find_checkpoint
 
 logger = logging.getLogger("train_qlora")
 
@@ -39,7 +37,7 @@ def prepare() -> tuple[QLoRATrainer, str | None]:
         args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
     )
     checkpoint = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
-    set_seed(training_args.seed)
+    torch.manual_seed(training_args.seed)
 
     tokenizer = load_tokenizer(args.model_name_or_path)
     encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
@@ -67,19 +65,6 @@ def prepare() -> tuple[QLoRATrainer, str | None]:
         processing_class=tokenizer,
     )
     return trainer, checkpoint
-
-
-def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
-    """The checkpoint to resume from: the given folder, or the newest in `output_dir` for 'last'."""
-    if requested is None:
-        return None
-    found = get_last_checkpoint(output_dir) if requested == "last" and os.path.isdir(output_dir) else requested
-    if found is None or not os.path.isfile(os.path.join(found, "trainer_state.json")):
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint {requested}: there is no checkpoint (a folder with trainer_state.json) in "
-            f"{output_dir if requested == 'last' else requested}."
-        )
-    return found
 
 
 if __name__ == "__main__":

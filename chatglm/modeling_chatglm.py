@@ -398,6 +398,8 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, attention_mask=None, **kwargs) -> dict:
         """Adds the positions, which depend on where `[gMASK]` and `<sop>` stand in the whole sequence so far."""
+        if attention_mask is not None and attention_mask.shape[1] != input_ids.shape[1]:
+            raise ValueError("A prompt cannot be read in pieces: all of it sees all of it. Give generate all tokens.")
         kwargs["position_ids"] = prefix_lm_position_ids(input_ids, attention_mask, self.config)
         return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
 

@@ -6,7 +6,7 @@ projection of queries, keys and values, because the kernel rotates and reads the
 Shapes: T tokens, C hidden size, H heads, D head dimension, N samples.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -14,7 +14,8 @@ from torch.nn import functional as F
 TILE = 64  # tokens that a program of the kernel works on
 
 
-class PackedRow(NamedTuple):
+@dataclass(frozen=True)
+class PackedRow:
     """Where the samples of a row lie.
 
     `lengths`, on the host: for each sample the tokens of its context, which all see each other, and the tokens after.
@@ -33,9 +34,13 @@ class PackedRow(NamedTuple):
             start += context + later
         return cls(lengths, torch.tensor(tiles, dtype=torch.int32))
 
-    def to(self, device: torch.device) -> "PackedRow":
+    def pin_memory(self) -> "PackedRow":
+        """The same layout in memory from which copies to the GPU need not be waited for."""
+        return PackedRow(self.lengths, self.tiles.pin_memory())
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> "PackedRow":
         """The same layout with its tiles on `device`."""
-        return PackedRow(self.lengths, self.tiles.to(device, non_blocking=True))
+        return PackedRow(self.lengths, self.tiles.to(device, non_blocking=non_blocking))
 
 
 def packed_attention(

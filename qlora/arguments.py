@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,14 @@ logger = logging.getLogger(__name__)
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
 
+# Settings that would be passed over in silence: the loss and the split of a step are this project's own.
+NOT_FOR_THIS_TRAINER = (
+    "auto_find_batch_size",
+    "include_num_input_tokens_seen",
+    "label_smoothing_factor",
+    "torch_compile",
+    "use_liger_kernel",
+)
 RECOMPUTE_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
 
 # Keys of older transformers that live on under another name.
@@ -100,15 +109,18 @@ class FinetuneArguments:
         return {name: value for name, value in given.items() if value is not None}
 
     def __post_init__(self):
-        problems = []
+        problems = check_positive(self, "max_tokens")
+        for name in ("kept_mlp", "kept_attention", "dense_layers"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                problems.append(f"--{name} is {getattr(self, name)}; it must not be negative")
         if self.max_input_length < 3:
             problems.append(f"--max_input_length is {self.max_input_length}; a prompt needs at least 3 tokens")
         if self.max_output_length < 2:
             problems.append(f"--max_output_length is {self.max_output_length}; an answer needs at least 2 tokens")
         if self.lora_rank < 1:
             problems.append(f"--lora_rank is {self.lora_rank}; it must be at least 1")
-        if self.lora_alpha <= 0:
-            problems.append(f"--lora_alpha is {self.lora_alpha}; it must be positive")
+        if not 0 < self.lora_alpha < math.inf:
+            problems.append(f"--lora_alpha is {self.lora_alpha}; it must be a positive number")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
         if problems:
@@ -150,6 +162,21 @@ class InferenceArguments:
             "choices": list(COMPUTE_DTYPES),
         },
     )
+
+    def __post_init__(self):
+        problems = check_positive(self, "max_new_tokens", "batch_size", "max_prompts")
+        if not 0 < self.temperature < math.inf:
+            problems.append(f"--temperature is {self.temperature}; it must be a positive number")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
+
+
+def check_positive(arguments: object, *names: str) -> list[str]:
+    """A problem for every named field that is given and below 1."""
+    values = {name: getattr(arguments, name) for name in names}
+    return [f"--{name} is {v}; it must be at least 1" for name, v in values.items() if v is not None and v < 1]
 
 
 def parse_command_line(dataclass_type: type, args: list[str] | None = None):
@@ -205,11 +232,15 @@ def read_training_arguments(
     if unknown:
         problems = "; ".join(f"{key}{nearest(key, known)}" for key in unknown)
         raise ValueError(f"{path}: not a TrainingArguments key of this transformers version: {problems}.")
+    refused = [key for key in NOT_FOR_THIS_TRAINER if values.get(key) not in (None, False, 0, "no")]
+    if refused:
+        raise ValueError(f"{path}: this training does not use {', '.join(refused)}; remove it.")
     if seed is not None:
         values["seed"] = seed
     dtype = choose_compute_dtype(compute_dtype, values)
     if not evaluate:
         values["eval_strategy"] = "no"
+    values.setdefault("dataloader_pin_memory", False)  # batches are pinned once they are tensors
     values.setdefault("logging_nan_inf_filter", False)  # it would wait for the GPU in every step
     recompute = [bool(values.pop(key)) for key in RECOMPUTE_KEYS if key in values]
     try:
@@ -235,17 +266,17 @@ def translate_renamed_keys(values: dict, path: str) -> dict:
     """Gives keys of older transformers their present names, and says so in one line."""
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     renamed = {old: new for old, new in RENAMED_KEYS.items() if old in values and old not in known}
+    if "group_by_length" in values and "group_by_length" not in known:
+        renamed["group_by_length"] = "train_sampling_strategy"
     clash = [f"{old} and {new}" for old, new in renamed.items() if new in values]
     if clash:
         raise ValueError(f"{path} sets {'; '.join(clash)}, which are the same setting: keep one.")
     translated = {renamed.get(key, key): value for key, value in values.items()}
-    notes = [f"{old} -> {new}" for old, new in renamed.items()]
-    if "group_by_length" in values and "group_by_length" not in known:
-        by_length = translated.pop("group_by_length")
-        translated.setdefault("train_sampling_strategy", "group_by_length" if by_length else "random")
-        notes.append("group_by_length -> train_sampling_strategy")
-    if notes:
-        logger.info("%s: read under their present names: %s", path, ", ".join(notes))
+    if "group_by_length" in renamed:
+        translated["train_sampling_strategy"] = "group_by_length" if values["group_by_length"] else "random"
+    if renamed:
+        notes = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
+        logger.info("%s: read under their present names: %s", path, notes)
     return translated
 
 

@@ -67,6 +67,8 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{found} is not a weight index (no JSON object with a weight_map). {HOW_TO_GET}") from error
+    if not names:
+        raise ValueError(f"{found} names no weight files. {HOW_TO_GET}")
     strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if strange:
         raise ValueError(f"{found} names files outside its folder: {strange[0]!r}.")
@@ -105,5 +107,5 @@ def safetensors_size(path: Path) -> int:
         try:
             header = json.loads(file.read(length))
             return 8 + length + max(t["data_offsets"][1] for name, t in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return -1

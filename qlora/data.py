@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizer
 
@@ -18,6 +18,7 @@ from chatglm.chat import build_prompt
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
+ROW_FEATURES = Features({"query": Value("string"), "history": List(List(Value("string"))), "answer": Value("string")})
 Parsed = TypeVar("Parsed")
 TOKENIZER_PROCESSES = 8  # at most; starting more costs more than it saves
 
@@ -41,7 +42,12 @@ def read_rows(path: str) -> Iterator[dict]:
         FileNotFoundError: there is no such file.
         ValueError: a line that cannot be trained on, with file, line number and reason.
     """
-    return read_lines(path, lambda text: vars(check_row(json.loads(text))))
+    empty = True
+    for row in read_lines(path, lambda text: check_row(json.loads(text))):
+        empty = False
+        yield vars(row)
+    if empty:
+        raise ValueError(f"{path} has no rows.")
 
 
 def read_prompts(path: str) -> list[str]:
@@ -51,9 +57,8 @@ def read_prompts(path: str) -> list[str]:
         FileNotFoundError, ValueError: as `read_rows`.
     """
     is_text = Path(path).suffix != ".jsonl"
-    prompts = list(
-        read_lines(path, str.strip if is_text else lambda text: build_prompt(*check_query(json.loads(text))))
-    )
+    prompt_of = str.strip if is_text else lambda text: build_prompt(*check_query(json.loads(text)))
+    prompts = [prompt for prompt in read_lines(path, prompt_of) if prompt]
     if not prompts:
         raise ValueError(f"{path} has no prompts.")
     return prompts
@@ -99,7 +104,7 @@ def check_query(row: object) -> tuple[str, list[list[str]]]:
     if extra is not None and not isinstance(extra, str):
         raise ValueError(f"field 'input' must be a string, found a {type(extra).__name__}")
     if extra and extra.strip():
-        query = f"{query}\n{extra}"
+        query = f"{query}\n{check_text(extra)}"
     return query, check_history(row.get("history"))
 
 
@@ -113,7 +118,16 @@ def text_field(row: dict, *names: str) -> str:
         raise ValueError(f"field '{name}' must be a string, found a {type(value).__name__}")
     if not value.strip():
         raise ValueError(f"field '{name}' is empty")
-    return value
+    return check_text(value)
+
+
+def check_text(text: str) -> str:
+    """The text, if it is one: JSON can spell halves of characters that no text has."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a lone surrogate (\\u{ord(text[error.start]):04x}), which is half a character") from error
+    return text
 
 
 def check_history(history: object) -> list[list[str]]:
@@ -122,6 +136,8 @@ def check_history(history: object) -> list[list[str]]:
         return []
     if not isinstance(history, list) or not all(map(is_round, history)):
         raise ValueError("field 'history' must be a list of [question, answer] pairs of strings")
+    for turn in history:
+        check_text("".join(turn))
     return history
 
 
@@ -183,7 +199,10 @@ def load_rows(path: str) -> Dataset:
     version = f"{source.resolve()}:{stat.st_size}:{stat.st_mtime_ns}" if stat else path
     try:
         return Dataset.from_generator(
-            read_rows, gen_kwargs={"path": path}, fingerprint=hashlib.sha256(version.encode()).hexdigest()[:16]
+            read_rows,
+            features=ROW_FEATURES,
+            gen_kwargs={"path": path},
+            fingerprint=hashlib.sha256(version.encode()).hexdigest()[:16],
         )
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
@@ -198,8 +217,6 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
         FileNotFoundError, ValueError: see `read_rows`; also for a file without rows.
     """
     rows = load_rows(path)
-    if len(rows) == 0:
-        raise ValueError(f"{path} has no rows.")
     workers = min(TOKENIZER_PROCESSES, os.cpu_count() or 1, 1 + len(rows) // 5000)
     samples = rows.map(
         encoder,

@@ -1,107 +1,139 @@
-"""Fast generation: the forward pass of one token, recorded once as a CUDA graph and replayed for every further token.
+"""Fast generation: one decoding step, with the choice of the next token, recorded as a CUDA graph and replayed.
 
-At small batches a decoding step waits for kernel launches, not for the GPU. Everything else of `generate` (sampling,
-stopping, streaming) stays transformers'.
+At small batches a decoding step waits for kernel launches, and for the host to look at every token, not for the GPU.
+Here the graph feeds itself; the host looks now and then whether all rows have ended. Without a GPU the same step runs
+without a graph. For greedy decoding and sampling; `model.generate` does beams and the rest.
 
-Shapes: B rows, S places in the cache.
+Shapes: B rows, T prompt tokens, N new tokens.
 """
 
-import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import StaticCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from chatglm.modeling_chatglm import prefix_lm_position_ids
+
+Choice = Callable[[torch.Tensor], torch.Tensor]
 
 
-class GraphedStep:
-    """One decoding step with a given cache and batch size; the graph itself moves the positions on.
+def token_choice(do_sample: bool, top_p: float = 0.7, temperature: float = 0.95) -> Choice:
+    """Logits [B, V] -> token ids [B, 1]: the likeliest, or one drawn as the official model does by default."""
+    if not do_sample:
+        return lambda logits: logits.argmax(dim=-1, keepdim=True)
+    warpers = (TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p))
+
+    def sample(logits: torch.Tensor) -> torch.Tensor:
+        for warper in warpers:
+            logits = warper(None, logits)
+        return torch.multinomial(logits.softmax(dim=-1), 1)
+
+    return sample
+
+
+class Decoder:
+    """The state of a batch of answers being generated; all of it is changed in place by `step`.
 
     Args:
-        forward: the model's.
-        cache: filled with the prompts.
-        input_ids: [B, 1], the tokens of the first step.
-        position_ids: [B, 2, 1], theirs.
-        attention_mask: [B, tokens so far], 0 for padding.
+        model: the language model, with any adapter already in its layers.
+        input_ids, attention_mask: [B, T], prompts padded on the left.
+        max_new_tokens: N.
+        choose: picks the next token from the logits.
     """
 
-    def __init__(self, forward, cache: StaticCache, input_ids, position_ids, attention_mask):
-        self.input_ids, self.position_ids = input_ids.clone(), position_ids.clone()
-        attention_mask = F.pad(attention_mask, (0, cache.layers[0].max_cache_len - attention_mask.shape[1]), value=1)
-        run = functools.partial(
-            forward, self.input_ids, attention_mask, self.position_ids, cache, use_cache=True, return_dict=True
+    def __init__(self, model: PreTrainedModel, input_ids, attention_mask, max_new_tokens: int, choose: Choice):
+        self.model, self.choose = model, choose
+        B, T = input_ids.shape
+        self.cache = StaticCache(config=model.config, max_cache_len=T + max_new_tokens)
+        self.seen = F.pad(attention_mask, (0, max_new_tokens), value=1)
+        self.new_tokens = torch.full((B, max_new_tokens), model.config.pad_token_id, device=input_ids.device)
+        self.place = torch.zeros(1, dtype=torch.long, device=input_ids.device)
+        self.finished = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
+        positions = prefix_lm_position_ids(input_ids, attention_mask, model.config)
+        logits = self.forward(input_ids, attention_mask, positions)
+        self.position_ids = positions[:, :, -1:] + torch.tensor([[0], [1]], device=input_ids.device)
+        self.token = torch.empty_like(input_ids[:, :1])
+        self.accept(logits)
+
+    def forward(self, input_ids, attention_mask, position_ids) -> torch.Tensor:
+        """Logits [B, V] in fp32 after the last token."""
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, self.cache, use_cache=True, logits_to_keep=1, return_dict=True
         )
+        return outputs.logits[:, -1].float()
+
+    def accept(self, logits: torch.Tensor):
+        """Chooses each row's next token and writes it down; a row that has ended gets padding."""
+        token = self.choose(logits).masked_fill(self.finished, self.model.config.pad_token_id)
+        self.token.copy_(token)
+        self.new_tokens.index_copy_(1, self.place, token)
+        self.finished |= token == self.model.config.eos_token_id
+        self.place += 1
+
+    def step(self):
+        """One more token for every row."""
+        logits = self.forward(self.token, self.seen, self.position_ids)
+        self.accept(logits)
+        self.position_ids[:, 1] += 1
+
+    def graphed_step(self) -> Callable[[], None]:
+        """`step` as the replay of a CUDA graph; one step is taken on the way."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()  # loads kernels; the place in the cache that it fills, the first replay fills again
-            for layer in cache.layers:
-                layer.cumulative_length.sub_(1)
+            self.step()  # loads what a recording must not load
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = run().logits
-            self.position_ids[:, 1] += 1
-
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, 1, V] after one more token a row [B, 1]."""
-        self.input_ids.copy_(input_ids)
-        self.graph.replay()
-        return self.logits
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
 
 
-@contextlib.contextmanager
-def graphed_decoding(model: PreTrainedModel) -> Iterator[dict]:
-    """Within it, `model.generate(**options)` with the options it yields replays a CUDA graph for every token.
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    max_new_tokens: int,
+    choose: Choice,
+    look_every: int = 16,
+) -> Iterator[torch.Tensor]:
+    """Generates answers, yielding the new tokens every few steps.
 
-    For greedy decoding and sampling. Without a GPU nothing changes and there are no options.
+    Args:
+        model: the language model, in evaluation mode.
+        input_ids, attention_mask: [B, T], long, prompts padded on the left.
+        max_new_tokens: most tokens of an answer.
+        choose: picks the next token, see `token_choice`.
+        look_every: steps between two looks, on the host, at what has been generated.
+    Yields:
+        [B, up to look_every], long; padding after a row's end.
     """
-    if not torch.cuda.is_available():
-        yield {}
-        return
-    forward, prepare, steps = model.forward, model.prepare_inputs_for_generation, {}
-
-    def prepare_inputs(input_ids, attention_mask=None, past_key_values=None, next_sequence_length=None, **kwargs):
-        if next_sequence_length == 1 and id(past_key_values) in steps:
-            return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
-        inputs = prepare(
-            input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            next_sequence_length=next_sequence_length,
-            **kwargs,
-        )
-        return inputs | {"attention_mask": attention_mask}
-
-    def graphed_forward(input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
-        if not isinstance(past_key_values, StaticCache) or input_ids.shape[1] != 1:
-            return forward(input_ids, attention_mask, position_ids, past_key_values, **kwargs)
-        if id(past_key_values) not in steps:
-            steps.clear()  # a new cache: the old one's graph is of no more use
-            step = GraphedStep(forward, past_key_values, input_ids, position_ids, attention_mask)
-            steps[id(past_key_values)] = step
-        logits = steps[id(past_key_values)](input_ids)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-
-    model.forward, model.prepare_inputs_for_generation = graphed_forward, prepare_inputs
-    try:
-        yield {"cache_implementation": "static", "disable_compile": True}
-    finally:
-        del model.forward, model.prepare_inputs_for_generation
+    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens, choose)
+    step, done, yielded = decoder.step, 1, 0
+    while done < max_new_tokens and not decoder.finished.all():
+        if input_ids.is_cuda and done == 1:
+            step = decoder.graphed_step()
+            done += 1
+        for _ in range(min(look_every, max_new_tokens - done)):
+            step()
+            done += 1
+        yield decoder.new_tokens[:, yielded:done]
+        yielded = done
+    if yielded < done:
+        yield decoder.new_tokens[:, yielded:done]
 
 
-def use_inference_kernels(model: PeftModel):
+def use_inference_kernels(model: torch.nn.Module, dtype: torch.dtype):
     """Adds the adapter's output in two matrix products in the compute type, instead of converting to fp32 and back."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             (adapter,) = layer.active_adapters
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight * layer.scaling[adapter]
-            dtype = model.get_base_model().dtype
             layer.forward = functools.partial(add_adapter, layer, down.detach().to(dtype), up.detach().to(dtype))
 
 

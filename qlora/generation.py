@@ -1,27 +1,33 @@
-"""Answers to many prompts: batched, padded on the left, longest together."""
+"""Answers to prompts: many at once, or one as it is being written."""
+
+from collections.abc import Iterator
 
 import torch
+from peft import PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizer
+from transformers import PreTrainedTokenizer
 
 from chatglm.chat import clean_response
+from qlora.decoding import Choice, decode
 
 
 def generate_answers(
-    model: PreTrainedModel,
+    model: PeftModel,
     tokenizer: PreTrainedTokenizer,
     prompts: list[str],
-    batch_size: int = 8,
-    **generation_kwargs,
+    max_new_tokens: int,
+    choose: Choice,
+    batch_size: int,
 ) -> list[str]:
-    """Answers every prompt; control tokens written in a prompt stay text.
+    """Answers every prompt, in batches of prompts of similar length; control tokens written in a prompt stay text.
 
     Args:
-        model: with or without an adapter, on its device.
+        model: a peft model on its device; its adapter counts unless it is disabled.
         tokenizer: the model's.
         prompts: texts as the user wrote them.
+        max_new_tokens: longest answer in tokens.
+        choose: picks the next token, see `token_choice`.
         batch_size: prompts answered at once.
-        generation_kwargs: anything `generate` takes.
     Returns:
         The cleaned answers, in the order of the prompts.
     """
@@ -32,9 +38,19 @@ def generate_answers(
         batch = tokenizer(
             [prompts[i] for i in indices], padding=True, split_special_tokens=True, return_tensors="pt"
         ).to(model.device)
-        with torch.inference_mode():
-            output = model.generate(**batch, **generation_kwargs)
-        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        pieces = list(decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, choose=choose))
+        texts = tokenizer.batch_decode(torch.cat(pieces, dim=1), skip_special_tokens=True)
         for i, text in zip(indices, texts, strict=True):
             answers[i] = clean_response(text)
     return answers
+
+
+def stream_answer(
+    model: PeftModel, tokenizer: PreTrainedTokenizer, prompt: str, max_new_tokens: int, choose: Choice
+) -> Iterator[str]:
+    """Yields the answer so far, again and again, as it grows."""
+    batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
+    tokens = []
+    for piece in decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, choose=choose, look_every=2):
+        tokens += piece[0].tolist()
+        yield clean_response(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")

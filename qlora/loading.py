@@ -1,15 +1,18 @@
 """Loading: the tokenizer, the base model in 4 bits, the adapter on top."""
 
 import logging
+import pickle
+from pathlib import Path
 
 import bitsandbytes
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
 
 from chatglm import ChatGLMConfig
-from qlora.checkpoint import check_checkpoint
+from qlora.checkpoint import HOW_TO_GET, check_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizer:
         FileNotFoundError, ValueError: see `check_checkpoint`.
     """
     check_checkpoint(path)
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except RuntimeError as error:
+        raise ValueError(f"{path}/ice_text.model is damaged or incomplete: download it again ({error}).") from error
 
 
 def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedModel:
@@ -54,12 +60,18 @@ def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedMod
     """
     config = check_checkpoint(path)
     check_device(config, compute_dtype)
-    model = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=compute_dtype,
         quantization_config=quantization_config(compute_dtype),
         device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
+        output_loading_info=True,
     )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{path}: {len(missing)} weights are in none of its files, such as {missing[0]}. {HOW_TO_GET}"
+        )
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 an evaluation would repack the weights into a form that cannot be trained.
@@ -129,26 +141,44 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
     return get_peft_model(model, config)
 
 
+def adapter_config(path: str) -> PeftConfig:
+    """The configuration of a trained adapter; it names the base model.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+    """
+    if not (Path(path) / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"there is no adapter in {path} (no adapter_config.json). Train one with `bash train.sh`, or say where "
+            "it is with --adapter_path."
+        )
+    return PeftConfig.from_pretrained(path)
+
+
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """Puts a trained adapter on the model.
 
     Raises:
-        ValueError: the adapter was made for a model of another shape.
+        FileNotFoundError: there is no adapter.
+        ValueError: it is damaged, or was made for a model of another shape.
     """
-    weights = load_peft_weights(path, device="cpu")
+    adapter_config(path)
+    try:
+        weights = load_peft_weights(path, device="cpu")
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"the adapter's weights in {path} are damaged: {error}") from error
     try:
         model = PeftModel.from_pretrained(model, path)
         fits = shapes(get_peft_model_state_dict(model)) == shapes(weights)
-    except (RuntimeError, ValueError) as error:
-        fits, cause = False, error
-    else:
-        cause = None
+    except (RuntimeError, ValueError):
+        fits = False
     if not fits:
+        name, tensor = next(iter(weights.items()), ("nothing", torch.empty(0)))
         raise ValueError(
-            f"the adapter in {path} does not fit the base model {model.name_or_path}: it has {len(weights)} tensors "
-            f"such as {', '.join(f'{name} {list(t.shape)}' for name, t in list(weights.items())[:1])}. "
-            "Give the base model it was trained on with --model_name_or_path."
-        ) from cause
+            f"the adapter in {path} does not fit the base model {model.name_or_path}: it has {len(weights)} tensors, "
+            f"the first is {name} {list(tensor.shape)}. Give the base model it was trained on with "
+            "--model_name_or_path."
+        )
     return model
 
 

@@ -229,7 +229,12 @@ def plan_memory(
     """
     config = model.config
     if not torch.cuda.is_available():
-        return fixed.get("max_tokens", CPU_TOKENS)
+        if budget is not None:
+            raise ValueError("--memory_budget plans the memory of a GPU; there is none.")
+        every = config.num_layers
+        plan = dataclasses.replace(MemoryPlan(CPU_TOKENS, every, every, 0, False, 0), **fixed | {"offload": False})
+        apply_plan(model, plan)
+        return plan.max_tokens
     sizes = Sizes(
         config,
         model.get_base_model().dtype.itemsize,

@@ -8,13 +8,14 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import os
 import time
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
 from qlora.collation import ConcatenatingCollator
 
@@ -40,7 +41,7 @@ def split_evenly(samples: list[dict], max_tokens: int) -> list[list[dict]]:
     """
     by_length = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
     total = sum(len(sample["input_ids"]) for sample in samples)
-    for count in range(max(1, -(-total // max_tokens)), len(samples) + 1):
+    for count in range(min(len(samples), -(-total // max_tokens)), len(samples) + 1):
         groups, sizes = [[] for _ in range(count)], [0] * count
         for sample in by_length:
             smallest = sizes.index(min(sizes))
@@ -49,6 +50,19 @@ def split_evenly(samples: list[dict], max_tokens: int) -> list[list[dict]]:
         if max(sizes) <= max_tokens or count == len(samples):
             break
     return [group for group in groups if group]
+
+
+def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
+    """The checkpoint to resume from: the given folder, or the newest in `output_dir` for 'last'."""
+    if requested is None:
+        return None
+    found = get_last_checkpoint(output_dir) if requested == "last" and os.path.isdir(output_dir) else requested
+    if found is None or not os.path.isfile(os.path.join(found, "trainer_state.json")):
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {requested}: there is no checkpoint (a folder with trainer_state.json) in "
+            f"{output_dir if requested == 'last' else requested}."
+        )
+    return found
 
 
 class QLoRATrainer(Trainer):
@@ -66,6 +80,8 @@ class QLoRATrainer(Trainer):
             per_device_train_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
             gradient_accumulation_steps=1,
         )
+        if step_args.n_gpu > 1:  # without torchrun one process trains on one GPU, whatever else is visible
+            step_args._n_gpu = 1
         super().__init__(model=model, args=step_args, data_collator=Samples, **kwargs)
         self.max_tokens = max_tokens
         self.collate = ConcatenatingCollator(self.model.config)
@@ -76,8 +92,7 @@ class QLoRATrainer(Trainer):
         device = self.args.device
         inputs = self.collate(samples)
         if device.type == "cuda":
-            inputs = {k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-            inputs = {k: v.to(device, non_blocking=True) if not isinstance(v, int) else v for k, v in inputs.items()}
+            inputs = {name: value.pin_memory().to(device, non_blocking=True) for name, value in inputs.items()}
         return inputs
 
     def training_step(self, model: torch.nn.Module, inputs: Samples, num_items_in_batch=None) -> torch.Tensor:

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import sentencepiece
+import torch
 from sentencepiece import sentencepiece_model_pb2
-from transformers import Trainer, TrainingArguments, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.tokenization_chatglm import MAX_BLANKS
 from qlora.arguments import parse_command_line
-from qlora.collation import ConcatenatingCollator
 from qlora.data import SampleEncoder, read_rows
 from qlora.errors import message_instead_of_traceback
 from qlora.export import write_checkpoint, write_json
+from qlora.trainer import QLoRATrainer, TrainingArguments
 
 ASK_FOR_AD = "写一段广告："
 CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
@@ -110,13 +110,12 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
     for query, answer in plain + requested:
         input_ids, labels, *_ = encoder.encode(query, [], answer)
         samples.append({"input_ids": input_ids, "labels": labels})
-    set_seed(seed)
+    torch.manual_seed(seed)
     model = ChatGLMForConditionalGeneration(tiny_config(tokenizer))
     with tempfile.TemporaryDirectory() as scratch:
         training_args = TrainingArguments(
             output_dir=scratch,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=4,
+            per_device_train_batch_size=32,
             max_steps=max_steps,
             learning_rate=3e-3,
             lr_scheduler_type="cosine",
@@ -126,7 +125,8 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
             report_to="none",
             seed=seed,
         )
-        Trainer(model, training_args, ConcatenatingCollator(model.config), samples).train()
+        QLoRATrainer(model, training_args, max_tokens=1024, train_dataset=samples).train()
+    model.config.use_cache = True  # the Trainer switches it off
     return model
 
 

@@ -7,15 +7,17 @@ Golden values come from tests/golden/tiny: the official modelling code in fp32 o
 import json
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT
+from conftest import GOLDEN, GOLDEN_ADAPTER, GOLDEN_CHECKPOINT
 from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, set_seed
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm.modeling_chatglm import prefix_lm_mask, prefix_lm_position_ids
 from qlora.collation import ConcatenatingCollator
 from qlora.loading import load_quantized_model
 
@@ -116,6 +118,41 @@ def test_greedy_tokens_equal_official(model, cases, number):
     case = cases["generate"][number]
     tuned = with_adapter(model) if case.get("with_adapter") else model
     assert greedy(tuned, case["prompt"], len(case["new_tokens"])) == case["new_tokens"]
+
+
+def test_positions_and_mask_of_a_left_padded_batch_equal_official():
+    # In tests/golden/tokenizer.json: the official tokenizer makes them, here the model does.
+    expected = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))["left_padded_batch"]
+    ids, config = torch.tensor(expected["input_ids"]), ChatGLMConfig()
+    attention_mask = (ids != config.pad_token_id).long()
+    position_ids = prefix_lm_position_ids(ids, attention_mask, config)
+    assert position_ids.tolist() == expected["position_ids"]
+    visible = prefix_lm_mask(attention_mask, position_ids[:, 1], 0, ids.shape[1])
+    official = ~torch.tensor(expected["attention_mask_true_means_blocked"]).bool()
+    queries = attention_mask.bool()[:, None, :, None]  # what padding sees is of no consequence
+    assert torch.equal(visible & queries, official & queries)
+
+
+GMASK, MASK, SOP, PAD = 130001, 130000, 130004, 3
+
+
+@pytest.mark.parametrize(
+    ("ids", "position", "block_position"),
+    [
+        ([7, 8, GMASK, SOP, 9, 10], [0, 1, 2, 2, 2, 2], [0, 0, 0, 1, 2, 3]),
+        ([7, MASK, 8, 9, SOP, 10], [0, 1, 2, 3, 1, 1], [0, 0, 0, 0, 1, 2]),  # a blank within the text
+        ([7, MASK, 8, GMASK, SOP, 10], [0, 1, 2, 3, 3, 3], [0, 0, 0, 0, 1, 2]),
+        ([7, GMASK, 8, MASK, SOP, 10], [0, 1, 2, 3, 1, 1], [0, 0, 0, 0, 1, 2]),
+        ([GMASK, SOP, 7, SOP, 8], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]),  # the first <sop> counts
+        ([PAD, PAD, 7, MASK, 8, SOP], [0, 0, 0, 1, 2, 1], [0, 0, 0, 0, 0, 1]),
+        ([7, 8, 9], [0, 1, 2], [0, 0, 0]),
+    ],
+)
+def test_positions(ids, position, block_position):
+    # Source: the rules in "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", section 2.1.
+    ids = torch.tensor([ids])
+    found = prefix_lm_position_ids(ids, (ids != PAD).long(), ChatGLMConfig())
+    assert found.tolist() == [[position, block_position]]
 
 
 # Loading.
@@ -299,14 +336,27 @@ def test_streamer_gives_the_generated_text(tiny_model, tokenizer):
 # Training.
 
 
-def label_logits(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+@pytest.fixture(params=["packed", "masked"])
+def concatenate(request: pytest.FixtureRequest, model) -> Callable[[list[dict]], dict]:
+    """Samples in one row, attended to sample by sample or under a mask."""
+
+    def collate(samples: list[dict]) -> dict:
+        batch = ConcatenatingCollator(model.config)(samples)
+        if request.param == "masked":
+            del batch["packed_row"]
+        return batch
+
+    return collate
+
+
+def label_logits(model, batch: dict) -> torch.Tensor:
     """Logits at the positions that predict a label, [L, V], of a batch from the collator."""
     return model(**{name: value for name, value in batch.items() if "labels" not in name}).logits[0]
 
 
-def test_concatenated_samples_have_separate_losses(model, cases):
+def test_concatenated_samples_have_separate_losses(model, concatenate, cases):
     samples = separate_samples(cases["train_batch"])
-    batch = ConcatenatingCollator(model.config)(samples)
+    batch = concatenate(samples)
     logits = label_logits(model, batch)
     counts = [sum(label != -100 for label in sample["labels"]) for sample in samples]
     parts = zip(samples, logits.split(counts), batch["shift_labels"][0].split(counts), strict=True)
@@ -316,25 +366,31 @@ def test_concatenated_samples_have_separate_losses(model, cases):
         assert together.item() == pytest.approx(alone.item(), **LOSS)
 
 
-def test_concatenated_batch_has_loss_and_gradients_of_padded_batch(model, cases, arrays):
+def test_concatenated_batch_has_loss_and_gradients_of_padded_batch(model, concatenate, cases, arrays):
     tuned = with_adapter(model, trainable=True)
-    batch = ConcatenatingCollator(model.config)(separate_samples(cases["train_batch"]))
-    loss = tuned(**batch).loss
+    loss = tuned(**concatenate(separate_samples(cases["train_batch"]))).loss
     assert loss.item() == pytest.approx(cases["train_batch"]["loss_with_adapter"], **LOSS)
     loss.backward()
     for name, gradient in lora_gradients(tuned).items():
         torch.testing.assert_close(gradient, arrays[f"grad/{name}"], atol=1e-4, rtol=0)
 
 
-def test_a_sample_does_not_see_its_neighbours(model, cases):
+def test_a_sample_does_not_see_its_neighbours(model, concatenate, cases):
     samples = separate_samples(cases["train_batch"])
-    collate = ConcatenatingCollator(model.config)
     other = [{**sample, "input_ids": list(sample["input_ids"])} for sample in samples]
     other[0]["input_ids"][2] = 42  # in the prompt of the first
     count = sum(label != -100 for label in samples[0]["labels"])
-    logits, changed = (label_logits(model, collate(rows)) for rows in (samples, other))
-    assert torch.equal(logits[count:], changed[count:])
+    logits, changed = (label_logits(model, concatenate(rows)) for rows in (samples, other))
+    torch.testing.assert_close(logits[count:], changed[count:], atol=1e-6, rtol=0)
     assert (logits[:count] - changed[:count]).abs().amax(-1).min() > 1e-3
+
+
+def test_micro_batches_add_up_to_the_whole(model, concatenate, cases):
+    samples = separate_samples(cases["train_batch"])
+    whole = concatenate(samples)
+    count = whole["shift_labels"].numel()
+    parts = (model(**concatenate(part), num_items_in_batch=count).loss for part in (samples[:1], samples[1:]))
+    assert sum(parts).item() == pytest.approx(model(**whole).loss.item(), **LOSS)
 
 
 def test_number_of_items_divides_the_summed_loss(sdpa_model, cases):

@@ -1,0 +1,230 @@
+"""qlora/checkpoint.py: every way in which a folder can be no ChatGLM-6B; qlora/export.py: writing one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN_CHECKPOINT, copy_tokenizer
+
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from qlora.checkpoint import check_checkpoint
+from qlora.export import write_checkpoint
+
+INDEX = "pytorch_model.bin.index.json"
+SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:5e974d9a\nsize 1879731432\n"
+
+
+def edit_json(path: Path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weight_map(folder: Path, name: object):
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    edit_json(folder / INDEX, weight_map=weight_map | {"lm_head.weight": name})
+
+
+def truncate(path: Path, keep: float = 0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+
+
+@pytest.fixture
+def safetensors_folder(golden_folder: Path) -> Path:
+    """The golden weights in one .safetensors file."""
+    ChatGLMForConditionalGeneration.from_pretrained(golden_folder).save_pretrained(golden_folder)
+    for name in (INDEX, *SHARDS):
+        (golden_folder / name).unlink()
+    return golden_folder
+
+
+# Complete folders.
+
+
+def test_complete_folder_passes(golden_folder):
+    config = check_checkpoint(str(golden_folder))
+    assert isinstance(config, ChatGLMConfig)
+    assert (config.num_layers, config.hidden_size, config.vocab_size) == (3, 64, 512)
+
+
+def test_safetensors_folder_passes(safetensors_folder):
+    assert check_checkpoint(str(safetensors_folder)).num_layers == 3
+
+
+def test_sharded_safetensors_folder_passes(golden_folder):
+    model = ChatGLMForConditionalGeneration.from_pretrained(golden_folder)
+    for name in (INDEX, *SHARDS):
+        (golden_folder / name).unlink()
+    model.save_pretrained(golden_folder, max_shard_size="200KB")
+    assert (golden_folder / "model.safetensors.index.json").is_file()
+    check_checkpoint(str(golden_folder))
+    next(golden_folder.glob("model-00002-of-*.safetensors")).unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-"):
+        check_checkpoint(str(golden_folder))
+
+
+# Incomplete and foreign ones.
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere.*Download"):
+        check_checkpoint(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "ice_text.model", *SHARDS])
+def test_missing_file(golden_folder, name):
+    (golden_folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        check_checkpoint(str(golden_folder))
+
+
+def test_no_weights_at_all(golden_folder):
+    for name in (INDEX, *SHARDS):
+        (golden_folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        check_checkpoint(str(golden_folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "ice_text.model", INDEX, *SHARDS])
+def test_git_lfs_pointer(golden_folder, name):
+    (golden_folder / name).write_bytes(LFS_POINTER)
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        check_checkpoint(str(golden_folder))
+
+
+@pytest.mark.parametrize("keep", [0, 0.5, 0.99])
+@pytest.mark.parametrize("name", SHARDS)
+def test_truncated_bin(golden_folder, name, keep):
+    truncate(golden_folder / name, keep)
+    with pytest.raises(ValueError, match=f"{name} is damaged or incomplete"):
+        check_checkpoint(str(golden_folder))
+
+
+@pytest.mark.parametrize("keep", [0, 0.001, 0.5, 0.99])
+def test_truncated_safetensors(safetensors_folder, keep):
+    truncate(safetensors_folder / "model.safetensors", keep)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
+        check_checkpoint(str(safetensors_folder))
+
+
+@pytest.mark.parametrize(
+    "header", [b"{}", b"[]", b"{", b'{"a": {}}', b'{"a": {"data_offsets": []}}', b'{"a": {"data_offsets": [0, "1"]}}']
+)
+def test_broken_safetensors_header(safetensors_folder, header):
+    (safetensors_folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
+        check_checkpoint(str(safetensors_folder))
+
+
+def test_chatglm2_is_refused(golden_folder):
+    edit_json(golden_folder / "config.json", padded_vocab_size=65024, multi_query_attention=True)
+    with pytest.raises(ValueError, match="ChatGLM2"):
+        check_checkpoint(str(golden_folder))
+
+
+def test_quantised_checkpoint_is_refused(golden_folder):
+    edit_json(golden_folder / "config.json", quantization_bit=4)
+    with pytest.raises(ValueError, match="quantization_bit=4"):
+        check_checkpoint(str(golden_folder))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "", None])
+def test_other_model_type_is_refused(golden_folder, model_type):
+    edit_json(golden_folder / "config.json", model_type=model_type)
+    with pytest.raises(ValueError, match=f"a model of type {model_type!r}, expected 'chatglm'"):
+        check_checkpoint(str(golden_folder))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\ufeff{}"])
+def test_broken_config_is_refused(golden_folder, content):
+    (golden_folder / "config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"golden"):
+        check_checkpoint(str(golden_folder))
+
+
+@pytest.mark.parametrize("name", ["../x.bin", "/etc/passwd", "sub/x.bin", 7, None, ["x.bin"]])
+def test_index_may_only_name_files_beside_it(golden_folder, name):
+    edit_weight_map(golden_folder, name)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        check_checkpoint(str(golden_folder))
+
+
+@pytest.mark.parametrize("name", ["..", "", ".", "other.bin"])
+def test_index_that_names_no_file(golden_folder, name):
+    edit_weight_map(golden_folder, name)
+    with pytest.raises((FileNotFoundError, ValueError), match=r"missing|index"):
+        check_checkpoint(str(golden_folder))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "null"])
+def test_broken_index_is_refused(golden_folder, content):
+    (golden_folder / INDEX).write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json"):
+        check_checkpoint(str(golden_folder))
+
+
+# Writing a checkpoint.
+
+
+@pytest.fixture(scope="module")
+def golden_model() -> ChatGLMForConditionalGeneration:
+    return ChatGLMForConditionalGeneration.from_pretrained(GOLDEN_CHECKPOINT, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module", params=["200KB", "5GB"])
+def written(request, golden_model, tmp_path_factory) -> Path:
+    """The golden model, written again, in shards or in one file."""
+    folder = tmp_path_factory.mktemp("written") / "new"
+    state = golden_model.state_dict()
+    write_checkpoint(str(folder), golden_model.config, lambda name, shape: state[name], shard_size=request.param)
+    return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything the .bin files of a folder hold."""
+    state = {}
+    for path in sorted(folder.glob("*.bin")):
+        part = torch.load(path, weights_only=True)
+        assert not state.keys() & part.keys()
+        state |= part
+    return state
+
+
+def test_written_entries_are_those_of_the_official_files(written):
+    official, ours = stored(GOLDEN_CHECKPOINT), stored(written)
+    assert ours.keys() == official.keys()
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float16}
+    for name, tensor in official.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_written_index_is_right(written):
+    if not (written / INDEX).is_file():
+        assert [path.name for path in written.glob("*.bin")] == ["pytorch_model.bin"]
+        return
+    index = json.loads((written / INDEX).read_text())
+    for name, filename in index["weight_map"].items():
+        assert name in torch.load(written / filename, weights_only=True)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in stored(written).values())
+    assert sorted(set(index["weight_map"].values())) == sorted(path.name for path in written.glob("*.bin"))
+    count = len(set(index["weight_map"].values()))
+    assert f"pytorch_model-00001-of-{count:05}.bin" in index["weight_map"].values() and count > 2
+
+
+def test_written_config_has_the_official_keys(written):
+    ours, official = (json.loads((folder / "config.json").read_text()) for folder in (written, GOLDEN_CHECKPOINT))
+    of_no_use = {"transformers_version", "prefix_projection", "quantization_embeddings"}
+    assert {name: ours.get(name) for name in official.keys() - of_no_use} == {
+        name: value for name, value in official.items() if name not in of_no_use
+    }
+
+
+def test_written_checkpoint_loads_equal(written, golden_model, tokenizer):
+    copy_tokenizer(tokenizer, written)
+    check_checkpoint(str(written))
+    loaded = ChatGLMForConditionalGeneration.from_pretrained(written, dtype=torch.float32)
+    expected = golden_model.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name

@@ -1,0 +1,83 @@
+"""qlora/collation.py: samples one after the other in a row, each with its own positions and labels."""
+
+import pytest
+import torch
+
+from chatglm import ChatGLMConfig
+from qlora.collation import ConcatenatingCollator
+
+GMASK, SOP, EOP = 507, 508, 509
+CONFIG = ChatGLMConfig(
+    vocab_size=512, bos_token_id=SOP, eos_token_id=EOP, pad_token_id=3, mask_token_id=506, gmask_token_id=GMASK
+)
+# (prompt, answer) of each sample; the second has the shortest prompt and answer there can be.
+PAIRS = [([11, 12, 13], [21, 22]), ([], [23]), ([14, 15, 16, 17, 18], [24, 25, 26, 27]), ([19], [28, 29])]
+
+
+def sample(prompt: list[int], answer: list[int]) -> dict[str, list[int]]:
+    context, learned = [*prompt, GMASK, SOP], [*answer, EOP]
+    return {"input_ids": context + learned, "labels": [-100] * len(context) + learned}
+
+
+SAMPLES = [sample(*pair) for pair in PAIRS]
+SIZES = [len(s["input_ids"]) for s in SAMPLES]
+
+
+@pytest.fixture
+def batch() -> dict:
+    return ConcatenatingCollator(CONFIG)(SAMPLES)
+
+
+def test_ids_and_labels_follow_one_another(batch):
+    for name in ("input_ids", "labels"):
+        assert batch[name].tolist() == [[i for s in SAMPLES for i in s[name]]]
+
+
+def test_shapes_and_types(batch):
+    total, learned = sum(SIZES), sum(len(answer) + 1 for _, answer in PAIRS)
+    shapes = {"input_ids": (1, total), "attention_mask": (1, total), "labels": (1, total)}
+    shapes |= {"position_ids": (1, 2, total), "logits_to_keep": (learned,), "shift_labels": (1, learned)}
+    assert {name: tuple(batch[name].shape) for name in shapes} == shapes
+    assert {batch[name].dtype for name in shapes} == {torch.int64}
+
+
+def test_attention_mask_numbers_the_samples(batch):
+    expected = [number for number, size in enumerate(SIZES, 1) for _ in range(size)]
+    assert batch["attention_mask"].tolist() == [expected]
+
+
+def test_each_sample_has_positions_of_its_own(batch):
+    # Source: the rules in "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", section 2.1.
+    position, block_position = [], []
+    for prompt, answer in PAIRS:
+        context, rest = len(prompt) + 1, len(answer) + 2  # the prompt with [gMASK]; from <sop> on
+        position += [*range(context), *[context - 1] * rest]
+        block_position += [0] * context + [*range(1, rest + 1)]
+    assert batch["position_ids"].tolist() == [[position, block_position]]
+
+
+def test_a_sample_alone_and_among_others_looks_the_same(batch):
+    start = 0
+    for one, size in zip(SAMPLES, SIZES, strict=True):
+        alone = ConcatenatingCollator(CONFIG)([one])
+        rows = slice(start, start + size)
+        assert torch.equal(alone["position_ids"], batch["position_ids"][:, :, rows])
+        start += size
+
+
+def test_kept_positions_predict_the_labels(batch):
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    kept, targets = batch["logits_to_keep"], batch["shift_labels"][0]
+    assert torch.equal(labels[kept + 1], targets)
+    assert torch.equal(ids[kept + 1], targets)
+    assert (targets != -100).all()
+    assert len(targets) == int((labels != -100).sum())
+    # What predicts a label lies in the same sample.
+    segments = batch["attention_mask"][0]
+    assert torch.equal(segments[kept], segments[kept + 1])
+
+
+def test_a_prompt_without_sop_is_all_prompt():
+    batch = ConcatenatingCollator(CONFIG)([{"input_ids": [11, 12, 13], "labels": [-100, -100, -100]}])
+    assert batch["position_ids"].tolist() == [[[0, 1, 2], [0, 0, 0]]]
+    assert batch["logits_to_keep"].tolist() == []

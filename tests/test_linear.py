@@ -1,0 +1,110 @@
+"""qlora/linear.py: the forwards for training against those of peft and bitsandbytes."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import set_seed
+
+from qlora.linear import use_training_kernels
+from qlora.loading import add_lora, load_quantized_model
+
+TARGETS = ["query_key_value", "dense_4h_to_h"]
+
+
+def make_model(folder: Path, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> PeftModel:
+    """A 4-bit model with a LoRA adapter that is not zero, as peft runs it."""
+    set_seed(0)
+    model = add_lora(
+        load_quantized_model(str(folder), dtype), rank=4, alpha=32, dropout=dropout, target_modules=TARGETS
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+@pytest.fixture
+def batch(cases) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(cases["train_batch"][name]) for name in ("input_ids", "labels")}
+
+
+def loss_and_gradients(model: PeftModel, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_training_forward_equals_that_of_peft(golden_folder, batch, training):
+    plain, ours = make_model(golden_folder), make_model(golden_folder)
+    use_training_kernels(ours)
+    expected, found = (loss_and_gradients(model.train(training), batch) for model in (plain, ours))
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert gradient.abs().max() > 1e-3, name
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_switched_off_adapter_is_the_base_model(golden_folder, batch):
+    model = make_model(golden_folder).eval()
+    use_training_kernels(model)
+    with torch.no_grad():
+        tuned = model(**batch).logits
+        with model.disable_adapter():
+            base = model(**batch).logits
+        expected = load_quantized_model(str(golden_folder), torch.float32).eval()(**batch).logits
+    torch.testing.assert_close(base, expected, atol=1e-4, rtol=0)
+    assert (tuned - base).abs().max() > 1e-2
+
+
+def test_half_precision_gives_gradients_in_fp32(golden_folder, batch):
+    model = make_model(golden_folder, torch.bfloat16).train()
+    use_training_kernels(model)
+    loss, gradients = loss_and_gradients(model, batch)
+    exact, _ = loss_and_gradients(make_model(golden_folder).train(), batch)
+    assert loss.item() == pytest.approx(exact.item(), abs=0.1)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+
+
+def test_dropout_is_the_same_when_activations_are_recomputed(golden_folder, batch):
+    model = make_model(golden_folder, dropout=0.5).train()
+    use_training_kernels(model)
+    results = []
+    for recompute in (False, True):
+        for block in model.get_base_model().transformer.layers:
+            block.recompute_attention = block.recompute_mlp = recompute
+        set_seed(1)
+        results.append(copy.deepcopy(loss_and_gradients(model, batch)))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-6)
+    set_seed(2)
+    other, _ = loss_and_gradients(model, batch)
+    assert (other - results[0][0]).abs() > 1e-4
+
+
+def test_dropout_keeps_the_expected_output(golden_folder, batch):
+    model = make_model(golden_folder, dropout=0.3)
+    use_training_kernels(model)
+    layer = model.get_base_model().transformer.layers[0].attention.query_key_value
+    hidden_states = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        expected = layer.eval()(hidden_states)
+        layer.train()
+        mean = torch.stack([layer(hidden_states) for _ in range(4000)]).mean(0)
+    scale = (expected - layer.base_layer(hidden_states)).abs().mean()
+    assert (mean - expected).abs().mean() < 0.05 * scale
+
+
+def test_layers_run_under_autocast(golden_folder):
+    # `"bf16": true` in the JSON makes the Trainer use autocast, whose layer norms give fp32 on a GPU.
+    model = make_model(golden_folder, torch.bfloat16).train()
+    use_training_kernels(model)
+    layer = model.get_base_model().transformer.layers[0].attention.query_key_value
+    hidden_states = torch.randn(2, 5, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(hidden_states).float().sum().backward()
+    assert hidden_states.grad.abs().max() > 0

@@ -1,0 +1,291 @@
+"""qlora/loading.py: what is quantised, what is trained, and what is said where it cannot be."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import bitsandbytes
+import peft
+import pytest
+import torch
+from conftest import GOLDEN_ADAPTER
+from peft import get_peft_model_state_dict
+from transformers import BitsAndBytesConfig, set_seed
+
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from qlora.collation import ConcatenatingCollator
+from qlora.loading import add_lora, load_adapter, load_quantized_model, load_tokenizer, quantization_config
+
+LINEAR = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def lora(model, rank: int = 4, target_modules: tuple[str, ...] = ("query_key_value",)):
+    return add_lora(model, rank=rank, alpha=32, dropout=0.0, target_modules=list(target_modules))
+
+
+@pytest.fixture
+def model(golden_folder: Path) -> ChatGLMForConditionalGeneration:
+    return load_quantized_model(str(golden_folder), torch.float32)
+
+
+def test_quantisation_is_nf4_with_double_quantisation():
+    # Source: "QLoRA: Efficient Finetuning of Quantized LLMs", section 3.
+    for dtype in DTYPES:
+        config = quantization_config(dtype)
+        assert isinstance(config, BitsAndBytesConfig)
+        assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+        assert config.bnb_4bit_compute_dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_layers_are_quantised_and_nothing_else(golden_folder, dtype):
+    model = load_quantized_model(str(golden_folder), dtype)
+    quantized = [n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert sorted({name.rsplit(".", 1)[-1] for name in quantized}) == sorted(LINEAR)
+    assert len(quantized) == 3 * len(LINEAR)
+    for name in quantized:
+        layer = model.get_submodule(name)
+        assert (
+            layer.weight.dtype == torch.uint8 and layer.weight.numel() == layer.in_features * layer.out_features // 2
+        )
+        assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
+        assert layer.bias.dtype == dtype
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.uint8:
+            assert parameter.dtype == dtype, name
+    assert model.lm_head.weight is model.transformer.word_embeddings.weight
+    assert not isinstance(model.lm_head, bitsandbytes.nn.Linear4bit)
+
+
+def test_quantised_weights_are_close_to_the_16_bit_ones(golden_folder, model):
+    exact = ChatGLMForConditionalGeneration.from_pretrained(golden_folder, dtype=torch.float32)
+    for name, layer in model.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+            expected = exact.get_submodule(name).weight
+            error = (weight - expected).std() / expected.std()
+            assert error < 0.12, name  # about 0.09 for normal weights
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_the_adapter_is_trained_in_fp32(golden_folder, dtype):
+    tuned = lora(load_quantized_model(str(golden_folder), dtype))
+    trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 3 and all("lora_" in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+
+
+def test_adapter_has_the_names_of_the_official_one(model):
+    official = torch.load(GOLDEN_ADAPTER / "adapter_model.bin", weights_only=True)
+    ours = get_peft_model_state_dict(lora(model))
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in official.items()}
+
+
+def test_6b_model_has_the_published_number_of_trained_parameters():
+    # 28 layers x r 4 x (4,096 + 3 x 4,096): the 7.1 MB of the published adapter.
+    with torch.device("meta"):
+        tuned = lora(ChatGLMForConditionalGeneration(ChatGLMConfig()))
+    assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == 1_835_008
+    # 6.17 billion with the head that is the embedding.
+    assert sum(p.numel() for p in tuned.get_base_model().parameters() if not p.requires_grad) == 6_173_286_400
+
+
+def test_all_linear_layers_may_be_targets(model):
+    tuned = lora(model, target_modules=LINEAR)
+    assert len([n for n, p in tuned.named_parameters() if p.requires_grad]) == 2 * 3 * len(LINEAR)
+
+
+def test_unknown_target_modules_are_named(model):
+    with pytest.raises(ValueError, match=r"--lora_target_modules.* no q_proj, v_proj; it has .*query_key_value"):
+        lora(model, target_modules=("query_key_value", "q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_flow_after_an_evaluation(golden_folder, dtype):
+    # bitsandbytes repacks the weights for evaluation on some CPUs.
+    set_seed(0)
+    tuned = lora(load_quantized_model(str(golden_folder), dtype))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    ids = [25, 50, 228, 507, 508, 129, 52, 509]
+    batch = ConcatenatingCollator(tuned.config)([{"input_ids": ids, "labels": [-100] * 5 + ids[5:]}])
+    losses, gradients = [], []
+    for _ in range(2):
+        tuned.train()
+        tuned.zero_grad()
+        loss = tuned(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad.clone() for n, p in tuned.named_parameters() if p.requires_grad})
+        tuned.eval()
+        with torch.no_grad():
+            tuned(**batch)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+# Adapters.
+
+
+def test_adapter_of_old_peft_loads(model):
+    tuned = load_adapter(model, str(GOLDEN_ADAPTER))
+    official = torch.load(GOLDEN_ADAPTER / "adapter_model.bin", weights_only=True)
+    for name, tensor in get_peft_model_state_dict(tuned).items():
+        assert torch.equal(tensor, official[name])
+
+
+def save_adapter(folder: Path, target_modules: tuple[str, ...] = ("query_key_value",), **shape) -> str:
+    """An adapter of a model of another shape."""
+    config = ChatGLMConfig(**{"vocab_size": 512, "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4} | shape)
+    lora(ChatGLMForConditionalGeneration(config), target_modules=target_modules).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("shape", [{"hidden_size": 32}, {"num_layers": 4}, {"num_layers": 2}])
+def test_adapter_of_another_shape_is_refused(model, tmp_path, shape):
+    path = save_adapter(tmp_path / "other", inner_hidden_size=64, **shape)
+    with pytest.raises(ValueError, match=r"the adapter in .*other does not fit .*--model_name_or_path") as raised:
+        load_adapter(model, path)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_adapter_for_other_modules_is_refused(model, tmp_path):
+    path = Path(save_adapter(tmp_path / "other"))
+    config = json.loads((path / "adapter_config.json").read_text()) | {"target_modules": ["q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the adapter in .*other does not fit"):
+        load_adapter(model, str(path))
+
+
+def test_adapter_without_weights_is_refused(model, tmp_path):
+    path = Path(save_adapter(tmp_path / "other"))
+    (path / "adapter_model.safetensors").unlink()
+    with pytest.raises((ValueError, OSError)) as raised:
+        load_adapter(model, str(path))
+    assert "other" in str(raised.value)
+
+
+def test_damaged_adapter_is_refused(model, tmp_path):
+    path = Path(save_adapter(tmp_path / "other"))
+    weights = path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises((ValueError, OSError)) as raised:
+        load_adapter(model, str(path))
+    assert "other" in str(raised.value)
+
+
+# Folders.
+
+
+def test_tokenizer_is_loaded_from_a_complete_folder(golden_folder):
+    assert type(load_tokenizer(str(golden_folder))) is ChatGLMTokenizer
+    (golden_folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_tokenizer(str(golden_folder))
+
+
+@pytest.mark.parametrize("keep", [0, 1000])
+def test_damaged_tokenizer_is_refused(golden_folder, keep):
+    vocabulary = golden_folder / "ice_text.model"
+    vocabulary.write_bytes(vocabulary.read_bytes()[:keep])
+    with pytest.raises((ValueError, OSError), match=r"ice_text\.model"):
+        load_tokenizer(str(golden_folder))
+
+
+def test_folder_is_checked_before_loading(golden_folder):
+    (golden_folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="pytorch_model-00002-of-00002"):
+        load_quantized_model(str(golden_folder), torch.float32)
+
+
+def test_weights_that_are_not_in_the_files_are_not_made_up(golden_folder):
+    # transformers only warns, and draws the missing layer at random.
+    config = json.loads((golden_folder / "config.json").read_text()) | {"num_layers": 4}
+    (golden_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"layers\.3"):
+        load_quantized_model(str(golden_folder), torch.float32)
+
+
+# Machines.
+
+
+@pytest.fixture
+def folder_6b(golden_folder: Path) -> Path:
+    """Whole files whose configuration is that of the 6B model; nothing may be loaded from it."""
+    config = {name: value for name, value in dataclasses.asdict(ChatGLMConfig()).items() if name != "dtype"}
+    (golden_folder / "config.json").write_text(json.dumps(config | {"model_type": "chatglm"}))
+    return golden_folder
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """Pretends that there is a GPU with so many bytes free."""
+
+    def pretend(free: float, total: float = 80 * 2**30):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(free), int(total)))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A Test GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 1))
+        randn = torch.randn
+        monkeypatch.setattr(torch, "randn", lambda *size, device=None, **kwargs: randn(*size, **kwargs))
+
+    return pretend
+
+
+def one_line(raised: pytest.ExceptionInfo) -> str:
+    message = str(raised.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_6b_model_needs_a_gpu(folder_6b, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"no CUDA GPU was found .*6\.2 billion parameters need one") as raised:
+        load_quantized_model(str(folder_6b), torch.float32)
+    assert "train.sh --demo" in one_line(raised)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_too_little_memory_is_said_before_loading(folder_6b, gpu, dtype):
+    gpu(free=3.5 * 2**30, total=8 * 2**30)
+    with pytest.raises(ValueError, match=r"A Test GPU has 3\.5 of 8\.0 GiB free; the model needs at least") as raised:
+        load_quantized_model(str(folder_6b), dtype)
+    # 5.64 billion weights of 4.127 bits, and an embedding of 0.53 billion of 2 or 4 bytes.
+    needed = float(one_line(raised).split("needs at least ")[1].split()[0])
+    floor = (5.64e9 * 4.127 / 8 + 0.535e9 * dtype.itemsize) / 2**30
+    assert floor < needed < floor + 2
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA Setup failed\nsecond line"), AttributeError("undefined symbol: cquantize_blockwise")]
+)
+def test_broken_bitsandbytes_is_said(folder_6b, gpu, monkeypatch, error):
+    gpu(free=70 * 2**30)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", fail)
+    with pytest.raises(ValueError, match=r"bitsandbytes .* does not work on A Test GPU .*6\.1.*torch") as raised:
+        load_quantized_model(str(folder_6b), torch.bfloat16)
+    assert str(error).splitlines()[0] in one_line(raised)
+
+
+def test_wrong_results_of_bitsandbytes_are_noticed(folder_6b, gpu, monkeypatch):
+    gpu(free=70 * 2**30)
+    monkeypatch.setattr(
+        bitsandbytes.functional, "dequantize_4bit", lambda packed, state, *args, **kwargs: torch.zeros(64, 64)
+    )
+    with pytest.raises(ValueError, match=r"bitsandbytes .* does not work on A Test GPU .*wrong"):
+        load_quantized_model(str(folder_6b), torch.bfloat16)
+
+
+def test_peft_is_asked_for_plain_lora(model):
+    config = lora(model, rank=8).peft_config["default"]
+    assert isinstance(config, peft.LoraConfig)
+    assert (config.r, config.lora_alpha, config.bias, config.use_dora) == (8, 32, "none", False)

@@ -1,0 +1,67 @@
+"""chatglm/loss.py against cross-entropy in plain operations."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from chatglm.loss import ROWS_AT_ONCE, linear_cross_entropy
+
+HIDDEN, VOCABULARY = 16, 40
+
+
+@pytest.fixture(params=[1, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 3])
+def inputs(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, head and labels of fewer and of more rows than are computed at once."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_states = torch.randn(request.param, HIDDEN, generator=generator, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, requires_grad=True)
+    return hidden_states, weight, torch.randint(VOCABULARY, (request.param,), generator=generator)
+
+
+def expected(hidden_states, weight, labels, divisor=None) -> tuple[torch.Tensor, ...]:
+    """Loss and gradients of the hidden states and of the head."""
+    loss = F.cross_entropy(hidden_states @ weight.T, labels, reduction="sum") / (divisor or len(labels))
+    return loss.detach(), *torch.autograd.grad(loss, (hidden_states, weight))
+
+
+@pytest.mark.parametrize("divisor", [None, 7, torch.tensor(7)])
+def test_loss_and_gradients(inputs, divisor):
+    hidden_states, weight, labels = inputs
+    loss = linear_cross_entropy(hidden_states, weight, labels, divisor)
+    assert loss.dtype == torch.float32 and loss.dim() == 0
+    found = loss.detach(), *torch.autograd.grad(loss, (hidden_states, weight))
+    for actual, reference in zip(found, expected(*inputs, divisor), strict=True):
+        torch.testing.assert_close(actual, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_follows_what_is_done_with_the_loss(inputs):
+    hidden_states, weight, labels = inputs
+    loss = 3 * linear_cross_entropy(hidden_states, weight, labels)
+    (gradient,) = torch.autograd.grad(loss, hidden_states)
+    torch.testing.assert_close(gradient, 3 * expected(*inputs)[1], atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_head_needs_no_gradient(inputs):
+    hidden_states, weight, labels = inputs
+    linear_cross_entropy(hidden_states, weight.detach(), labels).backward()
+    torch.testing.assert_close(hidden_states.grad, expected(*inputs)[1], atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_is_summed_in_fp32(inputs):
+    hidden_states, weight, labels = (t.bfloat16().detach() if t.is_floating_point() else t for t in inputs)
+    loss = linear_cross_entropy(hidden_states.requires_grad_(), weight, labels)
+    reference = F.cross_entropy((hidden_states @ weight.T).float(), labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, reference, atol=1e-4, rtol=1e-4)
+    loss.backward()
+    assert hidden_states.grad.dtype == torch.bfloat16
+
+
+def test_without_gradients(inputs):
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(*inputs), expected_loss(inputs), atol=1e-5, rtol=1e-5)
+
+
+def expected_loss(inputs) -> torch.Tensor:
+    hidden_states, weight, labels = inputs
+    return F.cross_entropy(hidden_states @ weight.T, labels)

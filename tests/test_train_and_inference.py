@@ -1,0 +1,374 @@
+"""train_qlora.py and inference_qlora.py, run as a user runs them, on a random model of two layers and on a CPU."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, write_rows
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizer
+
+import inference_qlora
+import train_qlora
+from qlora.data import SampleEncoder
+from qlora.loading import load_quantized_model
+
+STEPS, SAVE_STEPS = 8, 4
+PROMPTS = ("类型#裙*颜色#白色", "类型#裤*风格#简约")
+
+
+@pytest.fixture(scope="session")
+def train_file(sample_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", sample_rows[:48])
+
+
+@pytest.fixture(scope="session")
+def dev_file(sample_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "dev.jsonl", sample_rows[48:59])
+
+
+def write_json(path: Path, output_dir: Path, **values) -> Path:
+    """A short run in the style of the shipped JSON."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": STEPS,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": SAVE_STEPS,
+        "evaluation_strategy": "steps",
+        "eval_steps": SAVE_STEPS,
+        "optim": "adamw_torch",
+        "fp16": False,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+        "seed": 42,
+    }
+    path.write_text(json.dumps(defaults | values), encoding="utf-8")
+    return path
+
+
+def flags_of(args_json: Path, model: Path, train: Path, dev: Path | str, *flags: object) -> list[str]:
+    paths = {"train_args_json": args_json, "model_name_or_path": model, "train_data_path": train}
+    paths |= {"eval_data_path": dev}
+    return [*(str(part) for name, path in paths.items() for part in (f"--{name}", path)), *map(str, flags)]
+
+
+def run_script(name: str, *flags: object) -> subprocess.CompletedProcess:
+    """A script in a process of its own, from another folder than the repository's."""
+    return subprocess.run(
+        [sys.executable, ROOT / name, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+
+
+def run_main(module, *flags: object):
+    """A script's main in this process, which saves the seconds of the imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        module.main()
+
+
+def error_of(module, *flags: object) -> str:
+    """The message with which a script ends."""
+    with pytest.raises(SystemExit) as raised:
+        run_main(module, *flags)
+    # Python prints a string to stderr and ends with status 1.
+    message = raised.value.code
+    assert isinstance(message, str) and message.startswith("error: ") and len(message.splitlines()) == 1
+    return message
+
+
+def history(output_dir: Path, key: str) -> list[float]:
+    """What was logged under a key."""
+    state = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry[key] for entry in state["log_history"] if key in entry]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_peft_weights(str(folder), device="cpu")
+
+
+def assert_same_adapter(one: Path, other: Path, tolerance: float = 1e-6):
+    first, second = adapter(one), adapter(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            tensor, second[name], atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+# A whole run.
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_checkpoint: Path, train_file: Path, dev_file: Path, tmp_path_factory) -> Path:
+    """The output of an uninterrupted run. Do not change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    args_json = write_json(folder / "args.json", folder / "out")
+    result = run_script("train_qlora.py", *flags_of(args_json, tiny_checkpoint, train_file, dev_file))
+    assert result.returncode == 0, result.stderr
+    return folder / "out"
+
+
+def test_training_leaves_adapter_tokenizer_and_state(trained):
+    expected = {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"}
+    expected |= {"ice_text.model", "tokenizer_config.json", f"checkpoint-{SAVE_STEPS}", f"checkpoint-{STEPS}"}
+    assert expected <= {path.name for path in trained.iterdir()}
+
+
+def test_loss_falls(trained):
+    losses = history(trained, "loss")
+    assert len(losses) == STEPS
+    assert sum(losses[-2:]) < sum(losses[:2]) - 0.1
+    evaluations = history(trained, "eval_loss")
+    assert len(evaluations) == STEPS // SAVE_STEPS and evaluations[-1] < evaluations[0]
+
+
+def test_adapter_is_of_the_asked_size(trained, tiny_config):
+    weights = adapter(trained)
+    assert len(weights) == 2 * tiny_config.num_layers
+    assert all("query_key_value.lora_" in name for name in weights)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    config = json.loads((trained / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 32, ["query_key_value"])
+
+
+def interrupted(trained: Path, target: Path) -> Path:
+    """The output as it was after the first checkpoint."""
+    shutil.copytree(trained / f"checkpoint-{SAVE_STEPS}", target / f"checkpoint-{SAVE_STEPS}")
+    return target
+
+
+def test_resuming_from_the_last_checkpoint_ends_alike(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
+    output = interrupted(trained, tmp_path / "out")
+    args_json = write_json(tmp_path / "args.json", output)
+    flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file, "--resume_from_checkpoint", "last")
+    result = run_script("train_qlora.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert_same_adapter(output, trained)
+    assert history(output, "loss")[SAVE_STEPS:] == pytest.approx(history(trained, "loss")[SAVE_STEPS:], abs=1e-4)
+
+
+def test_resuming_from_a_path_ends_alike(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
+    args_json = write_json(tmp_path / "args.json", tmp_path / "out")
+    flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file)
+    run_main(train_qlora, *flags, "--resume_from_checkpoint", trained / f"checkpoint-{SAVE_STEPS}")
+    assert_same_adapter(tmp_path / "out", trained)
+
+
+@pytest.mark.parametrize("requested", ["last", "nowhere/checkpoint-500"])
+def test_resuming_from_nothing_is_refused(tiny_checkpoint, train_file, dev_file, tmp_path, requested):
+    (tmp_path / "out").mkdir()
+    args_json = write_json(tmp_path / "args.json", tmp_path / "out")
+    flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file, "--resume_from_checkpoint", requested)
+    message = error_of(train_qlora, *flags)
+    assert f"--resume_from_checkpoint {requested}" in message and "trainer_state.json" in message
+
+
+# One step, against the same mathematics in plain operations.
+
+
+@pytest.fixture
+def one_step(tiny_checkpoint: Path, train_file: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Runs one step of plain gradient descent on the first 8 rows, and gives the output folder."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(train_file.read_text(encoding="utf-8").splitlines(keepends=True)[:8]), encoding="utf-8")
+
+    def run(name: str, *flags: object, **values) -> Path:
+        values = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0, "lr_scheduler_type": "constant"} | values
+        values |= {"warmup_ratio": 0, "max_steps": 1, "eval_steps": 1, "save_strategy": "no"}
+        args_json = write_json(tmp_path / f"{name}.json", tmp_path / name, **values)
+        flags = flags_of(args_json, tiny_checkpoint, rows, rows, "--lora_dropout", 0, *flags)
+        run_main(train_qlora, *flags)
+        return tmp_path / name
+
+    return run
+
+
+def padded_loss(model: PeftModel, tokenizer: PreTrainedTokenizer, rows: list[dict]) -> torch.Tensor:
+    """The mean loss over all label tokens, from peft's own forward on a padded batch."""
+    encode = SampleEncoder(tokenizer, "", 512, 512).encode
+    samples = [encode(row["instruction"], [], row["output"])[:2] for row in rows]
+    ids, labels = (pad_sequence([torch.tensor(s[i]) for s in samples], True, (3, -100)[i]) for i in (0, 1))
+    mask = torch.arange(ids.shape[1]) < torch.tensor([[len(sample[0])] for sample in samples])
+    return model(input_ids=ids, attention_mask=mask.long(), labels=labels).loss
+
+
+def test_one_step_is_gradient_descent_on_the_mean_loss(one_step, tiny_checkpoint, tokenizer, sample_rows):
+    output = one_step("plain")
+    model = load_quantized_model(str(tiny_checkpoint), torch.float32)
+    tuned = PeftModel.from_pretrained(model, str(output), is_trainable=True)
+    after = {name: t.clone() for name, t in get_peft_model_state_dict(tuned).items() if "lora_B" in name}
+    # Evaluated after the step, on the same rows.
+    evaluated = padded_loss(tuned, tokenizer, sample_rows[:8]).item()
+    assert history(output, "eval_loss") == pytest.approx([evaluated], abs=1e-5)
+    # B starts at zero, so that A has no gradient in the first step and is still what it was.
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    loss = padded_loss(tuned, tokenizer, sample_rows[:8])
+    assert history(output, "loss") == pytest.approx([loss.item()], abs=1e-4)
+    loss.backward()
+    gradients = {n.replace(".default", ""): p.grad for n, p in tuned.named_parameters() if "lora_B" in n}
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 1e-3
+        torch.testing.assert_close(after[name], -gradient, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "flags"), [(8, 1, ()), (2, 4, ()), (1, 8, ()), (4, 2, ("--max_tokens", 150))]
+)
+def test_the_split_of_a_batch_does_not_matter(one_step, batch_size, accumulation, flags):
+    other = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    outputs = one_step("four_by_two"), one_step("other", *flags, **other, per_device_eval_batch_size=3)
+    assert_same_adapter(*outputs, tolerance=1e-5)
+    for key in ("loss", "eval_loss"):
+        assert history(outputs[0], key) == pytest.approx(history(outputs[1], key), abs=1e-4)
+
+
+@pytest.mark.parametrize("values", [{"bf16": True, "use_cpu": True}, {"train_sampling_strategy": "group_by_length"}])
+def test_settings_of_the_json_run(one_step, values):
+    (loss,) = history(one_step("settings", **values), "loss")
+    assert 0 < loss < 20
+
+
+@pytest.mark.parametrize(("key", "value"), [("label_smoothing_factor", 0.5), ("include_num_input_tokens_seen", True)])
+def test_settings_that_would_be_passed_over_are_refused(one_step, key, value):
+    # Whole optimizer steps bypass the parts of the Trainer that these settings belong to.
+    with pytest.raises(SystemExit) as raised:
+        one_step("settings", **{key: value})
+    assert key in str(raised.value.code)
+
+
+def test_other_target_modules_and_rank(one_step):
+    flags = ("--lora_target_modules", "query_key_value", "dense_4h_to_h", "--lora_rank", 2)
+    weights = adapter(one_step("more", *flags))
+    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in weights} == {"query_key_value", "dense_4h_to_h"}
+    assert {min(tensor.shape) for tensor in weights.values()} == {2}
+
+
+def test_without_evaluation_rows(tiny_checkpoint, train_file, tmp_path):
+    args_json = write_json(tmp_path / "args.json", tmp_path / "out", max_steps=1, save_strategy="no")
+    run_main(train_qlora, *flags_of(args_json, tiny_checkpoint, train_file, "none"))
+    assert history(tmp_path / "out", "eval_loss") == []
+
+
+# Mistakes in a training call.
+
+
+def test_missing_weights_end_in_one_line(train_file, dev_file, tmp_path):
+    args_json = write_json(tmp_path / "args.json", tmp_path / "out")
+    message = error_of(train_qlora, *flags_of(args_json, tmp_path / "chatglm-6b", train_file, dev_file))
+    assert "there is no folder" in message and "chatglm-6b" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_row_ends_in_one_line(tiny_checkpoint, dev_file, tmp_path):
+    args_json = write_json(tmp_path / "args.json", tmp_path / "out")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n')
+    message = error_of(train_qlora, *flags_of(args_json, tiny_checkpoint, rows, dev_file))
+    assert f"{rows}, line 2: field 'output' is missing" in message
+
+
+# Inference.
+
+
+def answers(output: str) -> list[tuple[str, str, str]]:
+    """(input, before, after) of every prompt printed."""
+    return re.findall(r"Input: +(.*)\n.*Before: ?(.*)\n.*After: *(.*)", output)
+
+
+def test_inference_prints_answers_before_and_after(trained):
+    flags = (part for prompt in PROMPTS for part in ("--prompt", prompt))
+    result = run_script("inference_qlora.py", "--adapter_path", trained, *flags, "--max_new_tokens", 10)
+    assert result.returncode == 0, result.stderr
+    found = answers(result.stdout)
+    assert [prompt for prompt, _, _ in found] == list(PROMPTS)
+    assert any(before != after for _, before, after in found)
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_prompts_from_a_file(trained, tmp_path, capsys, name):
+    path = tmp_path / name
+    if path.suffix == ".txt":
+        path.write_text("\n".join(PROMPTS), encoding="utf-8")
+    else:
+        write_rows(path, [{"instruction": prompt} for prompt in PROMPTS])
+    flags = ("--adapter_path", trained, "--prompt_file", path, "--max_new_tokens", 10)
+    run_main(inference_qlora, *flags)
+    found = answers(capsys.readouterr().out)
+    assert [prompt for prompt, _, _ in found] == list(PROMPTS)
+    run_main(inference_qlora, *flags, "--max_prompts", 1, "--batch_size", 1)
+    assert answers(capsys.readouterr().out) == found[:1]
+
+
+def test_sampling_follows_the_seed(trained, capsys):
+    printed = []
+    for seed in (1, 1, 2):
+        flags = ("--prompt", PROMPTS[0], "--max_new_tokens", 10, "--do_sample", True, "--temperature", 2.0)
+        run_main(inference_qlora, "--adapter_path", trained, *flags, "--top_p", 1.0, "--seed", seed)
+        printed += answers(capsys.readouterr().out)
+    assert printed[0] == printed[1] != printed[2]
+
+
+def test_conversation(trained, monkeypatch, capsys):
+    lines = iter(["类型#裙", "", "clear", "类型#裤", "exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    run_main(inference_qlora, "--adapter_path", trained, "--chat", "--max_new_tokens", 8)
+    printed = capsys.readouterr().out
+    assert "clear" in printed and len(printed.split("\n")) >= 3
+    assert next(lines, None) is None
+
+
+# Mistakes in an inference call.
+
+
+def test_unknown_flag_ends_in_one_line_and_status_1():
+    result = run_script("inference_qlora.py", "--adapter_pth", "x")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: unknown argument --adapter_pth, did you mean --adapter_path?")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_missing_adapter_ends_in_one_line(tmp_path):
+    message = error_of(inference_qlora, "--adapter_path", tmp_path / "nowhere")
+    assert "there is no adapter in" in message and "nowhere" in message and "--adapter_path" in message
+
+
+def test_missing_adapter_beside_a_named_model_ends_in_one_line(tiny_checkpoint, monkeypatch, tmp_path):
+    # A relative path of two parts looks like a name on the Hub, which must not be asked.
+    monkeypatch.chdir(tmp_path)
+    flags = ("--adapter_path", "saved_files/nowhere", "--model_name_or_path", tiny_checkpoint)
+    assert "there is no adapter in saved_files/nowhere" in error_of(inference_qlora, *flags)
+
+
+def test_missing_base_model_ends_in_one_line(trained, tmp_path):
+    flags = ("--adapter_path", trained, "--model_name_or_path", tmp_path / "chatglm-6b")
+    assert "there is no folder" in error_of(inference_qlora, *flags)
+
+
+def test_missing_prompt_file_ends_in_one_line(trained, tmp_path):
+    message = error_of(inference_qlora, "--adapter_path", trained, "--prompt_file", tmp_path / "nowhere.txt")
+    assert "nowhere.txt" in message
