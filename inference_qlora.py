@@ -28,7 +28,7 @@ def main():
         compute_dtype = choose_compute_dtype(args.compute_dtype, {})
         tokenizer = load_tokenizer(base_path)
         model = load_adapter(load_quantized_model(base_path, compute_dtype), args.adapter_path).eval()
-    use_inference_kernels(model, compute_dtype)
+    use_inference_kernels(model)
     torch.manual_seed(args.seed)
     choose = token_choice(args.do_sample, args.top_p, args.temperature)
     if args.chat:

@@ -7,6 +7,7 @@ The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` l
 """
 
 import logging
+import os
 
 import torch
 
@@ -15,13 +16,15 @@ from qlora.data import SampleEncoder, load_samples
 from qlora.errors import message_instead_of_traceback
 from qlora.linear import use_training_kernels
 from qlora.loading import add_lora, load_quantized_model, load_tokenizer
-from qlora.memory_plan import plan_memory
+from qlora.memory_plan import keep_or_recompute, plan_memory
 from qlora.trainer import QLoRATrainer, find_checkpoint
 
 logger = logging.getLogger("train_qlora")
 
 
 def main():
+    # Memory that was freed in pieces can be used again as a whole: a plan close to the limit holds.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with message_instead_of_traceback():
         trainer, checkpoint = prepare()
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -49,12 +52,14 @@ def prepare() -> tuple[QLoRATrainer, str | None]:
     model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     model.print_trainable_parameters()
 
-    use_training_kernels(model)
-    samples_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    fixed = args.fixed_plan()
-    if recompute is not None:
-        fixed = dict.fromkeys(("kept_mlp", "kept_attention"), 0 if recompute else model.config.num_layers) | fixed
-    max_tokens = plan_memory(model, train_samples["length"], samples_per_step, args.memory_budget, fixed)
+    if args.plain:
+        keep_or_recompute(model, keep=recompute is False)
+        max_tokens = None
+    else:
+        use_training_kernels(model)
+        fixed = args.fixed_plan(recompute, model.config.num_layers)
+        samples_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+        max_tokens = plan_memory(model, train_samples["length"], samples_per_step, args.memory_budget, fixed)
 
     trainer = QLoRATrainer(
         model=model,

@@ -97,8 +97,16 @@ class FinetuneArguments:
         },
     )
 
-    def fixed_plan(self) -> dict[str, int]:
-        """The parts of the memory plan that were given."""
+    plain: bool = field(
+        default=False,
+        metadata={"help": "Train with peft's and bitsandbytes' layers on padded rows: slow, to compare with."},
+    )
+
+    def fixed_plan(self, recompute: bool | None, num_layers: int) -> dict[str, int]:
+        """The parts of the memory plan that were given, by flags or by the JSON's gradient checkpointing."""
+        kept = (
+            {} if recompute is None else dict.fromkeys(("kept_mlp", "kept_attention"), 0 if recompute else num_layers)
+        )
         given = {
             "max_tokens": self.max_tokens,
             "kept_mlp": self.kept_mlp,
@@ -106,7 +114,7 @@ class FinetuneArguments:
             "dense": self.dense_layers,
             "offload": self.offload,
         }
-        return {name: value for name, value in given.items() if value is not None}
+        return kept | {name: value for name, value in given.items() if value is not None}
 
     def __post_init__(self):
         problems = check_positive(self, "max_tokens")

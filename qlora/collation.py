@@ -1,4 +1,4 @@
-"""The batch layout for training: samples one after the other in a single row, without padding."""
+"""Batch layouts for training: samples one after the other in a single row, or, plainly, a padded row for each."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,25 @@ from torch.nn.utils.rnn import pad_sequence
 from chatglm import ChatGLMConfig, PackedRow
 from chatglm.modeling_chatglm import prefix_lm_position_ids
 from qlora.data import IGNORE_INDEX
+
+
+@dataclass
+class PaddingCollator:
+    """One sample a row, padded on the right: the plain layout.
+
+    Returns, for N samples of at most T tokens: input_ids, attention_mask, labels, each [N, T].
+    """
+
+    config: ChatGLMConfig
+
+    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
+        labels = [torch.as_tensor(sample["labels"]) for sample in samples]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.config.pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        }
 
 
 @dataclass

@@ -12,18 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
-from qlora.nf4 import dequantize
-
-
-def frozen_weight(layer: Linear4bit) -> torch.Tensor:
-    """[out_features, in_features] in the compute type: made on the spot, unless `keep_dense` made it before."""
-    dense = getattr(layer, "dense_weight", None)
-    return dequantize(layer.weight, layer.weight.quant_state) if dense is None else dense
-
-
-def keep_dense(layer: Linear4bit):
-    """Dequantises a layer once and for all: 2 bytes a weight instead of half a byte, and no work later."""
-    layer.dense_weight = dequantize(layer.weight, layer.weight.quant_state)
+from qlora.nf4 import dense_weight
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -33,11 +22,11 @@ class FrozenMatmul(torch.autograd.Function):
     def forward(ctx, hidden_states, layer):
         # Not saved through autograd: checkpointing then stops recomputing before the layers that need nothing.
         ctx.layer = layer
-        return F.linear(hidden_states, frozen_weight(layer), layer.bias)
+        return F.linear(hidden_states, dense_weight(layer), layer.bias)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output @ frozen_weight(ctx.layer), None
+        return grad_output @ dense_weight(ctx.layer), None
 
 
 class LoraMatmul(torch.autograd.Function):
@@ -48,7 +37,7 @@ class LoraMatmul(torch.autograd.Function):
         rows, thin = hidden_states.flatten(0, -2), thin_products(hidden_states)
         up = lora_B.T.contiguous()
         low_rank = thin.down(rows, lora_A, 1.0, dropout, seed)
-        output = F.linear(rows, frozen_weight(layer), layer.bias)
+        output = F.linear(rows, dense_weight(layer), layer.bias)
         thin.add_up(output, low_rank, up, scaling, 0.0, 0)
         ctx.save_for_backward(rows, low_rank, lora_A, up)
         ctx.layer, ctx.scaling, ctx.dropout, ctx.seed = layer, scaling, dropout, seed
@@ -63,7 +52,7 @@ class LoraMatmul(torch.autograd.Function):
         grad_B = thin.outer(low_rank, grad, ctx.scaling, 0.0, 0).T
         hidden_grad = None
         if ctx.needs_input_grad[0]:
-            hidden_grad = grad @ frozen_weight(ctx.layer)
+            hidden_grad = grad @ dense_weight(ctx.layer)
             thin.add_up(hidden_grad, low_rank_grad, lora_A, 1.0, ctx.dropout, ctx.seed)
             hidden_grad = hidden_grad.view(*grad_output.shape[:-1], -1)
         return hidden_grad, grad_A, grad_B, None, None, None, None

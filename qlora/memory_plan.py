@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from chatglm import ChatGLMConfig
 from chatglm.loss import ROWS_AT_ONCE
-from qlora.linear import keep_dense
+from qlora.nf4 import keep_dense
 from qlora.offload import HostOffload
 
 logger = logging.getLogger(__name__)
@@ -247,6 +247,12 @@ def plan_memory(
     apply_plan(model, plan)
     torch.cuda.reset_peak_memory_stats()
     return plan.max_tokens
+
+
+def keep_or_recompute(model: PeftModel, keep: bool):
+    """Keeps all activations, or computes all of them again."""
+    layers = model.config.num_layers if keep else 0
+    apply_plan(model, MemoryPlan(0, layers, layers, 0, False, 0))
 
 
 def apply_plan(model: PeftModel, plan: MemoryPlan):

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 
-from qlora.collation import ConcatenatingCollator
+from qlora.collation import ConcatenatingCollator, PaddingCollator
+from qlora.data import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,11 @@ class Samples:
     def num_tokens(self) -> int:
         """Tokens of all samples, prompts and answers."""
         return sum(len(item["input_ids"]) for item in self.items)
+
+
+def label_count(samples: list[dict]) -> int:
+    """Label tokens of samples."""
+    return sum(int((torch.as_tensor(sample["labels"]) != IGNORE_INDEX).sum()) for sample in samples)
 
 
 def split_evenly(samples: list[dict], max_tokens: int) -> list[list[dict]]:
@@ -70,11 +76,12 @@ class QLoRATrainer(Trainer):
 
     Args:
         args: TrainingArguments as the JSON gave them.
-        max_tokens: most tokens that go through the model at once.
+        max_tokens: most tokens that go through the model at once; None for the plain way, which is to take the
+            batches as the JSON has them, a padded row for each sample.
         kwargs: anything the Trainer takes; datasets have `input_ids` and `labels`.
     """
 
-    def __init__(self, model, args: TrainingArguments, max_tokens: int, **kwargs):
+    def __init__(self, model, args: TrainingArguments, max_tokens: int | None, **kwargs):
         step_args = dataclasses.replace(
             args,
             per_device_train_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
@@ -83,9 +90,15 @@ class QLoRATrainer(Trainer):
         if step_args.n_gpu > 1:  # without torchrun one process trains on one GPU, whatever else is visible
             step_args._n_gpu = 1
         super().__init__(model=model, args=step_args, data_collator=Samples, **kwargs)
-        self.max_tokens = max_tokens
-        self.collate = ConcatenatingCollator(self.model.config)
+        self.max_tokens, self.plain_rows = max_tokens, args.per_device_train_batch_size
+        self.collate = (ConcatenatingCollator if max_tokens else PaddingCollator)(self.model.config)
         self.tokens_since_log, self.log_started = 0, time.perf_counter()
+
+    def split(self, samples: list[dict]) -> list[list[dict]]:
+        """Groups of samples to go through the model one after the other."""
+        if self.max_tokens:
+            return split_evenly(samples, self.max_tokens)
+        return [samples[i : i + self.plain_rows] for i in range(0, len(samples), self.plain_rows)]
 
     def micro_batch(self, samples: list[dict]) -> dict:
         """A group of samples as the model's inputs, on its device."""
@@ -99,7 +112,7 @@ class QLoRATrainer(Trainer):
         """Forward and backward for all samples of an optimizer step, a group at a time."""
         model.train()
         self.tokens_since_log += inputs.num_tokens
-        groups = split_evenly(inputs.items, self.max_tokens)
+        groups = self.split(inputs.items)
         num_labels = self.count_labels(inputs.items)
         loss = torch.zeros((), device=self.args.device)
         for number, group in enumerate(groups, 1):
@@ -119,7 +132,7 @@ class QLoRATrainer(Trainer):
 
     def count_labels(self, samples: list[dict]) -> int | torch.Tensor:
         """Label tokens of a step, over all processes; DDP averages gradients, so the mean over processes."""
-        count = sum(int((torch.as_tensor(sample["labels"]) != -100).sum()) for sample in samples)
+        count = label_count(samples)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(torch.tensor([count], device=self.args.device))
             return counts.sum() / self.args.world_size
@@ -159,13 +172,11 @@ class QLoRATrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model).eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         for batch in dataloader:
-            for group in split_evenly(batch.items, self.max_tokens):
+            for group in self.split(batch.items):
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    inputs = self.micro_batch(group)
-                    loss = model(**inputs, num_items_in_batch=1).loss
-                    totals += torch.stack(
-                        (loss.double(), torch.tensor(inputs["shift_labels"].numel(), device=loss.device))
-                    )
+                    loss = model(**self.micro_batch(group), num_items_in_batch=1).loss
+                totals[0] += loss
+                totals[1] += label_count(group)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss_sum, labels = self.accelerator.reduce(totals).tolist()
         self.log_started += time.perf_counter() - started

@@ -1,0 +1,196 @@
+"""Measure training, decoding and loading, each by the code that users run.
+
+    python scripts/benchmark.py --what train  --model_name_or_path THUDM/chatglm-6b --data_path data/train.jsonl
+    python scripts/benchmark.py --what train  ... --memory_budget 4.6GiB          # plan for a smaller card
+    python scripts/benchmark.py --what train  ... --samples_per_step 128
+    python scripts/benchmark.py --what train  ... --compare_plain                 # and the plain path beside it
+    python scripts/benchmark.py --what decode ... --data_path data/dev.jsonl
+    python scripts/benchmark.py --what load   ...
+
+Training runs `train_qlora.py` with the shipped JSON, its number of steps and logging apart; tokens are those of the
+samples, there is no padding to count. The last line is one JSON object. Where there are no weights,
+scripts/make_random_checkpoint.py makes some of the same size.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qlora.arguments import parse_command_line
+from qlora.data import SampleEncoder, read_rows
+from qlora.decoding import decode, token_choice, use_inference_kernels
+from qlora.errors import message_instead_of_traceback
+from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+GIB = 2**30
+WARM_UP = 10  # steps that are not counted
+MULTIPLIED_WEIGHTS = 6.17e9  # N: all of the 6B model's, the head's among them
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to measure, on what."""
+
+    what: str = field(metadata={"help": "train, decode or load.", "choices": ["train", "decode", "load"]})
+    model_name_or_path: str = field(default="THUDM/chatglm-6b", metadata={"help": "Folder with the weights."})
+    data_path: str = field(default="data/train.jsonl", metadata={"help": "Rows to train on or to answer."})
+    steps: int = field(default=40, metadata={"help": "Training steps to count, after the warm-up."})
+    samples_per_step: int = field(default=32, metadata={"help": "Effective batch; 32 is that of the shipped JSON."})
+    memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})
+    compare_plain: bool = field(default=False, metadata={"help": "Train the plain way too, for a few steps."})
+    batch_size: int = field(default=256, metadata={"help": "Prompts answered at once."})
+
+
+def main():
+    with message_instead_of_traceback():
+        args = parse_command_line(BenchmarkArguments)
+    result = {"train": measure_training, "decode": measure_decoding, "load": measure_loading}[args.what](args)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    print(json.dumps({"what": args.what, "gpu": gpu, "torch": torch.__version__, **result}))
+
+
+def measure_training(args: BenchmarkArguments) -> dict:
+    """Speed and peak memory of train_qlora.py, and its share of the matrix units' rate measured just before."""
+    ceiling = matmul_rate() if torch.cuda.is_available() else None
+    result = train(args, args.steps, [])
+    if ceiling:
+        flops = 4 * MULTIPLIED_WEIGHTS * result["tokens_per_second"]
+        result |= {"matmul_tflops": round(ceiling / 1e12), "mfu": round(flops / ceiling, 3)}
+    if args.compare_plain:
+        plain = train(args, 5, ["--plain"], warm_up=2)
+        ratio = round(result["tokens_per_second"] / plain["tokens_per_second"], 1)
+        result |= {"plain": plain, "times_plain": ratio}
+    return result
+
+
+def matmul_rate(size: int = 8192, repeats: int = 50) -> float:
+    """Operations a second of a large bf16 product."""
+    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        left @ right
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        left @ right
+    end.record()
+    torch.cuda.synchronize()
+    rate = 2 * size**3 * repeats / (start.elapsed_time(end) / 1e3)
+    del left, right
+    torch.cuda.empty_cache()
+    return rate
+
+
+def train(args: BenchmarkArguments, steps: int, flags: list[str], warm_up: int = WARM_UP) -> dict:
+    """One run of train_qlora.py; figures from its own log, without the warm-up."""
+    settings = json.loads((ROOT / "chatGLM_6B_QLoRA.json").read_text())
+    settings["gradient_accumulation_steps"] = args.samples_per_step // settings["per_device_train_batch_size"]
+    settings |= {"max_steps": warm_up + steps, "logging_steps": 1 if steps < 10 else 5, "save_strategy": "no"}
+    with tempfile.TemporaryDirectory() as scratch:
+        settings |= {"output_dir": scratch, "report_to": "none", "disable_tqdm": True}
+        path = Path(scratch) / "settings.json"
+        path.write_text(json.dumps(settings))
+        command = [sys.executable, ROOT / "train_qlora.py", "--train_args_json", path, "--eval_data_path", "none"]
+        command += ["--model_name_or_path", args.model_name_or_path, "--train_data_path", args.data_path, *flags]
+        if args.memory_budget and "--plain" not in flags:
+            command += ["--memory_budget", args.memory_budget]
+        started = time.time()
+        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        seconds = time.time() - started
+        print(run.stdout, file=sys.stderr)
+        if run.returncode:
+            raise SystemExit("error: train_qlora.py failed, see above.")
+        log = json.loads((Path(scratch) / "trainer_state.json").read_text())["log_history"]
+    counted = [entry for entry in log if "loss" in entry and entry["step"] > warm_up]
+    predicted = re.search(r"predicted peak memory +([\d.]+)", run.stdout)
+    return {
+        "tokens_per_second": round(sum(entry["tokens_per_second"] for entry in counted) / len(counted)),
+        "peak_memory_gib": max(entry.get("peak_memory_gib", 0.0) for entry in counted),
+        "predicted_memory_gib": float(predicted.group(1)) if predicted else None,
+        "samples_per_step": args.samples_per_step,
+        "seconds_until_training": round(seconds - log[-1]["train_runtime"], 1),
+        "losses": [entry["loss"] for entry in log if "loss" in entry],
+    }
+
+
+def measure_decoding(args: BenchmarkArguments) -> dict:
+    """Greedy answers with an adapter: one prompt at a time, and all prompts of the file in batches."""
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    model = load_quantized_model(
+        args.model_name_or_path, torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    )
+    model = add_lora(model, 4, 32, 0.0, ["query_key_value"]).eval()
+    rows = list(read_rows(args.data_path))
+    prompts = sorted((row["query"] for row in rows), key=len)
+    encoder = SampleEncoder(tokenizer, "", 2048, 2048)
+    answer_tokens = round(sum(len(encoder.text_ids(row["answer"])) + 1 for row in rows) / len(rows))
+    transformers_rate = generate_rate(model, tokenizer, prompts[len(prompts) // 2], 64)
+    use_inference_kernels(model)
+    answer(model, tokenizer, prompts[:1], 32)
+    single = timed(lambda: answer(model, tokenizer, prompts[len(prompts) // 2 :][:1], 512))
+    answer(model, tokenizer, prompts[: args.batch_size], 32)
+    batches = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
+    every = timed(lambda: [answer(model, tokenizer, batch, answer_tokens) for batch in batches])
+    return {
+        "tokens_per_second_batch_1": round(512 / single),
+        "tokens_per_second_batch_1_transformers": round(transformers_rate, 1),
+        "prompts": len(prompts),
+        "tokens_per_answer": answer_tokens,
+        "seconds_for_all_prompts": round(every, 1),
+        "tokens_per_second_all_prompts": round(len(prompts) * answer_tokens / every),
+        "batch_size": args.batch_size,
+    }
+
+
+def answer(model, tokenizer, prompts: list[str], tokens: int):
+    """Answers of exactly `tokens` tokens: with random weights no answer ends by itself."""
+    batch = tokenizer(prompts, padding=True, split_special_tokens=True, return_tensors="pt").to(model.device)
+    longest = token_choice(False)
+    eos_token_id = tokenizer.eos_token_id
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        logits[:, eos_token_id] = float("-inf")
+        return longest(logits)
+
+    for _ in decode(model.get_base_model(), **batch, max_new_tokens=tokens, choose=choose):
+        pass
+
+
+def generate_rate(model, tokenizer, prompt: str, tokens: int) -> float:
+    """Tokens a second of transformers' `generate` with peft's and bitsandbytes' layers."""
+    batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    model.generate(**batch, **options | {"max_new_tokens": 4, "min_new_tokens": 4})
+    return tokens / timed(lambda: model.generate(**batch, **options))
+
+
+def measure_loading(args: BenchmarkArguments) -> dict:
+    """Seconds from the files to a quantised model on the GPU."""
+    seconds = timed(lambda: load_quantized_model(args.model_name_or_path, torch.bfloat16))
+    return {
+        "seconds": round(seconds, 1),
+        "allocated_gib": round(torch.cuda.memory_allocated() / GIB, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+    }
+
+
+def timed(work) -> float:
+    """Seconds that `work()` takes, to the end of what it puts on the GPU."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
