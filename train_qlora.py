@@ -9,6 +9,9 @@ The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` l
 import logging
 import os
 
+# Memory that is freed in pieces can then be used as a whole, so that a tight plan holds. Read when torch is imported.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 
 from qlora.arguments import FinetuneArguments, parse_command_line, read_training_arguments
@@ -23,8 +26,6 @@ logger = logging.getLogger("train_qlora")
 
 
 def main():
-    # Memory that was freed in pieces can be used again as a whole: a plan close to the limit holds.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     with message_instead_of_traceback():
         trainer, checkpoint = prepare()
     trainer.train(resume_from_checkpoint=checkpoint)

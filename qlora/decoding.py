@@ -14,12 +14,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import StaticCache
 
 from chatglm.modeling_chatglm import prefix_lm_position_ids
+from chatglm.packed_attention import kernel_runs_on
 from qlora.nf4 import linear
 
+# Without cuDNN's, which plans for a second whenever it meets a new shape.
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Choice = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -63,9 +67,10 @@ class Decoder:
 
     def forward(self, input_ids, attention_mask, position_ids) -> torch.Tensor:
         """Logits [B, V] in fp32 after the last token."""
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, self.cache, use_cache=True, logits_to_keep=1, return_dict=True
-        )
+        with sdpa_kernel(ATTENTION_KERNELS):
+            outputs = self.model(
+                input_ids, attention_mask, position_ids, self.cache, use_cache=True, logits_to_keep=1, return_dict=True
+            )
         return outputs.logits[:, -1].float()
 
     def accept(self, logits: torch.Tensor):
@@ -141,6 +146,15 @@ def use_inference_kernels(model: torch.nn.Module):
             layer.forward = functools.partial(add_adapter, layer, layer.lora_A[adapter].weight.to(dtype), up.to(dtype))
         elif isinstance(layer, Linear4bit):
             layer.forward = functools.partial(linear, layer)
+        elif isinstance(layer, torch.nn.LayerNorm) and kernel_runs_on(layer.weight):
+            layer.forward = functools.partial(layer_norm, layer)
+
+
+def layer_norm(layer: torch.nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The layer's output by a kernel that is quick for few rows."""
+    from qlora import norm_kernel
+
+    return norm_kernel.layer_norm(hidden_states, layer.weight, layer.bias, layer.eps)
 
 
 def add_adapter(layer: LoraLayer, down: torch.Tensor, up: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from bitsandbytes.nn import Linear4bit
 from torch.nn import functional as F
 
 BLOCK = 64  # weights that share a scale
-MATVEC_ROWS = 4  # up to so many rows, the weights are read as they are for each of them
 
 
 def kernels_know(packed: torch.Tensor, state: QuantState) -> bool:
@@ -48,11 +47,9 @@ def keep_dense(layer: Linear4bit):
 
 
 def linear(layer: Linear4bit, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The layer's output, without gradients: for a few rows straight from the packed weights."""
-    state = layer.weight.quant_state
-    rows = hidden_states.numel() // layer.in_features
-    if rows > MATVEC_ROWS or hasattr(layer, "kept_weight") or not kernels_know(layer.weight, state):
-        return F.linear(hidden_states, dense_weight(layer), layer.bias)
-    from qlora import nf4_kernels
-
-    return nf4_kernels.matvec(hidden_states, layer.weight, state, layer.bias)
+    """The layer's output, without gradients: for a single row straight from the packed weights."""
+    if hidden_states.numel() == layer.in_features:
+        return bitsandbytes.matmul_4bit(
+            hidden_states, layer.weight.t(), bias=layer.bias, quant_state=layer.weight.quant_state
+        )
+    return F.linear(hidden_states, dense_weight(layer), layer.bias)
