@@ -4,7 +4,7 @@
 #   bash train.sh                          chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
 #   bash train.sh --lora_rank 8            any flag of train_qlora.py
 #   NPROC_PER_NODE=2 bash train.sh         one process per GPU
-#   bash train.sh --demo                   everything on a tiny model, on a CPU, in three minutes
+#   bash train.sh --demo                   everything on a tiny model, on a CPU, in two minutes
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -13,13 +13,18 @@ if [[ -n "${NPROC_PER_NODE:-}" ]]; then
   launch=(torchrun --nproc_per_node "$NPROC_PER_NODE")
 fi
 
-if [[ "${1:-}" == --demo ]]; then
+demo=false flags=()
+for argument in "$@"; do
+  if [[ "$argument" == --demo ]]; then demo=true; else flags+=("$argument"); fi
+done
+
+if $demo; then
   echo "Demo: a tiny ChatGLM made on the spot, fine-tuned by the same code as the real one. No weights, no GPU needed."
   python scripts/make_tiny_checkpoint.py --output_dir THUDM/chatglm-tiny
   "${launch[@]}" train_qlora.py --train_args_json scripts/demo.json --model_name_or_path THUDM/chatglm-tiny \
-    --eval_data_path none "${@:2}"
+    --eval_data_path none "${flags[@]}"
   python inference_qlora.py --adapter_path saved_files/chatglm_tiny_demo --prompt_file data/dev.jsonl --max_prompts 3
 else
   "${launch[@]}" train_qlora.py --train_args_json chatGLM_6B_QLoRA.json --model_name_or_path THUDM/chatglm-6b \
-    --train_data_path data/train.jsonl --eval_data_path data/dev.jsonl "$@"
+    --train_data_path data/train.jsonl --eval_data_path data/dev.jsonl "${flags[@]}"
 fi

@@ -15,10 +15,11 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from qlora.arguments import FinetuneArguments, parse_command_line, read_training_arguments
-from qlora.data import SampleEncoder, load_samples
+from qlora.checkpoint import check_checkpoint
+from qlora.data import SampleEncoder, check_data_files, load_samples
 from qlora.errors import message_instead_of_traceback
 from qlora.linear import use_training_kernels
-from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+from qlora.loading import add_lora, check_device, load_quantized_model, load_tokenizer
 from qlora.memory_plan import keep_or_recompute, plan_memory
 from qlora.trainer import QLoRATrainer, find_checkpoint
 
@@ -31,7 +32,8 @@ def main():
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    logger.info("The adapter is in %s", trainer.args.output_dir)
+    if trainer.is_world_process_zero():
+        logger.info("The adapter is in %s", trainer.args.output_dir)
 
 
 def prepare() -> tuple[QLoRATrainer, str | None]:
@@ -42,6 +44,9 @@ def prepare() -> tuple[QLoRATrainer, str | None]:
     )
     checkpoint = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
     torch.manual_seed(training_args.seed)
+
+    check_data_files(args.train_data_path, args.eval_data_path)
+    check_device(check_checkpoint(args.model_name_or_path), compute_dtype)
 
     tokenizer = load_tokenizer(args.model_name_or_path)
     encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)

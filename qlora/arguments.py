@@ -195,6 +195,7 @@ def parse_command_line(dataclass_type: type, args: list[str] | None = None):
     """
     parser = HfArgumentParser(dataclass_type, allow_abbrev=False)
     parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+    unknown = [name for name in unknown if name.startswith("-")] or unknown
     if unknown:
         known = [f"--{f.name}" for f in dataclasses.fields(dataclass_type)]
         raise ValueError("; ".join(f"unknown argument {name}{nearest(name, known)}" for name in unknown) + ".")
@@ -248,6 +249,8 @@ def read_training_arguments(
     dtype = choose_compute_dtype(compute_dtype, values)
     if not evaluate:
         values["eval_strategy"] = "no"
+    values.setdefault("use_cpu", not torch.cuda.is_available())  # else torchrun's processes would not find each other
+    values.setdefault("ddp_find_unused_parameters", False)
     values.setdefault("dataloader_pin_memory", False)  # batches are pinned once they are tensors
     values.setdefault("logging_nan_inf_filter", False)  # it would wait for the GPU in every step
     recompute = [bool(values.pop(key)) for key in RECOMPUTE_KEYS if key in values]

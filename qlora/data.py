@@ -64,10 +64,16 @@ def read_prompts(path: str) -> list[str]:
     return prompts
 
 
+def check_data_files(*paths: str | None):
+    """FileNotFoundError unless every path that is given is a file."""
+    for path in paths:
+        if path and not Path(path).is_file():
+            raise FileNotFoundError(f"there is no data file {path}.")
+
+
 def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[Parsed]:
     """Parses every line that is not empty; a failure names file, line number and reason."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no data file {path}.")
+    check_data_files(path)
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():

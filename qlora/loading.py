@@ -1,7 +1,9 @@
 """Loading: the tokenizer, the base model in 4 bits, the adapter on top."""
 
 import logging
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import bitsandbytes
@@ -36,7 +38,7 @@ def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizer:
-    """The tokenizer of a checkpoint folder, after the whole folder has been checked.
+    """The tokenizer of a checkpoint folder.
 
     Raises:
         FileNotFoundError, ValueError: see `check_checkpoint`.
@@ -105,6 +107,16 @@ def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
             "with CUDA_VISIBLE_DEVICES."
         )
     check_bitsandbytes()
+    check_compiler()
+
+
+def check_compiler():
+    """ValueError where Triton, which compiles the kernels when they are first used, would find no C compiler."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")):
+        raise ValueError(
+            "there is no C compiler, which Triton needs to build the GPU kernels: install gcc (`apt-get install gcc`, "
+            "`conda install gcc`), or name one in the environment variable CC."
+        )
 
 
 def check_bitsandbytes():

@@ -153,7 +153,7 @@ class QLoRATrainer(Trainer):
         """Adds the speed since the last log, evaluations not counted, and the peak of allocated GPU memory."""
         now = time.perf_counter()
         if "loss" in logs:
-            logs["tokens_per_second"] = round(self.tokens_since_log / (now - self.log_started))
+            logs["tokens_per_second"] = round(self.args.world_size * self.tokens_since_log / (now - self.log_started))
             if torch.cuda.is_available():
                 logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             self.tokens_since_log, self.log_started = 0, now

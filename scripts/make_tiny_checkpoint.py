@@ -39,8 +39,8 @@ class TinyCheckpointArguments:
 
     data_path: str = field(default="data/train.jsonl", metadata={"help": "Rows in ADGEN's format to learn from."})
     output_dir: str = field(default="THUDM/chatglm-tiny", metadata={"help": "Folder to write."})
-    vocab_size: int = field(default=2000, metadata={"help": "Number of SentencePiece pieces."})
-    max_steps: int = field(default=300, metadata={"help": "Pre-training steps of 32 rows."})
+    vocab_size: int = field(default=3000, metadata={"help": "Number of SentencePiece pieces."})
+    max_steps: int = field(default=600, metadata={"help": "Pre-training steps of 32 rows."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
@@ -67,7 +67,7 @@ def make_tokenizer(rows: list[dict], vocab_size: int, target: Path) -> ChatGLMTo
         sentence_iterator=iter(texts),
         model_writer=trained,
         vocab_size=vocab_size - len(CONTROL) - len(WHITESPACE),
-        character_coverage=0.9999,
+        character_coverage=1.0,
         split_digits=True,
         byte_fallback=True,
         pad_id=3,
@@ -123,6 +123,7 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
             logging_steps=50,
             save_strategy="no",
             report_to="none",
+            dataloader_pin_memory=False,
             seed=seed,
         )
         QLoRATrainer(model, training_args, max_tokens=1024, train_dataset=samples).train()

@@ -12,7 +12,7 @@ from conftest import ROOT, import_script
 from transformers import TrainingArguments
 
 import chatglm.chat
-from qlora.arguments import FinetuneArguments, parse_command_line
+from qlora.arguments import FinetuneArguments, InferenceArguments, parse_command_line
 from qlora.checkpoint import check_checkpoint
 from qlora.loading import add_lora, load_quantized_model
 
@@ -80,6 +80,17 @@ def test_commands_use_scripts_and_flags_that_exist(page, monkeypatch):
             script, flags = "train_qlora.py", [flag for flag in flags if flag != "--demo"]
         if flags != ["--help"]:
             check_flags(script, flags, monkeypatch)
+
+
+@both
+def test_flags_named_in_the_text_exist(name):
+    known = {
+        f"--{field.name}" for kind in (FinetuneArguments, InferenceArguments) for field in dataclasses.fields(kind)
+    }
+    named = {
+        word for code in re.findall(r"`(--[^`]+)`", prose(TEXTS[name])) for word in code.split() if word[:2] == "--"
+    }
+    assert named <= known | {"--help"}
 
 
 @both
@@ -153,6 +164,17 @@ def test_quoted_messages_are_those_of_the_code(name, tmp_path, monkeypatch):
         parse_command_line(FinetuneArguments, ["--lora_rnak=8"])
     for raised in (no_folder, unknown_flag):
         assert f"error: {raised.value}\n" in TEXTS[name]
+
+
+@both
+def test_messages_explained_are_in_the_code(name):
+    sources = [path.read_text(encoding="utf-8") for part in ("chatglm", "qlora") for path in ROOT.glob(f"{part}/*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "".join(sources))  # strings over several lines
+    code += "CUDA out of memory, Failed to find C compiler"  # torch's and Triton's
+    table = re.search(r"^\| there is no folder.*?\n\n", TEXTS[name], re.M | re.S).group()
+    for cell in re.findall(r"^\| (.*?) \|", table, re.M):
+        message = re.sub(r"（.*）|, during training", "", cell).replace("line N", "line {number}")
+        assert all(piece.strip() in code for piece in re.split("[;…]", message)), message
 
 
 def test_section_that_messages_name_exists():

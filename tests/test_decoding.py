@@ -1,0 +1,91 @@
+"""Decoding in place gives what transformers' `generate` gives."""
+
+import pytest
+import torch
+from conftest import GOLDEN_CHECKPOINT
+
+from chatglm import ChatGLMForConditionalGeneration
+from qlora.decoding import Decoder, decode, token_choice
+
+PAD = 3
+
+
+@pytest.fixture(scope="module")
+def model() -> ChatGLMForConditionalGeneration:
+    return ChatGLMForConditionalGeneration.from_pretrained(GOLDEN_CHECKPOINT, dtype=torch.float32).eval()
+
+
+def left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (longest - len(p)) + p for p in prompts])
+    return ids, (ids != PAD).long()
+
+
+def test_greedy_tokens_are_those_of_the_official_code(model, cases):
+    for case in cases["generate"]:
+        if not case.get("with_adapter"):
+            ids, mask = left_padded([case["prompt"]])
+            pieces = decode(model, ids, mask, len(case["new_tokens"]), token_choice(do_sample=False), look_every=3)
+            assert torch.cat(list(pieces), dim=1)[0].tolist() == case["new_tokens"]
+
+
+def test_a_batch_gives_what_generate_gives(model, cases):
+    ids, mask = left_padded([case["prompt"] for case in cases["generate"][:2]] + [[5, 6, 507, 508]])
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)[:, ids.shape[1] :]
+    tokens = torch.cat(list(decode(model, ids, mask, 20, token_choice(do_sample=False))), dim=1)
+    assert torch.equal(tokens[:, : expected.shape[1]], expected)
+    assert (tokens[:, expected.shape[1] :] == PAD).all()
+
+
+@pytest.mark.parametrize("look_every", [1, 2, 7, 50])
+def test_pieces_add_up_however_often_one_looks(model, cases, look_every):
+    ids, mask = left_padded([cases["generate"][0]["prompt"]])
+    pieces = list(decode(model, ids, mask, 15, token_choice(do_sample=False), look_every=look_every))
+    assert torch.cat(pieces, dim=1)[0].tolist() == cases["generate"][0]["new_tokens"][:15]
+    assert all(piece.shape[1] <= look_every + 1 for piece in pieces)
+
+
+def test_a_row_that_has_ended_gets_padding_and_all_ended_stops(model):
+    ids, mask = left_padded([[10, 11, 507, 508], [12, 507, 508]])
+    eos, steps = model.config.eos_token_id, []
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        steps.append(None)
+        return torch.tensor([[eos if len(steps) >= 2 else 20], [eos if len(steps) >= 4 else 21]])
+
+    tokens = torch.cat(list(decode(model, ids, mask, 40, choose, look_every=2)), dim=1)
+    assert tokens[0, :4].tolist() == [20, eos, PAD, PAD]
+    assert tokens[1, :4].tolist() == [21, 21, 21, eos]
+    assert tokens.shape[1] < 8
+
+
+def test_sampling_repeats_with_its_seed_and_varies_without(model):
+    ids, mask = left_padded([[10, 11, 507, 508]])
+
+    def sample(seed: int) -> list[int]:
+        torch.manual_seed(seed)
+        return torch.cat(list(decode(model, ids, mask, 30, token_choice(True, top_p=0.99, temperature=2.0))), 1)[
+            0
+        ].tolist()
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_sampling_with_little_top_p_is_greedy():
+    logits = torch.tensor([[0.1, 2.0, 0.3], [3.0, 0.0, 0.0]])
+    assert token_choice(True, top_p=1e-6)(logits)[:, 0].tolist() == [1, 0]
+    assert token_choice(False)(logits)[:, 0].tolist() == [1, 0]
+
+
+def test_state_stays_in_place(model):
+    """A recorded graph sees the same tensors in every replay."""
+    ids, mask = left_padded([[10, 11, 507, 508]])
+    with torch.no_grad():
+        decoder = Decoder(model, ids, mask, 8, token_choice(do_sample=False))
+        names = ("token", "position_ids", "new_tokens", "place", "finished", "seen")
+        before = {name: getattr(decoder, name).data_ptr() for name in names}
+        decoder.step()
+        decoder.step()
+    assert before == {name: getattr(decoder, name).data_ptr() for name in names}
+    assert decoder.place.item() == 3
