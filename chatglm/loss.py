@@ -22,34 +22,35 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             logits = F.linear(hidden_states[rows], weight)
-            losses = cross_entropy_in_place(logits, labels[rows], divisor, gradient=any(ctx.needs_input_grad[:2]))
+            losses = cross_entropy_in_place(logits, labels[rows], gradient=any(ctx.needs_input_grad[:2]))
             loss += losses.sum()
             if ctx.hidden_grad is not None:
                 torch.mm(logits, weight, out=ctx.hidden_grad[rows])
             if ctx.weight_grad is not None:
                 ctx.weight_grad += logits.T @ hidden_states[rows]
+        ctx.divisor = divisor
         return loss / divisor
 
     @staticmethod
     def backward(ctx, grad_output):
-        hidden_grad = None if ctx.hidden_grad is None else ctx.hidden_grad * grad_output.to(ctx.hidden_grad.dtype)
-        weight_grad = None if ctx.weight_grad is None else ctx.weight_grad * grad_output
+        # Scaled only here, in fp32: divided by thousands of labels, fp16 would lose what loss scaling is to save.
+        factor = grad_output / ctx.divisor
+        hidden_grad = None if ctx.hidden_grad is None else (ctx.hidden_grad * factor).to(ctx.hidden_grad.dtype)
+        weight_grad = None if ctx.weight_grad is None else ctx.weight_grad * factor
         return hidden_grad, weight_grad, None, None
 
 
-def cross_entropy_in_place(
-    logits: torch.Tensor, labels: torch.Tensor, divisor: torch.Tensor, gradient: bool
-) -> torch.Tensor:
-    """Losses of the rows, [N] fp32; with `gradient`, logits [N, V] become the gradient of their sum / divisor."""
+def cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, gradient: bool) -> torch.Tensor:
+    """Losses of the rows, [N] fp32; with `gradient`, logits [N, V] become the gradient of their sum."""
     if logits.is_cuda:
         from chatglm import loss_kernel
 
-        return loss_kernel.cross_entropy_in_place(logits, labels, divisor, gradient)
+        return loss_kernel.cross_entropy_in_place(logits, labels, gradient)
     log_probabilities = logits.float().log_softmax(dim=-1)
     losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
     if gradient:
         one_hot = F.one_hot(labels, logits.shape[1])
-        logits.copy_((log_probabilities.exp() - one_hot) / divisor)
+        logits.copy_(log_probabilities.exp() - one_hot)
     return losses
 
 

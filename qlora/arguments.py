@@ -294,13 +294,13 @@ def translate_renamed_keys(values: dict, path: str) -> dict:
 def choose_compute_dtype(name: str | None, training_values: dict) -> torch.dtype:
     """The type of the arithmetic: as asked, else as the JSON's `fp16`/`bf16` say, else what the hardware does best.
 
-    Sets `fp16` in `training_values` where loss scaling is needed.
+    Sets `fp16` in `training_values` where loss scaling is needed, and only there: the model is in its compute type.
     """
     if name is None:
         name = next((key for key in ("bf16", "fp16") if training_values.get(key)), None)
     dtype = COMPUTE_DTYPES[name] if name else best_compute_dtype()
-    if dtype == torch.float16 and torch.cuda.is_available():
-        training_values["fp16"] = True
+    training_values["bf16"] = False
+    training_values["fp16"] = dtype == torch.float16 and torch.cuda.is_available()
     return dtype
 
 

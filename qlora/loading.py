@@ -19,7 +19,7 @@ from qlora.checkpoint import HOW_TO_GET, check_checkpoint
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-WORKING_MEMORY = 1.0 * GIB  # CUDA context, activations of one sample, adapter, optimizer
+WORKING_MEMORY = 1.5 * GIB  # what loading needs beside the finished model
 LARGEST_CPU_MODEL = 1e9  # parameters
 BITS_PER_QUANTIZED_WEIGHT = 4.127  # 4 bits, 8 per block of 64 for its scale, 32 per 256 blocks for theirs
 
@@ -143,7 +143,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
     Raises:
         ValueError: a target module that the model does not have.
     """
-    linear = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+    layers = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = sorted({name.rsplit(".", 1)[-1] for name in layers})
     unknown = [name for name in target_modules if name not in linear]
     if unknown:
         raise ValueError(f"--lora_target_modules: the model has no {', '.join(unknown)}; it has {', '.join(linear)}.")

@@ -20,6 +20,7 @@ from peft import PeftModel
 
 from chatglm import ChatGLMConfig
 from chatglm.loss import ROWS_AT_ONCE
+from chatglm.packed_attention import kernel_runs_on
 from qlora.nf4 import keep_dense
 from qlora.offload import HostOffload
 
@@ -41,6 +42,8 @@ class Sizes:
     bytes_per_number: int
     resident: int  # bytes on the GPU before the first step: weights, adapter
     trainable: int  # parameters of the adapter
+    targets: frozenset[str] = frozenset()  # layers with an adapter, which keeps their input
+    fused_attention: bool = True  # by the kernel; otherwise queries and keys are kept before and after rotation
 
     @property
     def layers(self) -> int:
@@ -58,17 +61,19 @@ class Sizes:
     @property
     def attention(self) -> int:
         """Bytes a token that the attention half keeps beside its input: norm, projection, output, statistics."""
-        return 5 * self.half_input + 4 * self.config.num_attention_heads + 16
+        return (5 if self.fused_attention else 8) * self.half_input + 4 * self.config.num_attention_heads + 16
 
     @property
     def mlp(self) -> int:
         """Bytes a token that the MLP half keeps beside its input: what goes into the GELU, statistics."""
-        return self.bytes_per_number * self.config.inner_hidden_size + 16
+        inner = self.bytes_per_number * self.config.inner_hidden_size
+        adapters = self.half_input * ("dense_h_to_4h" in self.targets) + inner * ("dense_4h_to_h" in self.targets)
+        return inner + adapters + 16
 
     @property
     def working(self) -> int:
         """Bytes a token of what comes and goes in the backward pass of half a layer."""
-        return 2 * self.mlp + 4 * self.half_input
+        return 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.half_input
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,8 @@ def choose_plan(
     candidates = []
     for passes in range(1, 65):
         max_tokens = max(math.ceil(step_tokens / passes), longest_sample)
+        if "max_tokens" in fixed:
+            fixed = fixed | {"max_tokens": max(fixed["max_tokens"], longest_sample)}
         plans = [fill(sizes, max_tokens, offload, usable, fixed) for offload in (False, True)]
         candidates += [plan for plan in plans if plan is not None]
     if not candidates:
@@ -240,6 +247,8 @@ def plan_memory(
         model.get_base_model().dtype.itemsize,
         torch.cuda.memory_allocated(),
         sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        frozenset(model.peft_config["default"].target_modules),
+        kernel_runs_on(model.get_base_model().transformer.word_embeddings.weight),
     )
     step_tokens = longest_step(lengths, samples_per_step)
     plan = choose_plan(sizes, step_tokens, max(lengths), memory_budget(budget), fixed)

@@ -33,6 +33,7 @@ class Kept:
         """Starts the copy to the device, unless the tensor is there."""
         if self.device_tensor is None:
             self.device_tensor = torch.empty_like(self.host_tensor, device=stream.device)
+            self.device_tensor.record_stream(stream)  # should nobody take it, its memory waits for the copy
             self.done = self.copy(self.host_tensor, self.device_tensor, stream)
 
 

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
@@ -90,6 +91,8 @@ class QLoRATrainer(Trainer):
         if step_args.n_gpu > 1:  # without torchrun one process trains on one GPU, whatever else is visible
             step_args._n_gpu = 1
         super().__init__(model=model, args=step_args, data_collator=Samples, **kwargs)
+        # The model is in its compute type already; of mixed precision only the loss scaling is wanted.
+        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.max_tokens, self.plain_rows = max_tokens, args.per_device_train_batch_size
         self.collate = (ConcatenatingCollator if max_tokens else PaddingCollator)(self.model.config)
         self.tokens_since_log, self.log_started = 0, time.perf_counter()
