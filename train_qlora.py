@@ -19,7 +19,7 @@ from qlora.checkpoint import check_checkpoint
 from qlora.data import SampleEncoder, check_data_files, load_samples
 from qlora.errors import message_instead_of_traceback
 from qlora.linear import use_training_kernels
-from qlora.loading import add_lora, check_device, load_quantized_model, load_tokenizer
+from qlora.loading import add_lora, check_gpu_is_there, load_quantized_model, load_tokenizer
 from qlora.memory_plan import keep_or_recompute, plan_memory
 from qlora.trainer import QLoRATrainer, find_checkpoint
 
@@ -46,7 +46,7 @@ def prepare() -> tuple[QLoRATrainer, str | None]:
     torch.manual_seed(training_args.seed)
 
     check_data_files(args.train_data_path, args.eval_data_path)
-    check_device(check_checkpoint(args.model_name_or_path), compute_dtype)
+    check_gpu_is_there(check_checkpoint(args.model_name_or_path))
 
     tokenizer = load_tokenizer(args.model_name_or_path)
     encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)

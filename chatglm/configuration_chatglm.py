@@ -63,5 +63,20 @@ class ChatGLMConfig(PreTrainedConfig):
             raise ValueError("config.json has position_encoding_2d=false; ChatGLM-6B uses two-dimensional positions.")
         super().__post_init__(**kwargs)
 
+    @property
+    def weights_per_layer(self) -> int:
+        """Weights of a layer's four matrices."""
+        return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.inner_hidden_size
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of the embedding, which is also the head."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def multiplied_weights(self) -> int:
+        """Weights that a token is multiplied with on its way to the logits."""
+        return self.num_layers * self.weights_per_layer + self.embedding_weights
+
 
 __all__ = ["ChatGLMConfig"]

@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from chatglm.chat import ChatMixin
 from chatglm.configuration_chatglm import ChatGLMConfig
 from chatglm.loss import linear_cross_entropy
-from chatglm.packed_attention import PackedRow, kernel_runs_on, packed_attention, rotate_in_place
+from chatglm.packed_attention import PackedRow, packed_attention
+from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
 
 # The official blocks scale the residual for 28 layers whatever the number of layers in the configuration.
 RESIDUAL_SCALE = math.sqrt(2 * 28)
@@ -87,48 +88,6 @@ def prefix_lm_mask(
         segment_of_keys = F.pad(segment_ids, (0, kv_length - segment_ids.shape[1]))
         visible = visible & (segment_ids[:, -T:, None] == segment_of_keys[:, None, :])
     return visible[:, None]
-
-
-class ChatGLMRotaryEmbedding(nn.Module):
-    """Cosines and sines for both halves of a head: one turned by `position`, the other by `block_position`."""
-
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__()
-        self.rotary_dim = config.hidden_size // config.num_attention_heads // 2
-        self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
-
-    def inverse_frequencies(self) -> torch.Tensor:
-        """[rotary_dim / 2], fp32, rounded once to fp16 as the published weights were trained with."""
-        exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
-        return (1.0 / 10000**exponent).half().float()
-
-    @torch.no_grad()
-    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, 2, T] -> cos and sin, each [B, T, 1, 2, D / 2], in `dtype`."""
-        angles = position_ids.transpose(1, 2)[..., None].float() * self.inv_freq.float()
-        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates each half of each head by its own angle; [B, T, H, D] -> [B, T, H, D]."""
-    halves = states.unflatten(-1, (2, -1))
-    first, second = halves.chunk(2, dim=-1)
-    return (halves * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
-
-
-def split_and_rotate(
-    projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value, thirds of each head, the first two rotated; [B, T, 3C] -> 3 x [B, T, H, D].
-
-    On a GPU and without gradients they are rotated where they lie.
-    """
-    query, key, value = projected.unflatten(-1, (-1, 3 * head_dim)).chunk(3, dim=-1)
-    if kernel_runs_on(projected) and not torch.is_grad_enabled():
-        rotate_in_place(projected, cos, sin, head_dim)
-        return query, key, value
-    return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

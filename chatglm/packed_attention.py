@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from chatglm.rotary import kernel_runs_on, split_and_rotate
+
 TILE = 64  # tokens that a program of the kernel works on
 
 
@@ -64,26 +66,10 @@ def packed_attention(
     return attention_by_sample(projected, position_embeddings, row, head_dim)
 
 
-def kernel_runs_on(projected: torch.Tensor) -> bool:
-    """The kernel is for 16-bit numbers on Ampere GPUs and newer."""
-    is_half = projected.dtype in (torch.bfloat16, torch.float16)
-    return projected.is_cuda and is_half and torch.cuda.get_device_capability(projected.device) >= (8, 0)
-
-
-def rotate_in_place(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int):
-    """Rotary positions on the queries and keys in `projected` [B, T, 3C], by the kernel; no gradient."""
-    from chatglm import attention_kernels
-
-    tables = (table.reshape(-1, head_dim) for table in (cos, sin))
-    attention_kernels.rotate_in_place(projected.flatten(0, 1), *tables, head_dim)
-
-
 def attention_by_sample(
     projected: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], row: PackedRow, head_dim: int
 ) -> torch.Tensor:
     """The same with one masked SDPA call a sample."""
-    from chatglm.modeling_chatglm import split_and_rotate
-
     states = (state.transpose(1, 2) for state in split_and_rotate(projected, *position_embeddings, head_dim))
     samples = (state.split([sum(lengths) for lengths in row.lengths], dim=2) for state in states)
     outputs = []

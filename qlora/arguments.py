@@ -15,6 +15,10 @@ from transformers import HfArgumentParser, TrainingArguments
 logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPUTE_DTYPE = {
+    "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
+    "choices": list(COMPUTE_DTYPES),
+}
 DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
 
 # Settings that would be passed over in silence: the loss and the split of a step are this project's own.
@@ -89,14 +93,7 @@ class FinetuneArguments:
     offload: bool | None = field(
         default=None, metadata={"help": "Keep the inputs of recomputed layers in host memory; by default planned."}
     )
-    compute_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
-            "choices": list(COMPUTE_DTYPES),
-        },
-    )
-
+    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
     plain: bool = field(
         default=False,
         metadata={"help": "Train with peft's and bitsandbytes' layers on padded rows: slow, to compare with."},
@@ -163,13 +160,7 @@ class InferenceArguments:
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer in tokens."})
     batch_size: int = field(default=8, metadata={"help": "Prompts answered at once."})
     chat: bool = field(default=False, metadata={"help": "Hold a conversation with the tuned model instead."})
-    compute_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
-            "choices": list(COMPUTE_DTYPES),
-        },
-    )
+    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
 
     def __post_init__(self):
         problems = check_positive(self, "max_new_tokens", "batch_size", "max_prompts")

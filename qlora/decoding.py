@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWar
 from transformers.cache_utils import StaticCache
 
 from chatglm.modeling_chatglm import prefix_lm_position_ids
-from chatglm.packed_attention import kernel_runs_on
+from chatglm.rotary import kernel_runs_on
 from qlora.nf4 import linear
 
 # Without cuDNN's, which plans for a second whenever it meets a new shape.

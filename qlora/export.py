@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from chatglm.modeling_chatglm import ChatGLMRotaryEmbedding
+from chatglm.rotary import ChatGLMRotaryEmbedding
 
 NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings")
 

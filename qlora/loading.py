@@ -81,24 +81,23 @@ def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedMod
     return model
 
 
-def parameter_counts(config: ChatGLMConfig) -> tuple[int, int]:
-    """Number of weights that are quantised, and of those that are not (the shared embedding, mainly)."""
-    quantized = config.num_layers * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.inner_hidden_size)
-    return quantized, config.vocab_size * config.hidden_size
+def check_gpu_is_there(config: ChatGLMConfig):
+    """ValueError for a model that is too large for a machine without a GPU; a GPU is not touched."""
+    weights = config.multiplied_weights
+    if not torch.cuda.is_available() and weights > LARGEST_CPU_MODEL:
+        raise ValueError(
+            f"no CUDA GPU was found (torch {torch.__version__}), and {weights / 1e9:.1f} billion parameters need one. "
+            "Check `nvidia-smi` and that torch is a CUDA build, or try `bash train.sh --demo`, which runs on a CPU."
+        )
 
 
 def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
     """ValueError unless the model can be trained on this machine."""
-    quantized, embedding = parameter_counts(config)
+    check_gpu_is_there(config)
     if not torch.cuda.is_available():
-        if quantized + embedding > LARGEST_CPU_MODEL:
-            raise ValueError(
-                f"no CUDA GPU was found (torch {torch.__version__}), and {(quantized + embedding) / 1e9:.1f} billion "
-                "parameters need one. Check `nvidia-smi` and that torch is a CUDA build, or try "
-                "`bash train.sh --demo`, which runs on a CPU."
-            )
         return
-    needed = quantized * BITS_PER_QUANTIZED_WEIGHT / 8 + embedding * compute_dtype.itemsize + WORKING_MEMORY
+    quantized = config.num_layers * config.weights_per_layer * BITS_PER_QUANTIZED_WEIGHT / 8
+    needed = quantized + config.embedding_weights * compute_dtype.itemsize + WORKING_MEMORY
     free, total = torch.cuda.mem_get_info()
     if free < needed:
         raise ValueError(

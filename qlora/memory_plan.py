@@ -20,13 +20,13 @@ from peft import PeftModel
 
 from chatglm import ChatGLMConfig
 from chatglm.loss import ROWS_AT_ONCE
-from chatglm.packed_attention import kernel_runs_on
+from chatglm.rotary import kernel_runs_on
+from qlora.loading import GIB
 from qlora.nf4 import keep_dense
 from qlora.offload import HostOffload
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 RESERVE = GIB // 2  # of the free memory, for libraries' workspaces
 CPU_TOKENS = 1024  # at once without a GPU
 FLOPS_PER_BYTE = 250  # of current GPUs' matrix units and memory; only relative costs matter here
@@ -48,10 +48,6 @@ class Sizes:
     @property
     def layers(self) -> int:
         return self.config.num_layers
-
-    @property
-    def weights_per_layer(self) -> int:
-        return 4 * self.config.hidden_size**2 + 2 * self.config.hidden_size * self.config.inner_hidden_size
 
     @property
     def half_input(self) -> int:
@@ -81,11 +77,11 @@ class MemoryPlan:
     """The choice, and the peak of allocated memory it should lead to."""
 
     max_tokens: int
-    kept_mlp: int  # layers whose MLP half keeps its activations
-    kept_attention: int
-    dense: int  # layers whose weights stay dequantised
-    offload: bool
-    predicted_peak: int  # bytes
+    kept_mlp: int = 0  # layers whose MLP half keeps its activations
+    kept_attention: int = 0
+    dense: int = 0  # layers whose weights stay dequantised
+    offload: bool = False
+    predicted_peak: int = 0  # bytes
 
     def table(self, step_tokens: int, layers: int) -> str:
         """A few lines for the user."""
@@ -107,7 +103,7 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
     """Bytes allocated at the worst moment of a step."""
     T, layers = plan.max_tokens, sizes.layers
     optimizer = 12 * sizes.trainable  # gradient and two moments, fp32
-    dense = plan.dense * sizes.weights_per_layer * sizes.bytes_per_number
+    dense = plan.dense * sizes.config.weights_per_layer * sizes.bytes_per_number
     kept = plan.kept_mlp * sizes.mlp + plan.kept_attention * sizes.attention
     recomputed_halves = 2 * layers - plan.kept_mlp - plan.kept_attention
     inputs = 2 * layers - (recomputed_halves if plan.offload else 0) + (3 if plan.offload else 0)
@@ -123,12 +119,12 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
 
 def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
     """Time of a step in units of one operation."""
-    weights, layers = sizes.weights_per_layer, sizes.layers
+    config, layers = sizes.config, sizes.layers
+    weights = config.weights_per_layer
     passes = math.ceil(step_tokens / plan.max_tokens)
-    config = sizes.config
     first_mlp = config.hidden_size * config.inner_hidden_size  # the second MLP matrix need not be applied again
     recomputed = (layers - plan.kept_mlp) * first_mlp + (layers - plan.kept_attention) * 3 * config.hidden_size**2
-    arithmetic = step_tokens * (4 * (weights * layers + config.vocab_size * config.hidden_size) + 2 * recomputed)
+    arithmetic = step_tokens * (4 * config.multiplied_weights + 2 * recomputed)
     reads = (layers - plan.dense) * weights * 2 + recomputed * (1 - plan.dense / layers)
     dequantising = passes * reads * (sizes.bytes_per_number + 0.5) * FLOPS_PER_BYTE
     launching = passes * PASS_TOKENS * 4 * weights * layers
@@ -137,7 +133,7 @@ def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
 
 def fill(sizes: Sizes, max_tokens: int, offload: bool, budget: int, fixed: dict[str, int]) -> MemoryPlan | None:
     """The plan for this many tokens at once that spends what is left of the budget best; None if it does not fit."""
-    plan = dataclasses.replace(MemoryPlan(max_tokens, 0, 0, 0, offload, 0), **fixed)
+    plan = dataclasses.replace(MemoryPlan(max_tokens, offload=offload), **fixed)
     if predict_peak(sizes, plan) > budget:
         return None
     for name in ("kept_mlp", "kept_attention", "dense"):
@@ -163,16 +159,16 @@ def choose_plan(
     Raises:
         ValueError: even the longest sample alone does not fit.
     """
-    usable, fixed = int(budget * (1 - MARGIN)), fixed or {}
+    usable, fixed = int(budget * (1 - MARGIN)), dict(fixed or {})
+    if "max_tokens" in fixed:
+        fixed["max_tokens"] = max(fixed["max_tokens"], longest_sample)
     candidates = []
     for passes in range(1, 65):
         max_tokens = max(math.ceil(step_tokens / passes), longest_sample)
-        if "max_tokens" in fixed:
-            fixed = fixed | {"max_tokens": max(fixed["max_tokens"], longest_sample)}
         plans = [fill(sizes, max_tokens, offload, usable, fixed) for offload in (False, True)]
         candidates += [plan for plan in plans if plan is not None]
     if not candidates:
-        least = predict_peak(sizes, dataclasses.replace(MemoryPlan(longest_sample, 0, 0, 0, True, 0), **fixed))
+        least = predict_peak(sizes, dataclasses.replace(MemoryPlan(longest_sample, offload=True), **fixed))
         raise ValueError(
             f"{budget / GIB:.2f} GiB of GPU memory are too little: the longest sample, {longest_sample} tokens, needs "
             f"{least / (1 - MARGIN) / GIB:.2f} GiB{' with what was fixed by flags' if fixed else ''}. Lower "
@@ -239,7 +235,7 @@ def plan_memory(
         if budget is not None:
             raise ValueError("--memory_budget plans the memory of a GPU; there is none.")
         every = config.num_layers
-        plan = dataclasses.replace(MemoryPlan(CPU_TOKENS, every, every, 0, False, 0), **fixed | {"offload": False})
+        plan = dataclasses.replace(MemoryPlan(CPU_TOKENS, every, every), **fixed | {"offload": False})
         apply_plan(model, plan)
         return plan.max_tokens
     sizes = Sizes(
@@ -261,7 +257,7 @@ def plan_memory(
 def keep_or_recompute(model: PeftModel, keep: bool):
     """Keeps all activations, or computes all of them again."""
     layers = model.config.num_layers if keep else 0
-    apply_plan(model, MemoryPlan(0, layers, layers, 0, False, 0))
+    apply_plan(model, MemoryPlan(0, layers, layers))
 
 
 def apply_plan(model: PeftModel, plan: MemoryPlan):

@@ -143,14 +143,7 @@ class QLoRATrainer(Trainer):
 
     def floating_point_ops(self, inputs: Samples) -> int:
         """Forward pass and gradient of the activations: 4 operations for each token and weight."""
-        return 4 * self.weights * inputs.num_tokens
-
-    @property
-    def weights(self) -> int:
-        """Weights that a token is multiplied with."""
-        config = self.model.config
-        per_layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.inner_hidden_size
-        return config.num_layers * per_layer + config.vocab_size * config.hidden_size
+        return 4 * self.model.config.multiplied_weights * inputs.num_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         """Adds the speed since the last log, evaluations not counted, and the peak of allocated GPU memory."""

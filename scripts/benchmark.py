@@ -25,16 +25,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from chatglm import ChatGLMConfig
 from qlora.arguments import parse_command_line
 from qlora.data import SampleEncoder, read_rows
 from qlora.decoding import decode, token_choice, use_inference_kernels
 from qlora.errors import message_instead_of_traceback
-from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+from qlora.loading import GIB, add_lora, load_quantized_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
 WARM_UP = 10  # steps that are not counted
-MULTIPLIED_WEIGHTS = 6.17e9  # N: all of the 6B model's, the head's among them
 
 
 @dataclass
@@ -64,7 +63,8 @@ def measure_training(args: BenchmarkArguments) -> dict:
     ceiling = matmul_rate() if torch.cuda.is_available() else None
     result = train(args, args.steps, [])
     if ceiling:
-        flops = 4 * MULTIPLIED_WEIGHTS * result["tokens_per_second"]
+        weights = ChatGLMConfig.from_pretrained(args.model_name_or_path).multiplied_weights
+        flops = 4 * weights * result["tokens_per_second"]
         result |= {"matmul_tflops": round(ceiling / 1e12), "mfu": round(flops / ceiling, 3)}
     if args.compare_plain:
         plain = train(args, 5, ["--plain"], warm_up=2)

@@ -1,0 +1,65 @@
+"""Two-dimensional rotary positions.
+
+Shapes: B rows, T tokens, H heads, D head dimension, C hidden size.
+"""
+
+import torch
+from torch import nn
+
+from chatglm.configuration_chatglm import ChatGLMConfig
+
+
+class ChatGLMRotaryEmbedding(nn.Module):
+    """Cosines and sines for both halves of a head: one turned by `position`, the other by `block_position`."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.rotary_dim = config.hidden_size // config.num_attention_heads // 2
+        self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
+
+    def inverse_frequencies(self) -> torch.Tensor:
+        """[rotary_dim / 2], fp32, rounded once to fp16 as the published weights were trained with."""
+        exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
+        return (1.0 / 10000**exponent).half().float()
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, 2, T] -> cos and sin, each [B, T, 1, 2, D / 2], in `dtype`."""
+        angles = position_ids.transpose(1, 2)[..., None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates each half of each head by its own angle; [B, T, H, D] -> [B, T, H, D]."""
+    halves = states.unflatten(-1, (2, -1))
+    first, second = halves.chunk(2, dim=-1)
+    return (halves * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
+
+
+def split_and_rotate(
+    projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value, thirds of each head, the first two rotated; [B, T, 3C] -> 3 x [B, T, H, D].
+
+    On a GPU and without gradients they are rotated where they lie.
+    """
+    query, key, value = projected.unflatten(-1, (-1, 3 * head_dim)).chunk(3, dim=-1)
+    if kernel_runs_on(projected) and not torch.is_grad_enabled():
+        rotate_in_place(projected, cos, sin, head_dim)
+        return query, key, value
+    return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
+
+
+def kernel_runs_on(projected: torch.Tensor) -> bool:
+    """The Triton kernels are for 16-bit numbers on Ampere GPUs and newer."""
+    is_half = projected.dtype in (torch.bfloat16, torch.float16)
+    return projected.is_cuda and is_half and torch.cuda.get_device_capability(projected.device) >= (8, 0)
+
+
+def rotate_in_place(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int):
+    """Rotary positions on the queries and keys in `projected` [B, T, 3C], by the kernel; no gradient."""
+    from chatglm import attention_kernels
+
+    tables = (table.reshape(-1, head_dim) for table in (cos, sin))
+    attention_kernels.rotate_in_place(projected.flatten(0, 1), *tables, head_dim)
