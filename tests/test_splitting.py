@@ -1,8 +1,8 @@
-"""qlora/trainer.py: how the samples of an optimizer step are split. The training itself: test_train_and_inference."""
+"""qlora/splitting.py: how the samples of an optimizer step are split."""
 
 import pytest
 
-from qlora.trainer import split_evenly
+from qlora.splitting import split_evenly
 
 
 def samples_of(*lengths: int) -> list[dict]:
