@@ -10,7 +10,7 @@ cd "$(dirname "$0")"
 
 launch=(python)
 if [[ -n "${NPROC_PER_NODE:-}" ]]; then
-  launch=(torchrun --nproc_per_node "$NPROC_PER_NODE")
+  launch=(torchrun --standalone --nproc_per_node "$NPROC_PER_NODE")
 fi
 
 demo=false flags=()

@@ -142,7 +142,7 @@ class QLoRATrainer(Trainer):
         if largest is None or (self.model.training and self.args.world_size > 1):
             tokens = max(map(count_tokens, groups))
             raise TrainingStopped(
-                f"step {self.state.global_step + 1}: {reason}, with {tokens} tokens at once. Set a lower "
+                f"{reason} after {self.state.global_step} steps, with {tokens} tokens at once. Set a lower "
                 "--memory_budget, or lower --max_input_length and --max_output_length; and see in `nvidia-smi` "
                 "whether another program uses this GPU."
             )
@@ -152,8 +152,8 @@ class QLoRATrainer(Trainer):
             self.plain_rows = len(largest) // 2
         size = f"{self.max_tokens} tokens" if self.max_tokens else f"{self.plain_rows} rows"
         logger.warning(
-            "Step %d: %s. Going on with at most %s at once, which gives the same result in more time.",
-            *(self.state.global_step + 1, reason, size),
+            "%s after %d steps: going on with at most %s at once, which gives the same result in more time.",
+            *(reason, self.state.global_step, size),
         )
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
@@ -164,6 +164,8 @@ class QLoRATrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list[Samples], None]:
         """The next step's batch; its labels are counted in `training_step`."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed from the last checkpoint: the Trainer would train a step more
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def count_labels(self, inputs: Samples) -> int | torch.Tensor:
@@ -195,6 +197,8 @@ class QLoRATrainer(Trainer):
             self.tokens_since_log, self.log_started = 0, now
         super().log(logs, start_time)
 
+    @torch.no_grad()
+    @torch.random.fork_rng(devices=[])  # the loader draws a number; training draws the same ones without evaluations
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -212,7 +216,7 @@ class QLoRATrainer(Trainer):
         def loss_and_labels(groups: list[list[dict]]) -> torch.Tensor:
             sums = torch.zeros_like(totals)
             for group in groups:
-                with torch.no_grad(), self.compute_loss_context_manager():
+                with self.compute_loss_context_manager():
                     sums[0] += model(**self.micro_batch(group), num_items_in_batch=1).loss
                 sums[1] += label_count(group)
             return sums
