@@ -50,3 +50,11 @@ def split_evenly(samples: list[dict], max_tokens: int) -> list[list[dict]]:
         if max(sizes) <= max_tokens or count == len(samples):
             break
     return [group for group in groups if group]
+
+
+def own_samples(batch: list, number: int, batch_size: int, total: int) -> list:
+    """The samples of the batch of this number that no other batch has.
+
+    Processes take batches in turn; for each to have as many, accelerate fills up the last ones with the first rows.
+    """
+    return batch[: max(0, total - number * batch_size)]

@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from qlora.collation import ConcatenatingCollator, PaddingCollator
 from qlora.errors import TrainingStopped
 from qlora.saving import check_saved_adapter, publish_files, publish_folder, written_aside
-from qlora.splitting import Samples, count_tokens, label_count, split_evenly
+from qlora.splitting import Samples, count_tokens, label_count, own_samples, split_evenly
 from qlora.step_check import Step, StepCheck, rows
 
 logger = logging.getLogger(__name__)
@@ -222,9 +222,8 @@ class QLoRATrainer(Trainer):
             return sums
 
         for number, batch in enumerate(dataloader):
-            # The processes take batches in turn; to be as many for each, the last are filled up with the first rows.
-            before = (number * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
-            samples = batch.items[: max(0, num_samples - before)]
+            turn = number * self.args.world_size + self.args.process_index
+            samples = own_samples(batch.items, turn, self.args.eval_batch_size, num_samples)
             if samples:
                 totals += self.in_groups(samples, loss_and_labels)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
