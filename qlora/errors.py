@@ -1,6 +1,7 @@
 """How a user's mistake, or a run that cannot go on, reaches the user: one message, no traceback."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 
@@ -22,4 +23,6 @@ def message_instead_of_traceback(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
+        if isinstance(error, TrainingStopped):
+            print(file=sys.stderr)  # below the progress bar, not behind it
         raise SystemExit(f"error: {error}") from None

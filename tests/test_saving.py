@@ -208,14 +208,18 @@ def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(output, tr
     assert f"{output} holds checkpoint-{STEPS}" in error_of(train_qlora, *flags)
 
 
-def test_finished_run_can_be_resumed(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_finished_run_can_be_resumed(trained, tiny_checkpoint, train_file, dev_file, tmp_path, damaged):
     output = shutil.copytree(trained, tmp_path / "out")
+    if damaged:  # the checkpoint that is passed over is replaced
+        cut_off(output / f"checkpoint-{STEPS}" / "optimizer.pt")
     args_json = write_json(tmp_path / "args.json", output, lr_scheduler_type="constant")
     flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file)
     run_main(train_qlora, *flags, "--resume_from_checkpoint", "last")
     name = "adapter_model.safetensors"
     assert (output / name).read_bytes() == (trained / name).read_bytes()
     assert history(output, "loss") == history(trained, "loss")
+    assert defect(output / f"checkpoint-{STEPS}") is None
 
 
 def test_best_checkpoint_is_named_by_where_it_is_and_old_ones_go(tiny_checkpoint, train_file, dev_file, tmp_path):

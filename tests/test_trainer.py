@@ -205,9 +205,8 @@ def test_out_of_memory_in_a_step_is_tried_with_a_smaller_split(flags, run_out, t
     run_out(fails, where)
     run_main(train_qlora, *flags(evaluate=False), "--max_tokens", 400)
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    size = re.fullmatch(r"CUDA out of memory after 0 steps: going on with at most (\d+) tokens at once, .*", message)[
-        1
-    ]
+    assert message.startswith("CUDA out of memory after 0 steps: going on with at most ")
+    (size,) = re.findall(r"(\d+) tokens at once", message)
     run_out(0, where)
     run_main(train_qlora, *flags("smaller", evaluate=False), "--max_tokens", size)
     assert_same_run(tmp_path / "out", tmp_path / "smaller")
@@ -235,6 +234,18 @@ def test_out_of_memory_with_single_samples_ends_with_advice(flags, change_output
     assert len(passes) > 2 and sorted(passes, reverse=True) == passes  # smaller and smaller
     assert f"CUDA out of memory after 0 steps, with {passes[-1]} tokens at once" in message
     assert "lower --memory_budget" in message and "nvidia-smi" in message
+
+
+def test_out_of_memory_in_a_step_of_several_processes_ends_with_advice():
+    # The others wait for the gradients of exactly one pass.
+    trainer = SimpleNamespace(model=SimpleNamespace(training=True), args=SimpleNamespace(world_size=2), max_tokens=100)
+    trainer.state = SimpleNamespace(global_step=3)
+    groups = [[{"input_ids": [1] * 40}, {"input_ids": [1] * 50}]]
+    with pytest.raises(TrainingStopped, match="CUDA out of memory after 3 steps, with 90 tokens at once"):
+        QLoRATrainer.make_groups_smaller(trainer, groups, "CUDA out of memory")
+    trainer.model.training = False
+    QLoRATrainer.make_groups_smaller(trainer, groups, "CUDA out of memory")
+    assert trainer.max_tokens == 45
 
 
 def test_out_of_memory_in_an_evaluation(flags, run_out, tmp_path, caplog):
