@@ -3,10 +3,16 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class TrainingStopped(Exception):
     """A run that must not go on, with what the user is to know and to do."""
+
+
+def stop_all_processes(message: str, is_main_process: bool) -> NoReturn:
+    """Ends a run that every process has found to be bad; the main one has the message."""
+    raise TrainingStopped(message) if is_main_process else SystemExit(1)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from qlora.errors import TrainingStopped
+from qlora.errors import stop_all_processes
 
 MOST_SKIPPED = 32  # steps in a row that loss scaling may skip: from 65536 it has then gone far below 1
 
@@ -72,12 +72,14 @@ class StepCheck:
         return None
 
     def stop(self, step: Step, problem: str, suspects: torch.Tensor):
-        """Ends the run on all processes; the main one has the message. Suspects are processes whose loss is bad."""
+        """Ends the run, naming the rows of the suspects, the processes whose loss is bad, or else of all."""
         lines = gather_object([step.lines])
         lines = [share for share, suspect in zip(lines, suspects, strict=True) if suspect] or lines
-        if not self.accelerator.is_main_process:
-            raise SystemExit(1)
-        raise TrainingStopped(f"{step}: {problem}. {rows(itertools.chain(*lines))}")
+        stop_all_processes(
+            f"{step}: {problem}. {rows(itertools.chain(*lines))} Look at them, or lower learning_rate in the JSON; "
+            "the checkpoints from before this step are kept.",
+            self.accelerator.is_main_process,
+        )
 
 
 def rows(lines: Iterable[int]) -> str:

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from qlora.collation import ConcatenatingCollator, PaddingCollator
-from qlora.errors import TrainingStopped
+from qlora.errors import TrainingStopped, stop_all_processes
 from qlora.saving import check_saved_adapter, publish_files, publish_folder, written_aside
 from qlora.splitting import Samples, count_tokens, label_count, own_samples, split_evenly
 from qlora.step_check import Step, StepCheck, rows
@@ -230,9 +230,10 @@ class QLoRATrainer(Trainer):
         loss_sum, labels = self.accelerator.reduce(totals).tolist()
         self.log_started += time.perf_counter() - started
         if not labels or not math.isfinite(loss_sum):
-            raise TrainingStopped(
+            stop_all_processes(
                 f"the evaluation after step {self.state.global_step} has no loss: its sum is {loss_sum} over "
-                f"{labels:.0f} label tokens."
+                f"{labels:.0f} label tokens.",
+                self.accelerator.is_main_process,
             )
         metrics = {f"{metric_key_prefix}_loss": loss_sum / labels}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)
@@ -264,10 +265,12 @@ class QLoRATrainer(Trainer):
             return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or self.args.output_dir)
         with written_aside(target, owner=self.args.should_save) as staging:
-            super().save_model(str(staging))
+            super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 self.state.save_to_json(str(staging / "trainer_state.json"))
                 publish_files(staging, target)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         """Writes adapter and tokenizer, and reads the adapter back."""
