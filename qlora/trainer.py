@@ -71,6 +71,8 @@ class QLoRATrainer(Trainer):
         )
         if step_args.n_gpu > 1:  # without torchrun one process trains on one GPU, whatever else is visible
             step_args._n_gpu = 1
+        if step_args.device.type == "cpu":  # not "cpu:0", where transformers 5.17 cannot load an optimizer to
+            step_args._setup_devices = torch.device("cpu")
         super().__init__(model=model, args=step_args, data_collator=Samples, callbacks=[LogBeforeSaving()], **kwargs)
         # The model is in its compute type already; of mixed precision only the loss scaling is wanted.
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
