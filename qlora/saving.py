@@ -106,7 +106,8 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
     if (Path(output_dir) / "adapter_config.json").exists():
         present.insert(0, "a finished adapter")
     if checkpoint and Path(checkpoint).resolve().parent == Path(output_dir).resolve():
-        present = [p.name for p in checkpoints(output_dir) if step_of(p) > step_of(Path(checkpoint)) and not defect(p)]
+        step = step_of(Path(checkpoint)) or 0
+        present = [path.name for path in checkpoints(output_dir) if step_of(path) > step and not defect(path)]
     if present:
         raise ValueError(
             f"{output_dir} holds {' and '.join(present[:2])} of an earlier run, which are not overwritten. Name "
@@ -168,13 +169,14 @@ def publish_files(source: Path, target: Path):
 
 
 def flush(*paths: Path):
-    """Waits until files and folders are on the disk."""
+    """Waits until files and folders are on the disk; not every file system can do so for folders."""
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def check_saved_adapter(model: PeftModel, folder: str):

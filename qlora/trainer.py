@@ -59,10 +59,10 @@ class QLoRATrainer(Trainer):
         args: TrainingArguments as the JSON gave them.
         max_tokens: most tokens that go through the model at once; None for the plain way, which is to take the
             batches as the JSON has them, a padded row for each sample.
-        kwargs: anything the Trainer takes; datasets have `input_ids` and `labels`.
+        kwargs: anything the Trainer takes; datasets have `input_ids` and `labels`, and `line` to name a row by.
     """
 
-    def __init__(self, model, args: TrainingArguments, max_tokens: int | None, **kwargs):
+    def __init__(self, model, args: TrainingArguments, max_tokens: int | None, callbacks=(), **kwargs):
         step_args = dataclasses.replace(
             args,
             per_device_train_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
@@ -73,7 +73,8 @@ class QLoRATrainer(Trainer):
             step_args._n_gpu = 1
         if step_args.device.type == "cpu":  # not "cpu:0", where transformers 5.17 cannot load an optimizer to
             step_args._setup_devices = torch.device("cpu")
-        super().__init__(model=model, args=step_args, data_collator=Samples, callbacks=[LogBeforeSaving()], **kwargs)
+        callbacks = [LogBeforeSaving(), *callbacks]
+        super().__init__(model=model, args=step_args, data_collator=Samples, callbacks=callbacks, **kwargs)
         # The model is in its compute type already; of mixed precision only the loss scaling is wanted.
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.max_tokens, self.plain_rows = max_tokens, args.per_device_train_batch_size
@@ -251,7 +252,7 @@ class QLoRATrainer(Trainer):
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.state.best_model_checkpoint == str(self.run_dir / name):
+            if self.state.best_model_checkpoint == str(self.run_dir / name):  # as the Trainer found it there
                 self.state.best_model_checkpoint = str(output_dir / name)
             if self.args.should_save:
                 self.state.save_to_json(str(self.run_dir / name / "trainer_state.json"))
