@@ -16,7 +16,7 @@ import triton.language as tl
 
 from chatglm.packed_attention import TILE
 
-BLOCK = 64
+KEYS, QUERIES = 32, 64  # at once, in the loops over keys and over queries
 LOG2_E = math.log2(math.e)
 
 
@@ -182,12 +182,12 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projected, cos, sin, tiles, head_dim):
         heads = projected.shape[-1] // (3 * head_dim)
-        shape = {"HEADS": heads, "HEAD_DIM": head_dim, "TILE": TILE, "BLOCK": BLOCK}
+        shape = {"HEADS": heads, "HEAD_DIM": head_dim, "TILE": TILE}
         rotate_in_place(projected, cos, sin, head_dim)
         output = projected.new_empty(len(projected), heads * head_dim)
         lse = torch.empty(heads, len(projected), dtype=torch.float32, device=projected.device)
         forward_kernel[(len(tiles), heads)](
-            projected, output, lse, tiles, head_dim**-0.5 * LOG2_E, len(projected), **shape, num_warps=4, num_stages=2
+            projected, output, lse, tiles, head_dim**-0.5 * LOG2_E, len(projected), **shape, BLOCK=KEYS, num_stages=3
         )
         ctx.save_for_backward(projected, cos, sin, tiles, output, lse)
         ctx.shape = shape
@@ -201,10 +201,10 @@ class PackedAttention(torch.autograd.Function):
         head_dim, grid = ctx.shape["HEAD_DIM"], (len(tiles), ctx.shape["HEADS"])
         scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E, len(projected))
         query_grad_kernel[grid](
-            projected, output, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, num_warps=4, num_stages=2
+            projected, output, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, BLOCK=KEYS, num_stages=2
         )
         key_value_grad_kernel[grid](
-            projected, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, num_warps=4, num_stages=2
+            projected, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, BLOCK=QUERIES, num_stages=2
         )
         rotate_in_place(grad, cos, sin, head_dim, inverse=True)
         return grad, None, None, None, None

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 128  # keys at once
+BLOCK, STAGES = 32, 3  # keys at once, and loads in flight
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def rotated(base, cos, sin, HEAD_DIM: tl.constexpr):
 @triton.jit
 def decode_attention_kernel(
     projected, cos, sin, keys, values, visible, place, output, scale, capacity,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     past = tl.load(place)
@@ -38,24 +38,29 @@ def decode_attention_kernel(
     value = tl.load(own + 2 * HEAD_DIM + dim)
     tl.store(keys + cache + past * HEAD_DIM + dim, key)
     tl.store(values + cache + past * HEAD_DIM + dim, value)
-    # The token sees itself; what it has just written is not read back.
-    best = tl.sum(query * key.to(tl.float32), 0)
-    total = best * 0.0 + 1.0
-    accumulated = value.to(tl.float32)
-    for first in range(0, past, BLOCK):
-        index = first + tl.arange(0, BLOCK)
+    # Each of BLOCK lanes takes every BLOCK-th key and keeps a softmax of its own, so that lanes need not wait for each
+    # other before the end. The token itself begins the first lane: what has just been written is not read back.
+    lane = tl.arange(0, BLOCK)
+    best = tl.where(lane == 0, tl.sum(query * key.to(tl.float32), 0), float("-inf"))
+    total = tl.where(lane == 0, 1.0, 0.0)
+    accumulated = total[:, None] * value.to(tl.float32)[None, :]
+    for first in tl.range(0, past, BLOCK, num_stages=STAGES):
+        index = first + lane
         there = index < past
         seen = tl.load(visible + row * capacity + index, mask=there, other=0) != 0
         at = cache + index[:, None] * HEAD_DIM + dim[None, :]
-        tile = tl.load(keys + at, mask=there[:, None], other=0.0).to(tl.float32)
-        scores = tl.where(seen, tl.sum(tile * query[None, :], 1), float("-inf"))
-        better = tl.maximum(best, tl.max(scores, 0))
-        weights, shrink = tl.exp2(scores - better), tl.exp2(best - better)
-        tile = tl.load(values + at, mask=there[:, None], other=0.0).to(tl.float32)
-        accumulated = accumulated * shrink + tl.sum(tile * weights[:, None], 0)
-        total = total * shrink + tl.sum(weights, 0)
+        tile = tl.load(keys + at, mask=there[:, None], other=0.0)
+        value_tile = tl.load(values + at, mask=there[:, None], other=0.0)
+        scores = tl.where(seen, tl.sum(tile.to(tl.float32) * query[None, :], 1), float("-inf"))
+        better = tl.maximum(best, scores)
+        seen_any = better > float("-inf")  # a lane that has seen nothing has no scale: -inf - -inf is no number
+        weights = tl.where(seen_any, tl.exp2(scores - better), 0.0)
+        shrink = tl.where(seen_any, tl.exp2(best - better), 0.0)
+        accumulated = accumulated * shrink[:, None] + value_tile.to(tl.float32) * weights[:, None]
+        total = total * shrink + weights
         best = better
-    result = accumulated / total
+    factor = tl.exp2(best - tl.max(best, 0))
+    result = tl.sum(accumulated * factor[:, None], 0) / tl.sum(total * factor, 0)
     tl.store(output + (row * heads + head) * HEAD_DIM + dim, result.to(output.dtype.element_ty))
 
 
@@ -83,6 +88,6 @@ def decode_attention(
     output = projected.new_empty(B, H * D)
     decode_attention_kernel[(B, H)](
         projected, cos, sin, keys, values, visible, place, output, D**-0.5 * math.log2(math.e), S,
-        HEAD_DIM=D, BLOCK=BLOCK, num_warps=8,
+        HEAD_DIM=D, BLOCK=BLOCK, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return output
