@@ -56,6 +56,13 @@ def store_rows(base, value, start, index, length, stride, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
+def read_tile(tiles, tile):
+    """Of a tile: the first token of its sample, tokens in it, tokens of its context, first token of the tile in it."""
+    at = tiles + tile * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
 def visible(query_index, key_index, length, context):
     """[queries, keys]: the key is of the same sample, and in its context or not after the query."""
     return (key_index < length)[None, :] & (
@@ -69,9 +76,8 @@ def forward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp (base 2) of one tile of queries of one head."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    start, length = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
-    context, first_query = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    head = tl.program_id(1)
+    start, length, context, first_query = read_tile(tiles, tl.program_id(0))
     stride: tl.constexpr = HEADS * 3 * HEAD_DIM
     queries = projected + head * 3 * HEAD_DIM
     query_index = first_query + tl.arange(0, TILE)
@@ -103,9 +109,8 @@ def query_grad_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries, and `delta`, the sum of output x its gradient of each query."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    start, length = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
-    context, first_query = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    head = tl.program_id(1)
+    start, length, context, first_query = read_tile(tiles, tl.program_id(0))
     stride: tl.constexpr = HEADS * 3 * HEAD_DIM
     queries = projected + head * 3 * HEAD_DIM
     query_index = first_query + tl.arange(0, TILE)
@@ -136,9 +141,8 @@ def key_value_grad_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, from every query that sees any of them."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    start, length = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
-    context, first_key = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    head = tl.program_id(1)
+    start, length, context, first_key = read_tile(tiles, tl.program_id(0))
     stride: tl.constexpr = HEADS * 3 * HEAD_DIM
     queries = projected + head * 3 * HEAD_DIM
     key_index = first_key + tl.arange(0, TILE)
