@@ -174,6 +174,8 @@ class InferenceArguments:
             problems.append(f"--temperature is {self.temperature}; it must be a positive number")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not -(2**63) <= self.seed < 2**64:
+            problems.append(f"--seed is {self.seed}; it must fit in 64 bits")
         if not 0 < self.port < 65536:
             problems.append(f"--port is {self.port}; it must be between 1 and 65535")
         if self.chat and self.web:

@@ -75,10 +75,10 @@ class Answerer:
         length = len(self.tokenizer(prompt, split_special_tokens=True)["input_ids"])
         if length + max_new_tokens > limit:
             raise ValueError(
-                f"输入（含对话历史）有 {length} 个 token，加上最多 {max_new_tokens} 个新 token，超过模型的上限 {limit}："
-                f"请缩短输入、清空对话，或减小最大长度。 The prompt, with the conversation before it, has {length} "
-                f"tokens; with up to {max_new_tokens} new ones that is over the model's {limit}: shorten it, clear "
-                "the conversation, or lower the longest answer."
+                f"输入（含对话历史）有 {length} 个 token，加上最多 {max_new_tokens} 个新 token，超过模型的上限 "
+                f"{limit}：请缩短输入、清空对话，或减小最大长度。 The prompt, with the conversation before it, has "
+                f"{length} tokens; with up to {max_new_tokens} new ones that is over the model's {limit}: shorten it, "
+                "clear the conversation, or lower Max tokens."
             )
 
 

@@ -69,7 +69,7 @@ def setting_controls(args: InferenceArguments) -> list[Component]:
         gr.Radio(methods, value=args.do_sample, label="方式 Method", min_width=320, render=False),
         gr.Number(args.top_p, label="top_p", minimum=0.01, maximum=1, step=0.05, render=False),
         gr.Number(args.temperature, label="温度 Temperature", minimum=0.01, step=0.05, render=False),
-        gr.Number(args.max_new_tokens, label="最大长度 Max new tokens", precision=0, minimum=1, render=False),
+        gr.Number(args.max_new_tokens, label="最大长度 Max tokens", precision=0, minimum=1, render=False),
         gr.Number(args.seed, label="随机种子 Seed", precision=0, render=False),
     ]
 
