@@ -111,7 +111,9 @@ def with_settings(args: InferenceArguments, settings: tuple) -> InferenceArgumen
     """The arguments with the page's settings; ValueError for a value that cannot be."""
     if None in settings:
         raise ValueError("有一项设置是空的。 A setting is empty.")
-    return dataclasses.replace(args, **dict(zip(SETTINGS, settings, strict=True)))
+    values = dict(zip(SETTINGS, settings, strict=True))
+    # A browser sends 1.0 as 1.
+    return dataclasses.replace(args, **{name: type(getattr(args, name))(value) for name, value in values.items()})
 
 
 def check_web(args: InferenceArguments):

@@ -81,7 +81,7 @@ def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings:
         start, stop = gr.Button("生成 Generate", variant="primary"), gr.Button("停止 Stop")
     with gr.Row():
         answers = [
-            gr.Textbox(label=label, lines=8, max_lines=24, interactive=False, buttons=["copy"])
+            gr.Textbox(label=label, lines=8, max_lines=24, min_width=320, interactive=False, buttons=["copy"])
             for label in (BEFORE, AFTER)
         ]
     gr.Examples(examples, prompt, label="示例 Examples", examples_per_page=5)
@@ -111,8 +111,10 @@ def ask(triggers: list[Callable], stop: gr.Button, function: Callable[..., Itera
         try:
             yield from function(*values)
         except ValueError as error:
-            raise gr.Error(str(error), title="提示 Note", print_exception=False) from error
+            gr.Warning(str(error))
+            yield gr.skip()
 
-    asked = gr.on(triggers, with_notes, inputs, outputs, concurrency_limit=1, concurrency_id="model")
+    name = function.__name__
+    asked = gr.on(triggers, with_notes, inputs, outputs, api_name=name, concurrency_limit=1, concurrency_id="model")
     stop.click(None, cancels=asked)
     return asked

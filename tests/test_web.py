@@ -221,6 +221,12 @@ def test_impossible_settings_are_refused(answerer, settings, message):
         next(Page(answerer, ARGS).compare(PROMPT, *settings))
 
 
+def test_numbers_without_a_point_are_taken(answerer):
+    args = with_settings(ARGS, (True, 1, 1, 24.0, 42))
+    assert [repr(value) for value in (args.top_p, args.temperature, args.max_new_tokens)] == ["1.0", "1.0", "24"]
+    assert list(Page(answerer, ARGS).compare(PROMPT, True, 1, 1, 8, 42))
+
+
 # What is checked before the model is loaded.
 
 
@@ -428,6 +434,10 @@ def test_conversation_shows_what_was_typed_and_the_reply(page, answerer):
     expect(bubbles).to_have_count(0)
 
 
-def test_mistakes_are_shown(page):
-    page.get_by_role("button", name="Generate").click()
+def test_mistakes_are_shown_and_leave_the_answers(page, answerer):
+    compare(page, PROMPT)
+    answers = expected_answers(answerer, PROMPT)
+    expect_answers(page, answers)
+    compare(page, " ")
     expect(page.get_by_text("Type a prompt first.")).to_be_visible()
+    expect_answers(page, answers)
