@@ -132,9 +132,11 @@ def check_web(args: InferenceArguments):
     if os.environ.get(PASSWORD_VARIABLE) == "":
         raise ValueError(f"{PASSWORD_VARIABLE} is empty: set it to a password, or unset it for a page without one.")
     try:
-        socket.create_server((args.host, args.port)).close()
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does, to follow another soon
+            probe.bind((args.host, args.port))
     except OSError as error:
         raise OSError(
-            f"the page cannot listen on {args.host}, port {args.port} ({error.strerror or error}). Choose another "
-            "--port, or an address of this machine as --host."
+            f"the page cannot listen on {args.host}, port {args.port} ({error.strerror}). Choose another --port, or "
+            "an address of this machine as --host."
         ) from error

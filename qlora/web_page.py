@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 BEFORE, AFTER = "微调前 Before", "微调后 After"
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")  # the visitor's own
 CSS = ".gradio-container { max-width: 1200px !important; margin: 0 auto !important }"
-LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+LOCAL_HOSTS = ("127.0.0.1", "localhost")
 
 
 def serve(page: Page, examples: list[str]):
@@ -25,7 +25,8 @@ def serve(page: Page, examples: list[str]):
     if password is None and args.host not in LOCAL_HOSTS:
         logger.warning("Whoever can reach %s can use the page: %s sets a password.", args.host, PASSWORD_VARIABLE)
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would keep prompts and answers in the visitor's browser
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks the page whether it is there
+    os.environ["no_proxy"] = "*"  # gradio asks the page whether it is there; a proxy could not say
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     logger.info("The page is at http://%s:%d, until Ctrl-C.", args.host, args.port)
     build_page(page, examples).launch(
         server_name=args.host,

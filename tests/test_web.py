@@ -296,35 +296,34 @@ def test_flags_that_cannot_be_are_refused(values, message):
 
 
 @pytest.fixture(scope="module")
-def server(adapter_path: Path) -> Iterator[str]:
+def server(adapter_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a page with a password, shown by the script."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     url = f"http://127.0.0.1:{(port := free_port())}"
     flags = ("--adapter_path", adapter_path, "--port", port, "--max_new_tokens", 24)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "inference_qlora.py", "--web", *map(str, flags)],
-        env=os.environ | {"QLORA_PASSWORD": PASSWORD, "PYTHONIOENCODING": "utf-8"},
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+    # The proxy is one that nobody answers: showing a page must not need it.
+    settings = {qlora.web.PASSWORD_VARIABLE: PASSWORD, "PYTHONIOENCODING": "utf-8", "http_proxy": "http://127.0.0.1:9"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with open(log, "w", encoding="utf-8") as lines:
+        command = [sys.executable, ROOT / "inference_qlora.py", "--web", *map(str, flags)]
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=lines, stderr=lines)
     try:
-        wait_for(url, process)
+        wait_for(url, process, log)
         yield url
     finally:
         process.terminate()
-        process.communicate(timeout=20)
+        process.wait(timeout=20)
 
 
-def wait_for(url: str, process: subprocess.Popen):
+def wait_for(url: str, process: subprocess.Popen, log: Path):
     """Returns when the server answers."""
     for _ in range(240):
         if process.poll() is not None:
-            pytest.fail(f"the server ended: {process.stderr.read()}")
+            break
         with contextlib.suppress(OSError), urllib.request.urlopen(url):
             return
         time.sleep(0.25)
-    pytest.fail("the server does not answer")
+    pytest.fail(f"the server does not answer: {log.read_text(encoding='utf-8')}")
 
 
 @pytest.fixture(scope="module")
