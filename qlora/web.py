@@ -62,6 +62,7 @@ class Answerer:
     def advance(self, stream: Iterator[str], tuned: bool) -> str | None:
         """The answer after a few more tokens; None where it had ended."""
         text = None
+        # A CUDA graph keeps the switch as it was when it was recorded, which is in the first call.
         with contextlib.nullcontext() if tuned else self.model.disable_adapter():
             for longer in itertools.islice(stream, LOOKS_PER_UPDATE):
                 text = longer

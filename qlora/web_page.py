@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import gradio as gr
 from gradio.components import Component
+from gradio.events import Dependency
 
 from qlora.arguments import InferenceArguments
 from qlora.web import PASSWORD_VARIABLE, Page
@@ -68,9 +69,9 @@ def setting_controls(args: InferenceArguments) -> list[Component]:
     methods = [("贪心 Greedy", False), ("采样 Sampling", True)]
     return [
         gr.Radio(methods, value=args.do_sample, label="方式 Method", min_width=320, render=False),
-        gr.Number(args.top_p, label="top_p", minimum=0.01, maximum=1, step=0.05, render=False),
-        gr.Number(args.temperature, label="温度 Temperature", minimum=0.01, step=0.05, render=False),
-        gr.Number(args.max_new_tokens, label="最大长度 Max tokens", precision=0, minimum=1, render=False),
+        gr.Number(args.top_p, label="top_p", step=0.05, render=False),
+        gr.Number(args.temperature, label="温度 Temperature", step=0.05, render=False),
+        gr.Number(args.max_new_tokens, label="最大长度 Max tokens", precision=0, render=False),
         gr.Number(args.seed, label="随机种子 Seed", precision=0, render=False),
     ]
 
@@ -105,7 +106,9 @@ def chat_tab(chat: Callable[..., Iterator], settings: list[Component]):
     gr.on([clear.click, conversation.clear], lambda: ([], []), None, [history, conversation], cancels=asked)
 
 
-def ask(triggers: list[Callable], stop: gr.Button, function: Callable[..., Iterator], inputs: list, outputs: list):
+def ask(
+    triggers: list[Callable], stop: gr.Button, function: Callable[..., Iterator], inputs: list, outputs: list
+) -> Dependency:
     """Triggers start the generator, a button stops it; those of all visitors run one after the other."""
 
     def with_notes(*values) -> Iterator:

@@ -429,6 +429,9 @@ def test_conversation_shows_what_was_typed_and_the_reply(page, answerer):
         page.get_by_label("消息 Message").fill(message)
         page.get_by_label("消息 Message").press("Enter")
         expect(bubbles).to_have_text([text for pair in history for text in pair], timeout=20000)
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_text("Type a prompt first.")).to_be_visible()
+    expect(bubbles).to_have_count(4)
     page.get_by_role("button", name="Clear").last.click()
     expect(bubbles).to_have_count(0)
 
@@ -439,4 +442,7 @@ def test_mistakes_are_shown_and_leave_the_answers(page, answerer):
     expect_answers(page, answers)
     compare(page, " ")
     expect(page.get_by_text("Type a prompt first.")).to_be_visible()
+    page.get_by_label("top_p").fill("3")
+    compare(page, PROMPT)
+    expect(page.get_by_text("--top_p is 3.0; it must be above 0 and at most 1.")).to_be_visible()
     expect_answers(page, answers)
