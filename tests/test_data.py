@@ -10,7 +10,7 @@ from conftest import ROOT, write_rows
 
 from chatglm import ChatGLMTokenizer
 from chatglm.chat import build_prompt
-from qlora.data import SampleEncoder, load_samples, read_prompts, read_rows
+from qlora.data import LONGEST_LINE, SampleEncoder, column, load_samples, mix_samples, read_prompts, read_rows
 
 GOOD = {"instruction": "类型#裙", "output": "白色的裙。"}
 GOOD_LINE = json.dumps(GOOD).encode()
@@ -101,7 +101,17 @@ BROKEN_ROWS = {
     "empty summary": (b'{"content": "a", "summary": ""}', "field 'summary' is empty"),
     "number as output": (to_json(output=3.5), "field 'output' must be a string, found a float"),
     "null as output": (to_json(output=None), "field 'output' must be a string, found a NoneType"),
-    "NaN as output": (b'{"instruction": "a", "output": NaN}', "field 'output' must be a string, found a float"),
+    "NaN as output": (b'{"instruction": "a", "output": NaN}', "not valid JSON (NaN is no JSON number)"),
+    "infinite field": (to_json(score=1)[:-2] + b"-Infinity}", "not valid JSON (-Infinity is no JSON number)"),
+    "field twice": (GOOD_LINE[:-1] + b', "output": "c"}', "'output' stands twice in one object"),
+    "field twice inside": (to_json(x=[{"a": 1}]).replace(b'"a": 1', b'"a": 1, "a": 2'), "'a' stands twice"),
+    "many digits": (b'{"instruction": "a", "output": ' + b"1" * 5000 + b"}", "digits"),
+    "long unknown field": (b'{"' + b"a" * 10_000 + b'": 1}', "field 'instruction' is missing; the row has 'aaa"),
+    "longer than any row": (to_json(output="a" * LONGEST_LINE), "longer than 16,777,216 bytes"),
+    "byte order mark inside the file": (b"\xef\xbb\xbf" + GOOD_LINE, "not valid JSON"),
+    "lines of an old Mac": (GOOD_LINE + b"\r" + GOOD_LINE, "not valid JSON"),
+    "instruction without tokens": (to_json(instruction="\u200b"), "field 'instruction' has nothing but characters"),
+    "output without tokens": (to_json(output="\ufeff\u200b"), "field 'output' has nothing but characters"),
     "list as output": (to_json(output=["b"]), "field 'output' must be a string, found a list"),
     "object as instruction": (to_json(instruction={"a": "b"}), "field 'instruction' must be a string, found a dict"),
     "number as input": (to_json(input=1), "field 'input' must be a string, found a int"),
