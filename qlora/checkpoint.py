@@ -102,7 +102,8 @@ def check_whole(path: Path, advice: str = "download it again"):
         if path.suffix == ".safetensors":
             whole, calls = path.stat().st_size == safetensors_size(path), []
         else:
-            whole, calls = zipfile.is_zipfile(path), functions_called(path)
+            whole = zipfile.is_zipfile(path)
+            calls = functions_called(path) if whole else []
     except (RuntimeError, ValueError, LookupError, EOFError, struct.error, pickle.UnpicklingError):
         whole, calls = False, []
     if not whole:
