@@ -248,8 +248,8 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
     """Reads, checks and tokenises a jsonl file; says how many tokens it has and how much was cut.
 
     Returns:
-        A Dataset with `input_ids` and `labels`, lists of int of equal length, that `length`, and whether the prompt
-        (`prompt_cut`) or the answer (`answer_cut`) was cut.
+        A Dataset with `input_ids` and `labels`, lists of int of equal length, that `length`, the row's `line`, and
+        whether its prompt (`prompt_cut`) or answer (`answer_cut`) was cut.
     Raises:
         FileNotFoundError, ValueError: see `read_rows`; also for a file without rows, and for a row without tokens.
     """
@@ -261,7 +261,7 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
             batched=True,
             batch_size=ROWS_AT_ONCE,
             writer_batch_size=ROWS_AT_ONCE,
-            remove_columns=rows.column_names,
+            remove_columns=["query", "history", "answer"],
             num_proc=workers if workers > 1 else None,
             desc=f"Tokenizing {path}",
         )
