@@ -166,14 +166,18 @@ def plan_ahead(run: Run, unquantized: int, budget: int) -> str:
     config, dtype, training_args = run.config, run.compute_dtype, run.setup.training_args
     quantized = config.num_layers * config.weights_per_layer
     resident = int(unquantized - quantized * (dtype.itemsize - BITS_PER_QUANTIZED_WEIGHT / 8))
-    fused_attention = kernel_runs_on(torch.empty(0, dtype=dtype, device="cuda"))
     targets = frozenset(run.args.lora_target_modules)
-    sizes = Sizes(config, dtype.itemsize, resident, run.trainable, targets, fused_attention)
+    sizes = Sizes(config, dtype.itemsize, resident, run.trainable, targets, attention_kernel_runs(dtype))
     lengths = column(run.train_samples, "length").tolist()
     samples_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
     step_tokens = longest_step(lengths, samples_per_step)
     fixed = run.args.fixed_plan(run.setup.recompute, config.num_layers)
     return choose_plan(sizes, step_tokens, max(lengths), budget, fixed).table(step_tokens, config.num_layers)
+
+
+def attention_kernel_runs(dtype: torch.dtype) -> bool:
+    """Whether the GPU can run the attention kernel in this type."""
+    return kernel_runs_on(torch.empty(0, dtype=dtype, device="cuda"))
 
 
 def check_output(run: Run):

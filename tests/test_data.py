@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_rows
+from datasets import Dataset
 
 from chatglm import ChatGLMTokenizer
 from chatglm.chat import build_prompt
@@ -245,6 +247,73 @@ def test_oldest_rounds_go_first(data, tokenizer, caplog):
             samples = load_samples(write(data, to_json(history=history)), SampleEncoder(tokenizer, "", len(ids), 512))
         assert samples[0]["input_ids"][: len(ids)] == ids
         assert f"{int(kept < 3)} prompts" in caplog.text
+
+
+def test_oldest_of_many_rounds_go_quickly(data, tokenizer, encoded_texts):
+    # Rounds that are dropped one by one would be tokenised 20,000 times.
+    history = [[f"问{n}", "答"] for n in range(20_000)]
+    samples = load_samples(write(data, to_json(history=history)), SampleEncoder(tokenizer, "", 512, 512))
+    assert len(encoded_texts) < 30
+    kept = tokenizer.decode(samples[0]["input_ids"][:510]).count("[Round") - 1
+    prompts = [build_prompt(GOOD["instruction"], history[len(history) - n :]) for n in (kept, kept + 1)]
+    lengths_of_both = [len(tokenizer.encode(prompt)) for prompt in prompts]
+    assert lengths_of_both[0] <= 512 < lengths_of_both[1]
+
+
+def test_row_of_a_megabyte_is_read_whole_and_cut_by_tokens(data, tokenizer):
+    # Its beginning is a single word to the tokenizer, so that cutting the text beforehand would change the ids.
+    text = "a" * 100_000 + "裙" * 300_000
+    samples = load_samples(
+        write(data, to_json(instruction=text, output=text)), SampleEncoder(tokenizer, "", 512, 1536)
+    )
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert samples[0]["input_ids"][:510] == ids[:510]
+    assert samples[0]["labels"][512:] == [*ids[:1535], tokenizer.eos_token_id]
+    assert samples[0]["prompt_cut"] and samples[0]["answer_cut"]
+
+
+# Several files.
+
+
+@pytest.fixture
+def parts(tmp_path: Path, encoder: SampleEncoder) -> list[Dataset]:
+    """Two data sets of 10 and 4 samples."""
+    paths = [
+        write(tmp_path / f"{name}.jsonl", *[to_json(output=name + str(n)) for n in range(count)])
+        for name, count in (("a", 10), ("b", 4))
+    ]
+    return [load_samples(path, encoder) for path in paths]
+
+
+def texts_of(samples: Dataset, tokenizer: ChatGLMTokenizer) -> Counter:
+    return Counter(tokenizer.decode([i for i in labels if i != -100]) for labels in samples["labels"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"), [((1, 1), (10, 4)), ((0.5, 1), (5, 4)), ((1, 2), (10, 8)), ((0.25, 2.5), (2, 10))]
+)
+def test_weight_says_how_often_the_rows_of_a_file_stand(parts, tokenizer, weights, counts):
+    mixed = texts_of(mix_samples(list(zip(parts, weights, strict=True)), 0), tokenizer)
+    for name, part, weight, count in zip("ab", parts, weights, counts, strict=True):
+        found = {text: times for text, times in mixed.items() if text.startswith(name)}
+        assert sum(found.values()) == count
+        assert set(found.values()) <= {int(weight), -int(-weight // 1)}  # no row much oftener than another
+        assert len(found) == min(len(part), count)
+
+
+def test_part_of_a_file_follows_the_seed(parts, tokenizer):
+    first, again, other = (texts_of(mix_samples([(parts[0], 0.5)], seed), tokenizer) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_weight_that_leaves_no_row_is_refused(parts):
+    with pytest.raises(ValueError, match=r"a weight of --train_data_path is so small"):
+        mix_samples([(parts[0], 1), (parts[1], 0.1)], 0)
+
+
+def test_column_of_a_mixture(parts):
+    mixed = mix_samples([(parts[0], 0.5), (parts[1], 2)], 0)
+    assert column(mixed, "length").tolist() == [len(ids) for ids in mixed["input_ids"]]
 
 
 # The cache.
