@@ -33,6 +33,7 @@ from qlora.training_json import TrainingSetup, read_training_arguments
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")  # copied into every checkpoint
 ADAPTER_BYTES = 4  # for each trained parameter, fp32
+STATE_BYTES = 2**20  # of a checkpoint: the log, the schedule, the state of the random numbers
 OPTIMIZER_BYTES = 8  # the two moments of Adam, fp32: as much as a common optimizer keeps
 
 
@@ -241,4 +242,5 @@ def disk_needed(run: Run) -> int:
     tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES)
     adapter = run.trainable * ADAPTER_BYTES + tokenizer
     kept = saves if args.save_total_limit is None else min(saves, args.save_total_limit + 1)  # the old one goes last
-    return kept * (adapter + (0 if args.save_only_model else run.trainable * OPTIMIZER_BYTES)) + adapter
+    optimizer = 0 if args.save_only_model else run.trainable * OPTIMIZER_BYTES
+    return kept * (adapter + optimizer + STATE_BYTES) + adapter

@@ -148,7 +148,7 @@ def wrong_types(values: dict) -> list[str]:
     """A problem for every value that is not of the plain type that TrainingArguments declares."""
     problems = []
     for key, hint in typing.get_type_hints(TrainingArguments).items():
-        kinds = typing.get_args(hint) or (hint,)
+        kinds = (hint,) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,)
         if key in values and set(kinds) <= JSON_TYPES.keys():
             accepted = (*kinds, int) if float in kinds else kinds
             if type(values[key]) not in accepted:
@@ -165,7 +165,9 @@ def read_json_object(path: str) -> dict:
         values = parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply.") from error
+    except ValueError as error:
         raise ValueError(f"{path}: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold one JSON object, found a {type(values).__name__}.")

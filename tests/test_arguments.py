@@ -46,6 +46,61 @@ def test_every_flag_of_the_upstream_command_line():
     assert {name: getattr(args, name) for name in UPSTREAM_FLAGS} == UPSTREAM_FLAGS
 
 
+@pytest.mark.parametrize(
+    ("given", "files"),
+    [
+        (["a.jsonl"], [("a.jsonl", 1)]),
+        (["a.jsonl", "b.jsonl:0.5"], [("a.jsonl", 1), ("b.jsonl", 0.5)]),
+        (["a.jsonl:2", "a:b.jsonl"], [("a.jsonl", 2), ("a:b.jsonl", 1)]),
+        (["x:1:3", ":2"], [("x:1", 3), (":2", 1)]),
+    ],
+)
+def test_files_have_weights(given, files):
+    assert parse("--train_data_path", *given).train_files() == files
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+def test_weight_out_of_range(weight):
+    with pytest.raises(ValueError, match=f"--train_data_path b:{weight}: the weight must be a positive number"):
+        parse("--train_data_path", "a", f"b:{weight}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "samples"),
+    [([], None), (["--check"], 1), (["--dry_run"], 1), (["--dry_run", 5], 5), (["--check", 0], 0)],
+)
+def test_check_and_dry_run_are_one_flag(flags, samples):
+    assert parse(*flags).check == samples
+
+
+def test_nearest_flag_may_be_a_second_name():
+    with pytest.raises(ValueError, match=r"unknown argument --dryrun \(did you mean --dry_run\?\)\.$"):
+        parse("--dryrun")
+
+
+@pytest.mark.parametrize("size", ["8", "8G", "eight GiB"])
+def test_memory_budget_is_read_with_the_command_line(size):
+    with pytest.raises(ValueError, match=f"--memory_budget {size}: expected a number with a unit") as raised:
+        parse("--memory_budget", size, "--lora_rank", 0)
+    assert "--lora_rank is 0" in str(raised.value) and ".." not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("memory_budget", "8GiB"),
+        ("max_tokens", 5),
+        ("kept_mlp", 0),
+        ("kept_attention", 1),
+        ("dense_layers", 2),
+        ("offload", "false"),
+    ],
+)
+def test_plain_path_with_a_flag_of_the_plan_is_refused(flag, value):
+    with pytest.raises(ValueError, match=f"--plain plans nothing, and does not heed --{flag}"):
+        parse("--plain", f"--{flag}", value)
+
+
 def test_target_modules_are_a_list():
     assert parse().lora_target_modules == ["query_key_value"]
     args = parse("--lora_target_modules", "query_key_value", "dense", "--lora_rank", 2)

@@ -1,14 +1,17 @@
 """qlora/training_json.py: the JSON of TrainingArguments, translated and checked."""
 
+import dataclasses
+import importlib.util
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from transformers import TrainingArguments
 
-from qlora.training_json import read_training_arguments
+from qlora.training_json import NOT_FOR_THIS_TRAINER, read_training_arguments
 
 # The JSON that users of the project know; it is shipped as it is.
 SHIPPED = {
@@ -108,6 +111,99 @@ def test_old_and_new_name_together_are_refused(write_json):
 def test_old_and_new_name_of_grouping_together_are_refused(write_json):
     with pytest.raises(ValueError, match=r"group_by_length and train_sampling_strategy.*keep one"):
         read_training_arguments(write_json(group_by_length=True, train_sampling_strategy="random"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"neftune_noise_alpha": 5.0},
+        {"torch_empty_cache_steps": 10},
+        {"batch_eval_metrics": True},
+        {"eval_accumulation_steps": 4},
+        {"average_tokens_across_devices": False},
+        {"torch_compile_backend": "inductor"},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"deepspeed": "zero2.json"},
+        {"fsdp": "full_shard"},
+        {"include_for_metrics": ["loss"]},
+        {"label_smoothing_factor": 0.1},
+        {"resume_from_checkpoint": "out/checkpoint-5"},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_settings_that_would_be_passed_over_are_refused(write_json, values):
+    with pytest.raises(ValueError, match=rf"this training does not use {next(iter(values))}; remove it\."):
+        read_training_arguments(write_json(**values))
+
+
+def test_settings_that_are_off_are_accepted(write_json):
+    off = {"neftune_noise_alpha": None, "batch_eval_metrics": False, "fsdp": "", "include_for_metrics": []}
+    off |= {"average_tokens_across_devices": True, "include_num_input_tokens_seen": "no", "label_smoothing_factor": 0}
+    read_training_arguments(write_json(**off))
+
+
+@pytest.mark.parametrize("name", NOT_FOR_THIS_TRAINER)
+def test_refused_settings_are_those_of_transformers(name):
+    newer = {"activation_checkpointing_kwargs"}
+    assert name in {field.name for field in dataclasses.fields(TrainingArguments)} | newer
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("per_device_train_batch_size", "4", 'is "4"; expected a whole number'),
+        ("per_device_train_batch_size", 4.0, "is 4.0; expected a whole number"),
+        ("gradient_accumulation_steps", True, "is true; expected a whole number"),
+        ("learning_rate", "1e-3", 'is "1e-3"; expected a number'),
+        ("learning_rate", None, "is null; expected a number"),
+        ("dataloader_drop_last", "yes", 'is "yes"; expected true or false'),
+        ("save_total_limit", "2", 'is "2"; expected a whole number or null'),
+        ("output_dir", 3, "is 3; expected a text or null"),
+        ("per_device_train_batch_size", 0, "is 0; it must be positive"),
+        ("num_train_epochs", -1, "is -1; it must be positive"),
+        ("seed", -1, "is -1; it must be at least 0 and below 2**32"),
+        ("optim", "schedule_free_adamw", "is schedule_free_adamw, which needs a training step of its own"),
+        ("metric_for_best_model", "rouge", "is rouge; only eval_loss is computed"),
+    ],
+)
+def test_value_of_another_kind_is_refused(write_json, key, value, expected):
+    with pytest.raises(ValueError, match=rf"args\.json: {key} {re.escape(expected)}"):
+        read_training_arguments(write_json(**{key: value}))
+
+
+def test_whole_number_is_a_number(write_json):
+    args = read_training_arguments(
+        write_json(learning_rate=1, num_train_epochs=2, save_total_limit=None)
+    ).training_args
+    assert (args.learning_rate, args.num_train_epochs) == (1, 2)
+
+
+def test_all_that_is_wrong_with_keys_is_said_at_once(write_json):
+    with pytest.raises(ValueError) as raised:
+        read_training_arguments(write_json(sedd=2, torch_compile=True, logging_steps="x", optim="lomo"))
+    assert all(key in str(raised.value) for key in ("sedd", "torch_compile", "logging_steps", "lomo"))
+
+
+def test_reporter_that_is_not_installed_is_named(write_json):
+    missing = next(name for name in ("comet_ml", "dvclive", "neptune") if importlib.util.find_spec(name) is None)
+    with pytest.raises(ValueError, match=f"report_to names {missing}, which is not installed"):
+        read_training_arguments(write_json(report_to=[missing]))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"seed": 1, "seed": 2}', "'seed' stands twice in one object; keep one of them"),
+        ('{"learning_rate": NaN}', "NaN is no JSON number"),
+        ('{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "'a' stands twice in one object"),
+        ("[" * 100_000, "args.json"),
+    ],
+)
+def test_ambiguous_json_is_refused(tmp_path, content, reason):
+    path = tmp_path / "args.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_training_arguments(str(path))
 
 
 def test_missing_file_is_named(tmp_path):
