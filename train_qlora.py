@@ -2,6 +2,7 @@
 
     bash train.sh                                  # chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
     python train_qlora.py --train_args_json my.json --train_data_path my.jsonl --lora_rank 8
+    bash train.sh --check                          # everything that can be known before the model is loaded
 
 The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` lists the rest.
 """

@@ -81,7 +81,7 @@ class FinetuneArguments:
     check: int | None = field(
         default=None,
         metadata={
-            "help": "Check everything a run needs, show the first so many samples, and stop.",
+            "help": "Check everything a run needs, show a sample, or as many as given, and stop.",
             "aliases": ["--dry_run"],
             "nargs": "?",
             "const": 1,

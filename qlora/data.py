@@ -108,7 +108,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     reason = str(error)
-    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}..."
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} (and more)"
 
 
 def check_row(row: object) -> Row:
