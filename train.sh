@@ -3,6 +3,7 @@
 #
 #   bash train.sh                          chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
 #   bash train.sh --lora_rank 8            any flag of train_qlora.py
+#   bash train.sh --check                  checks everything before a long run, and shows a sample
 #   NPROC_PER_NODE=2 bash train.sh         one process per GPU
 #   bash train.sh --demo                   everything on a tiny model, on a CPU, in two minutes
 set -euo pipefail
@@ -13,9 +14,13 @@ if [[ -n "${NPROC_PER_NODE:-}" ]]; then
   launch=(torchrun --standalone --nproc_per_node "$NPROC_PER_NODE")
 fi
 
-demo=false flags=()
+demo=false check=false flags=()
 for argument in "$@"; do
-  if [[ "$argument" == --demo ]]; then demo=true; else flags+=("$argument"); fi
+  case "$argument" in
+    --demo) demo=true ;;
+    --check* | --dry_run*) check=true flags+=("$argument") ;;
+    *) flags+=("$argument") ;;
+  esac
 done
 
 if $demo; then
@@ -24,7 +29,8 @@ if $demo; then
   python scripts/make_tiny_checkpoint.py --output_dir THUDM/chatglm-tiny
   "${launch[@]}" train_qlora.py --train_args_json scripts/demo.json --model_name_or_path THUDM/chatglm-tiny \
     --eval_data_path none "${flags[@]}"
-  python inference_qlora.py --adapter_path saved_files/chatglm_tiny_demo --prompt_file data/dev.jsonl --max_prompts 3
+  $check || python inference_qlora.py --adapter_path saved_files/chatglm_tiny_demo \
+    --prompt_file data/dev.jsonl --max_prompts 3
 else
   "${launch[@]}" train_qlora.py --train_args_json chatGLM_6B_QLoRA.json --model_name_or_path THUDM/chatglm-6b \
     --train_data_path data/train.jsonl --eval_data_path data/dev.jsonl "${flags[@]}"

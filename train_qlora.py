@@ -2,6 +2,7 @@
 
     bash train.sh                                  # chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
     python train_qlora.py --train_args_json my.json --train_data_path my.jsonl --lora_rank 8
+    bash train.sh --check                          # everything that can be known before the model is loaded
 
 The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` lists the rest.
 """
@@ -14,14 +15,14 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
-from qlora.arguments import FinetuneArguments, parse_command_line, read_training_arguments
-from qlora.checkpoint import check_checkpoint
-from qlora.data import SampleEncoder, check_data_files, load_samples
+from qlora.arguments import FinetuneArguments, parse_command_line
+from qlora.data import column
 from qlora.errors import TrainingStopped, message_instead_of_traceback
 from qlora.linear import use_training_kernels
-from qlora.loading import add_lora, check_gpu_is_there, load_quantized_model, load_tokenizer
+from qlora.loading import add_lora, load_quantized_model
 from qlora.memory_plan import keep_or_recompute, plan_memory
-from qlora.saving import check_output_dir, find_checkpoint
+from qlora.preflight import Run, check_run
+from qlora.report import describe
 from qlora.trainer import QLoRATrainer
 
 logger = logging.getLogger("train_qlora")
@@ -29,33 +30,30 @@ logger = logging.getLogger("train_qlora")
 
 def main():
     with message_instead_of_traceback():
-        trainer, checkpoint = prepare()
+        run = check_run(parse_command_line(FinetuneArguments))
+        if run.args.check is not None:
+            show(run)
+        run.raise_problems()
+        if run.args.check is not None:
+            return
+        trainer = prepare(run)
     with message_instead_of_traceback(TrainingStopped):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=run.resume_from)
         trainer.save_model()
     if trainer.is_world_process_zero():
         logger.info("The adapter is in %s", trainer.args.output_dir)
 
 
-def prepare() -> tuple[QLoRATrainer, str | None]:
-    """Everything up to the first step: arguments, data, model, adapter."""
-    args = parse_command_line(FinetuneArguments)
-    training_args, compute_dtype, recompute = read_training_arguments(
-        args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
-    )
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
-    check_output_dir(training_args.output_dir, checkpoint)
+def show(run: Run):
+    """Prints a checked run, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(run))
+
+
+def prepare(run: Run) -> QLoRATrainer:
+    """From a checked run to the first step: model, adapter, memory plan."""
+    args, (training_args, compute_dtype, recompute) = run.args, run.setup
     torch.manual_seed(training_args.seed)
-
-    check_data_files(args.train_data_path, args.eval_data_path)
-    check_gpu_is_there(check_checkpoint(args.model_name_or_path))
-
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
-    with training_args.main_process_first(desc="tokenizing"):
-        train_samples = load_samples(args.train_data_path, encoder)
-        eval_samples = load_samples(args.eval_data_path, encoder) if args.eval_data_path else None
-
     model = load_quantized_model(args.model_name_or_path, compute_dtype)
     model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     model.print_trainable_parameters()
@@ -67,17 +65,17 @@ def prepare() -> tuple[QLoRATrainer, str | None]:
         use_training_kernels(model)
         fixed = args.fixed_plan(recompute, model.config.num_layers)
         samples_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-        max_tokens = plan_memory(model, train_samples["length"], samples_per_step, args.memory_budget, fixed)
+        lengths = column(run.train_samples, "length").tolist()
+        max_tokens = plan_memory(model, lengths, samples_per_step, args.memory_budget, fixed)
 
-    trainer = QLoRATrainer(
+    return QLoRATrainer(
         model=model,
         args=training_args,
         max_tokens=max_tokens,
-        train_dataset=train_samples,
-        eval_dataset=eval_samples,
-        processing_class=tokenizer,
+        train_dataset=run.train_samples,
+        eval_dataset=run.eval_samples,
+        processing_class=run.tokenizer,
     )
-    return trainer, checkpoint
 
 
 if __name__ == "__main__":

@@ -1,18 +1,14 @@
-"""Command line and JSON: the JSON holds transformers' TrainingArguments, the command line the rest."""
+"""The command line: everything but transformers' TrainingArguments, which the JSON holds."""
 
 import dataclasses
 import difflib
-import json
-import logging
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
-logger = logging.getLogger(__name__)
+from qlora.memory_plan import parse_size
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTE_DTYPE = {
@@ -21,26 +17,7 @@ COMPUTE_DTYPE = {
 }
 DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
 
-# Settings that would be passed over in silence: the loss and the split of a step are this project's own.
-NOT_FOR_THIS_TRAINER = (
-    "auto_find_batch_size",
-    "include_num_input_tokens_seen",
-    "label_smoothing_factor",
-    "torch_compile",
-    "use_liger_kernel",
-)
-RECOMPUTE_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
-
-# Keys of older transformers that live on under another name.
-RENAMED_KEYS = {
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
-    "no_cuda": "use_cpu",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "push_to_hub_model_id": "hub_model_id",
-    "push_to_hub_token": "hub_token",
-}
+PLAN_FLAGS = ("max_tokens", "kept_mlp", "kept_attention", "dense_layers", "offload")
 
 
 @dataclass
@@ -53,7 +30,10 @@ class FinetuneArguments:
     model_name_or_path: str = field(
         default="THUDM/chatglm-6b", metadata={"help": "Folder with the files of THUDM/chatglm-6b."}
     )
-    train_data_path: str = field(default="data/train.jsonl", metadata={"help": "Training rows, one JSON a line."})
+    train_data_path: list[str] = field(
+        default_factory=lambda: ["data/train.jsonl"],
+        metadata={"help": "Training rows, one JSON a line; several files, with weights, as a.jsonl b.jsonl:0.5."},
+    )
     eval_data_path: str | None = field(
         default="data/dev.jsonl", metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."}
     )
@@ -98,26 +78,46 @@ class FinetuneArguments:
         default=False,
         metadata={"help": "Train with peft's and bitsandbytes' layers on padded rows: slow, to compare with."},
     )
+    check: int | None = field(
+        default=None,
+        metadata={
+            "help": "Check everything a run needs, show a sample, or as many as given, and stop.",
+            "aliases": ["--dry_run"],
+            "nargs": "?",
+            "const": 1,
+        },
+    )
 
     def fixed_plan(self, recompute: bool | None, num_layers: int) -> dict[str, int]:
         """The parts of the memory plan that were given, by flags or by the JSON's gradient checkpointing."""
         kept = (
             {} if recompute is None else dict.fromkeys(("kept_mlp", "kept_attention"), 0 if recompute else num_layers)
         )
-        given = {
-            "max_tokens": self.max_tokens,
-            "kept_mlp": self.kept_mlp,
-            "kept_attention": self.kept_attention,
-            "dense": self.dense_layers,
-            "offload": self.offload,
-        }
-        return kept | {name: value for name, value in given.items() if value is not None}
+        given = {name: getattr(self, name) for name in PLAN_FLAGS if getattr(self, name) is not None}
+        return kept | {{"dense_layers": "dense"}.get(name, name): value for name, value in given.items()}
+
+    def train_files(self) -> list[tuple[str, float]]:
+        """The files of `--train_data_path` with their weights."""
+        return list(map(split_weight, self.train_data_path))
 
     def __post_init__(self):
         problems = check_positive(self, "max_tokens")
-        for name in ("kept_mlp", "kept_attention", "dense_layers"):
+        for name in ("kept_mlp", "kept_attention", "dense_layers", "check"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 problems.append(f"--{name} is {getattr(self, name)}; it must not be negative")
+        problems += [
+            f"--train_data_path {text}: the weight must be a positive number"
+            for text, (_, weight) in zip(self.train_data_path, self.train_files(), strict=True)
+            if not 0 < weight < math.inf
+        ]
+        if self.memory_budget is not None:
+            try:
+                parse_size(self.memory_budget)
+            except ValueError as error:
+                problems.append(str(error).removesuffix("."))
+        ignored = [f"--{name}" for name in ("memory_budget", *PLAN_FLAGS) if getattr(self, name) is not None]
+        if self.plain and ignored:
+            problems.append(f"--plain plans nothing, and does not heed {', '.join(ignored)}")
         if self.max_input_length < 3:
             problems.append(f"--max_input_length is {self.max_input_length}; a prompt needs at least 3 tokens")
         if self.max_output_length < 2:
@@ -184,6 +184,15 @@ class InferenceArguments:
             raise ValueError("; ".join(problems) + ".")
 
 
+def split_weight(text: str) -> tuple[str, float]:
+    """`path` or `path:weight` -> path, weight."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def check_positive(arguments: object, *names: str) -> list[str]:
     """A problem for every named field that is given and below 1."""
     values = {name: getattr(arguments, name) for name in names}
@@ -200,99 +209,16 @@ def parse_command_line(dataclass_type: type, args: list[str] | None = None):
     parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
     unknown = [name for name in unknown if name.startswith("-")] or unknown
     if unknown:
-        known = [f"--{f.name}" for f in dataclasses.fields(dataclass_type)]
+        fields = dataclasses.fields(dataclass_type)
+        known = [name for f in fields for name in (f"--{f.name}", *f.metadata.get("aliases", ()))]
         raise ValueError("; ".join(f"unknown argument {name}{nearest(name, known)}" for name in unknown) + ".")
     return parsed
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """`, did you mean X?`, or nothing where no known name is close."""
+    """` (did you mean X?)`, or nothing where no known name is close."""
     matches = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {matches[0]}?" if matches else ""
-
-
-class TrainingSetup(NamedTuple):
-    """What the JSON and the hardware decide together."""
-
-    training_args: TrainingArguments
-    compute_dtype: torch.dtype
-    recompute: bool | None
-
-
-def read_training_arguments(
-    path: str, seed: int | None = None, compute_dtype: str | None = None, evaluate: bool = True
-) -> TrainingSetup:
-    """Reads the JSON of TrainingArguments; keys that transformers renamed are translated.
-
-    With fp16 arithmetic the Trainer's loss scaling is switched on: without it small gradients vanish.
-
-    Args:
-        path: the JSON file.
-        seed: takes the place of the JSON's.
-        compute_dtype: fp32, fp16 or bf16; None for what the JSON (`fp16`, `bf16`) or the hardware suggests.
-        evaluate: False where there is nothing to evaluate on.
-    Returns:
-        The arguments, the type of the arithmetic, and the JSON's `gradient_checkpointing` or
-        `activation_checkpointing`, which the memory plan heeds; None where it has neither.
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: broken JSON, an unknown key (with the nearest known one), or a value transformers refuses.
-    """
-    values = translate_renamed_keys(read_json_object(path), path)
-    known = [f.name for f in dataclasses.fields(TrainingArguments)]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        problems = "; ".join(f"{key}{nearest(key, known)}" for key in unknown)
-        raise ValueError(f"{path}: not a TrainingArguments key of this transformers version: {problems}.")
-    refused = [key for key in NOT_FOR_THIS_TRAINER if values.get(key) not in (None, False, 0, "no")]
-    if refused:
-        raise ValueError(f"{path}: this training does not use {', '.join(refused)}; remove it.")
-    if seed is not None:
-        values["seed"] = seed
-    dtype = choose_compute_dtype(compute_dtype, values)
-    if not evaluate:
-        values["eval_strategy"] = "no"
-    values.setdefault("use_cpu", not torch.cuda.is_available())  # else torchrun's processes would not find each other
-    values.setdefault("ddp_find_unused_parameters", False)
-    values.setdefault("ddp_broadcast_buffers", False)  # they never change
-    values.setdefault("dataloader_pin_memory", False)  # batches are pinned once they are tensors
-    values.setdefault("logging_nan_inf_filter", False)  # it would wait for the GPU in every step
-    recompute = [bool(values.pop(key)) for key in RECOMPUTE_KEYS if key in values]
-    try:
-        return TrainingSetup(TrainingArguments(**values), dtype, recompute[0] if recompute else None)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def read_json_object(path: str) -> dict:
-    """Reads a JSON file that holds one object."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--train_args_json: there is no file {path}.")
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold one JSON object, found a {type(values).__name__}.")
-    return values
-
-
-def translate_renamed_keys(values: dict, path: str) -> dict:
-    """Gives keys of older transformers their present names, and says so in one line."""
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    renamed = {old: new for old, new in RENAMED_KEYS.items() if old in values and old not in known}
-    if "group_by_length" in values and "group_by_length" not in known:
-        renamed["group_by_length"] = "train_sampling_strategy"
-    clash = [f"{old} and {new}" for old, new in renamed.items() if new in values]
-    if clash:
-        raise ValueError(f"{path} sets {'; '.join(clash)}, which are the same setting: keep one.")
-    translated = {renamed.get(key, key): value for key, value in values.items()}
-    if "group_by_length" in renamed:
-        translated["train_sampling_strategy"] = "group_by_length" if values["group_by_length"] else "random"
-    if renamed:
-        notes = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
-        logger.info("%s: read under their present names: %s", path, notes)
-    return translated
+    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def choose_compute_dtype(name: str | None, training_values: dict) -> torch.dtype:

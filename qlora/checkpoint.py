@@ -1,10 +1,14 @@
 """Is this folder a complete ChatGLM-6B checkpoint? Asked before anything is loaded, and answered in a sentence."""
 
 import json
+import pickle
+import struct
 import zipfile
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
+from transformers.trainer_pt_utils import safe_globals
 
 from chatglm import ChatGLMConfig
 
@@ -28,7 +32,8 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
         Its configuration.
     Raises:
         FileNotFoundError: the folder, a file, or a shard named by the index is missing.
-        ValueError: another architecture, a truncated file, or a Git LFS pointer in place of a file.
+        ValueError: another architecture, a truncated file, a Git LFS pointer in place of a file, or a file that would
+            run code when it is loaded.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -47,7 +52,7 @@ def read_config(folder: Path) -> ChatGLMConfig:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type, quantization = values.get("model_type"), values.get("quantization_config")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}/config.json is not a JSON object: {error}") from error
     if model_type != ChatGLMConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {model_type!r}, expected 'chatglm'. {HOW_TO_GET}")
@@ -72,7 +77,7 @@ def weight_files(folder: Path) -> list[Path]:
     check_file(found)
     try:
         names = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{found} is not a weight index (no JSON object with a weight_map). {HOW_TO_GET}") from error
     if not names:
         raise ValueError(f"{found} names no weight files. {HOW_TO_GET}")
@@ -94,15 +99,44 @@ def check_file(path: Path):
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it.")
 
 
-def check_whole(path: Path):
-    """Not truncated: a `.bin` has its zip directory at the end, a `.safetensors` says in its header how long it is."""
-    if path.suffix == ".safetensors":
-        whole = path.stat().st_size == safetensors_size(path)
-    else:
-        whole = zipfile.is_zipfile(path)
+def check_whole(path: Path, advice: str = "download it again"):
+    """Whole, and nothing but numbers: a `.safetensors` says how long it is, a `.bin` has its zip directory at the end.
+
+    Of a `.bin` nothing is run here, nor would it be on loading, since everything is loaded with `weights_only`; this
+    finds such a file before any work.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            whole, calls = path.stat().st_size == safetensors_size(path), []
+        else:
+            whole = zipfile.is_zipfile(path)
+            calls = functions_called(path) if whole else []
+    except (RuntimeError, ValueError, LookupError, EOFError, struct.error, pickle.UnpicklingError):
+        whole, calls = False, []
     if not whole:
-        size = path.stat().st_size
-        raise ValueError(f"{path} is damaged or incomplete ({size:,} bytes): download it again.")
+        raise ValueError(f"{path} is damaged or incomplete ({path.stat().st_size:,} bytes): {advice}.")
+    if calls:
+        raise ValueError(
+            f"{path} holds more than numbers: loading it would run {', '.join(calls[:3])}. It is refused; take the "
+            "file from a source that you trust."
+        )
+
+
+def functions_called(path: Path) -> list[str]:
+    """What loading a file of torch.save would run beyond making tensors and numpy's arrays."""
+    with safe_globals():  # numpy's, in which the Trainer keeps the state of numpy's random numbers
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+
+
+def check_training_state(folder: str):
+    """Checks what a run resumes from: adapter, optimizer, schedule, random numbers. `training_args.bin` is not read.
+
+    Raises:
+        ValueError: a file that is damaged, or would run code when it is loaded.
+    """
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".bin", ".pt", ".pth", ".safetensors") and path.name != "training_args.bin":
+            check_whole(path, "resume from another checkpoint")
 
 
 def safetensors_size(path: Path) -> int:

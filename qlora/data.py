@@ -1,5 +1,6 @@
 """From jsonl rows to token ids: every row is checked, then tokenised with the datasets library and its cache."""
 
+import bisect
 import hashlib
 import json
 import logging
@@ -9,25 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from datasets import Dataset, Features, List, Value
+import numpy as np
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizer
 
 from chatglm.chat import build_prompt
+from qlora.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 ROW_FEATURES = Features(
     {
+        "line": Value("int64"),
         "query": Value("string"),
         "history": List(List(Value("string"))),
         "answer": Value("string"),
-        "line": Value("int64"),
     }
 )
-Parsed = TypeVar("Parsed")
+ROWS_VERSION = 2  # to be raised when another kind of row is accepted: the cache goes by it
+LONGEST_LINE = 2**24  # bytes; a longer one is no sample, but a file without line ends
+LONGEST_REASON = 200  # characters of a row that a message may repeat
+ROWS_AT_ONCE = 100  # in memory, for each process; rows may have megabytes
 TOKENIZER_PROCESSES = 8  # at most; starting more costs more than it saves
+Parsed = TypeVar("Parsed")
 
 
 @dataclass
@@ -40,7 +47,7 @@ class Row:
 
 
 def read_rows(path: str) -> Iterator[dict]:
-    """Yields the checked rows of a jsonl file as dicts of `query`, `history`, `answer` and `line`, its number.
+    """Yields the checked rows of a jsonl file as dicts of `line`, its number, `query`, `history` and `answer`.
 
     A row has `instruction` (or AdvertiseGen's `content`), `output` (or `summary`), and optionally `input`, which is
     put below the instruction, and `history`, a list of [question, answer] pairs. Empty lines are passed over.
@@ -50,9 +57,9 @@ def read_rows(path: str) -> Iterator[dict]:
         ValueError: a line that cannot be trained on, with file, line number and reason.
     """
     empty = True
-    for number, row in read_lines(path, lambda text: check_row(json.loads(text))):
+    for number, row in read_lines(path, lambda text: check_row(parse_json(text))):
         empty = False
-        yield vars(row) | {"line": number}
+        yield {"line": number, **vars(row)}
     if empty:
         raise ValueError(f"{path} has no rows.")
 
@@ -64,31 +71,32 @@ def read_prompts(path: str) -> list[str]:
         FileNotFoundError, ValueError: as `read_rows`.
     """
     is_text = Path(path).suffix != ".jsonl"
-    prompt_of = str.strip if is_text else lambda text: build_prompt(*check_query(json.loads(text)))
+    prompt_of = str.strip if is_text else lambda text: build_prompt(*check_query(parse_json(text)))
     prompts = [prompt for _, prompt in read_lines(path, prompt_of) if prompt]
     if not prompts:
         raise ValueError(f"{path} has no prompts.")
     return prompts
 
 
-def check_data_files(*paths: str | None):
-    """FileNotFoundError unless every path that is given is a file."""
-    for path in paths:
-        if path and not Path(path).is_file():
-            raise FileNotFoundError(f"there is no data file {path}.")
-
-
 def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[tuple[int, Parsed]]:
-    """Number and parsed content of every line that is not empty; a failure names file, line number and reason."""
-    check_data_files(path)
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+    """Parses every line that is not empty, and gives its number; a failure names file, line number and reason."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no data file {path}.")
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
             if line.strip():
                 try:
-                    parsed = parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    parsed = parse(decode(line, "utf-8-sig" if number == 1 else "utf-8"))
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: {describe(error)}.") from error
                 yield number, parsed
+
+
+def decode(line: bytes, encoding: str) -> str:
+    """The text of a line, unless it is too long to be one."""
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE:,} bytes; expected one JSON object a line")
+    return line.decode(encoding)
 
 
 def describe(error: Exception) -> str:
@@ -99,7 +107,8 @@ def describe(error: Exception) -> str:
         return f"not valid UTF-8 (byte {error.start + 1} of the line)"
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return str(error)
+    reason = str(error)
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} (and more)"
 
 
 def check_row(row: object) -> Row:
@@ -165,6 +174,9 @@ class SampleEncoder:
 
     Control tokens written in a row stay text. A prompt that is too long first loses its oldest rounds, then its end;
     an answer that is too long loses its end.
+
+    Raises:
+        ValueError: a row of which the tokenizer leaves nothing, with its line number.
     """
 
     tokenizer: PreTrainedTokenizer
@@ -176,7 +188,11 @@ class SampleEncoder:
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         """A batch of rows -> `input_ids`, `labels`, `length`, `prompt_cut`, `answer_cut`."""
         columns = {"input_ids": [], "labels": [], "length": [], "prompt_cut": [], "answer_cut": []}
-        for sample in map(self.encode, rows["query"], rows["history"], rows["answer"]):
+        for line, *row in zip(rows["line"], rows["query"], rows["history"], rows["answer"], strict=True):
+            try:
+                sample = self.encode(*row)
+            except ValueError as error:
+                raise ValueError(f"line {line}: {error}") from error
             for name, value in zip(columns, sample, strict=True):
                 columns[name].append(value)
         return columns
@@ -185,20 +201,26 @@ class SampleEncoder:
         self, query: str, history: list[list[str]], answer: str
     ) -> tuple[list[int], list[int], int, bool, bool]:
         """One row -> ids, labels, number of tokens, whether the prompt was cut, whether the answer was cut."""
-        rounds = list(history)
-        prompt_ids = self.text_ids(self.prompt_text + build_prompt(query, rounds))
         prompt_room, answer_room = self.max_input_length - 2, self.max_output_length - 1
-        prompt_cut = len(prompt_ids) > prompt_room
-        while rounds and len(prompt_ids) > prompt_room:
-            rounds.pop(0)
-            prompt_ids = self.text_ids(self.prompt_text + build_prompt(query, rounds))
-        answer_ids = self.text_ids(answer)
-        answer_cut = len(answer_ids) > answer_room
+        prompt_ids, answer_ids = self.prompt_ids(query, history), self.text_ids(answer)
+        for name, ids in {"instruction": prompt_ids, "output": answer_ids}.items():
+            if not ids:
+                raise ValueError(f"field '{name}' has nothing but characters that the tokenizer drops")
+        prompt_cut, answer_cut = len(prompt_ids) > prompt_room, len(answer_ids) > answer_room
+        if prompt_cut and history:
+            dropped = bisect.bisect_left(
+                range(len(history)), True, key=lambda i: len(self.prompt_ids(query, history[i:])) <= prompt_room
+            )
+            prompt_ids = self.prompt_ids(query, history[dropped:])
         prompt_ids, answer_ids = prompt_ids[:prompt_room], answer_ids[:answer_room]
         input_ids = self.tokenizer.build_inputs_with_special_tokens(prompt_ids, answer_ids)
         prompt_length = len(prompt_ids) + 2
         labels = [IGNORE_INDEX] * prompt_length + input_ids[prompt_length:]
         return input_ids, labels, len(input_ids), prompt_cut, answer_cut
+
+    def prompt_ids(self, query: str, history: list[list[str]]) -> list[int]:
+        """Ids of a whole prompt, not cut."""
+        return self.text_ids(self.prompt_text + build_prompt(query, history))
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of a text in which nothing is a control token."""
@@ -206,15 +228,16 @@ class SampleEncoder:
 
 
 def load_rows(path: str) -> Dataset:
-    """The checked rows of a file, cached by its path, size and time of change, and by the columns."""
+    """The checked rows of a file, cached by its path, size and time of change."""
     source = Path(path)
     stat = source.stat() if source.is_file() else None
-    version = f"{source.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{[*ROW_FEATURES]}" if stat else path
+    version = f"{ROWS_VERSION}:{source.resolve()}:{stat.st_size}:{stat.st_mtime_ns}" if stat else path
     try:
         return Dataset.from_generator(
             read_rows,
             features=ROW_FEATURES,
             gen_kwargs={"path": path},
+            writer_batch_size=ROWS_AT_ONCE,
             fingerprint=hashlib.sha256(version.encode()).hexdigest()[:16],
         )
     except DatasetGenerationError as error:
@@ -225,28 +248,66 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
     """Reads, checks and tokenises a jsonl file; says how many tokens it has and how much was cut.
 
     Returns:
-        A Dataset with `input_ids` and `labels`, lists of int of equal length, that `length`, and the row's `line`.
+        A Dataset with `input_ids` and `labels`, lists of int of equal length, that `length`, the row's `line`, and
+        whether its prompt (`prompt_cut`) or answer (`answer_cut`) was cut.
     Raises:
-        FileNotFoundError, ValueError: see `read_rows`; also for a file without rows.
+        FileNotFoundError, ValueError: see `read_rows`; also for a file without rows, and for a row without tokens.
     """
     rows = load_rows(path)
     workers = min(TOKENIZER_PROCESSES, os.cpu_count() or 1, 1 + len(rows) // 5000)
-    samples = rows.map(
-        encoder,
-        batched=True,
-        remove_columns=["query", "history", "answer"],
-        num_proc=workers if workers > 1 else None,
-        desc=f"Tokenizing {path}",
-    )
-    report(path, samples)
-    return samples.remove_columns(["prompt_cut", "answer_cut"])
+    try:
+        samples = rows.map(
+            encoder,
+            batched=True,
+            batch_size=ROWS_AT_ONCE,
+            writer_batch_size=ROWS_AT_ONCE,
+            remove_columns=["query", "history", "answer"],
+            num_proc=workers if workers > 1 else None,
+            desc=f"Tokenizing {path}",
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}.") from error
+    logger.info("%s: %s", path, summary(samples))
+    return samples
 
 
-def report(path: str, samples: Dataset):
+def mix_samples(parts: list[tuple[Dataset, float]], seed: int) -> Dataset:
+    """Several data sets as one, in which a weight says how often the rows of its data set stand: 2 is twice, 0.5 is
+    a half of them, drawn by the seed.
+
+    Raises:
+        ValueError: a weight that leaves no row.
+    """
+    shares = [share for samples, weight in parts if len(share := take_share(samples, weight, seed))]
+    if len(shares) < len(parts):
+        raise ValueError("a weight of --train_data_path is so small that no row of its file is left.")
+    return concatenate_datasets(shares)
+
+
+def with_file(samples: Dataset, path: str) -> Dataset:
+    """The samples with the name of their file in every row, so that a row can be found again."""
+    return samples.add_column("file", [path] * len(samples))
+
+
+def take_share(samples: Dataset, weight: float, seed: int) -> Dataset:
+    """`weight` times as many samples: all of them as often as it goes, and a random part of them."""
+    if weight == 1:
+        return samples
+    times, rest = divmod(round(weight * len(samples)), len(samples))
+    part = np.random.default_rng(seed).permutation(len(samples))[:rest]
+    return samples.select(np.concatenate([*[np.arange(len(samples))] * times, np.sort(part)]))
+
+
+def column(samples: Dataset, name: str) -> np.ndarray:
+    """A column of numbers at once; a list of millions of Python's own would take some time and memory."""
+    return samples.with_format("numpy").select_columns(name)[:][name]
+
+
+def summary(samples: Dataset) -> str:
     """One line on the size of a data set and on what was cut."""
-    lengths = samples["length"]
-    prompts_cut, answers_cut = sum(samples["prompt_cut"]), sum(samples["answer_cut"])
-    logger.info(
-        "%s: %d samples, %d tokens (mean %.1f, longest %d); cut to the length limits: %d prompts, %d answers",
-        *(path, len(lengths), sum(lengths), sum(lengths) / len(lengths), max(lengths), prompts_cut, answers_cut),
+    lengths = column(samples, "length")
+    return (
+        f"{len(lengths)} samples, {lengths.sum()} tokens (mean {lengths.mean():.1f}, longest {lengths.max()}); cut to "
+        f"the length limits: {column(samples, 'prompt_cut').sum()} prompts, "
+        f"{column(samples, 'answer_cut').sum()} answers"
     )

@@ -199,20 +199,21 @@ def parse_size(text: str) -> int:
 
 
 def memory_budget(requested: str | None) -> int:
-    """Bytes that this process may allocate on the GPU; a requested budget is enforced on it.
+    """Bytes that this process may allocate on the GPU.
 
     Raises:
-        ValueError: more was requested than is free.
+        ValueError: more was requested than is free, or there is no GPU.
     """
+    if not torch.cuda.is_available():
+        raise ValueError("--memory_budget plans the memory of a GPU; there is none.")
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
+    free, _ = torch.cuda.mem_get_info()
     available = free + torch.cuda.memory_reserved()
     if requested is None:
         return available - RESERVE
     budget = parse_size(requested)
     if budget > available:
         raise ValueError(f"--memory_budget {requested}: only {available / GIB:.2f} GiB are free on this GPU.")
-    torch.cuda.set_per_process_memory_fraction(budget / total)
     return budget
 
 
@@ -220,6 +221,8 @@ def plan_memory(
     model: PeftModel, lengths: list[int], samples_per_step: int, budget: str | None, fixed: dict[str, int]
 ) -> int:
     """Chooses a plan, shows it, and sets up the model's layers; `use_training_kernels` comes before.
+
+    A requested budget is enforced on the process.
 
     Args:
         model: on its device.
@@ -232,8 +235,6 @@ def plan_memory(
     """
     config = model.config
     if not torch.cuda.is_available():
-        if budget is not None:
-            raise ValueError("--memory_budget plans the memory of a GPU; there is none.")
         every = config.num_layers
         plan = dataclasses.replace(MemoryPlan(CPU_TOKENS, every, every), **fixed | {"offload": False})
         apply_plan(model, plan)
@@ -247,7 +248,10 @@ def plan_memory(
         kernel_runs_on(model.get_base_model().transformer.word_embeddings.weight),
     )
     step_tokens = longest_step(lengths, samples_per_step)
-    plan = choose_plan(sizes, step_tokens, max(lengths), memory_budget(budget), fixed)
+    available = memory_budget(budget)
+    plan = choose_plan(sizes, step_tokens, max(lengths), available, fixed)
+    if budget is not None:
+        torch.cuda.set_per_process_memory_fraction(available / torch.cuda.mem_get_info()[1])
     logger.info("Memory plan for %s\n%s", torch.cuda.get_device_name(), plan.table(step_tokens, config.num_layers))
     apply_plan(model, plan)
     torch.cuda.reset_peak_memory_stats()

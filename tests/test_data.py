@@ -3,14 +3,16 @@
 import json
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_rows
+from datasets import Dataset
 
 from chatglm import ChatGLMTokenizer
 from chatglm.chat import build_prompt
-from qlora.data import SampleEncoder, load_samples, read_prompts, read_rows
+from qlora.data import LONGEST_LINE, SampleEncoder, column, load_samples, mix_samples, read_prompts, read_rows
 
 GOOD = {"instruction": "类型#裙", "output": "白色的裙。"}
 GOOD_LINE = json.dumps(GOOD).encode()
@@ -101,7 +103,17 @@ BROKEN_ROWS = {
     "empty summary": (b'{"content": "a", "summary": ""}', "field 'summary' is empty"),
     "number as output": (to_json(output=3.5), "field 'output' must be a string, found a float"),
     "null as output": (to_json(output=None), "field 'output' must be a string, found a NoneType"),
-    "NaN as output": (b'{"instruction": "a", "output": NaN}', "field 'output' must be a string, found a float"),
+    "NaN as output": (b'{"instruction": "a", "output": NaN}', "not valid JSON (NaN is no JSON number)"),
+    "infinite field": (to_json(score=1)[:-2] + b"-Infinity}", "not valid JSON (-Infinity is no JSON number)"),
+    "field twice": (GOOD_LINE[:-1] + b', "output": "c"}', "'output' stands twice in one object"),
+    "field twice inside": (to_json(x=[{"a": 1}]).replace(b'"a": 1', b'"a": 1, "a": 2'), "'a' stands twice"),
+    "many digits": (b'{"instruction": "a", "output": ' + b"1" * 5000 + b"}", "digits"),
+    "long unknown field": (b'{"' + b"a" * 10_000 + b'": 1}', "field 'instruction' is missing; the row has 'aaa"),
+    "longer than any row": (to_json(output="a" * LONGEST_LINE), "longer than 16,777,216 bytes"),
+    "byte order mark inside the file": (b"\xef\xbb\xbf" + GOOD_LINE, "not valid JSON"),
+    "lines of an old Mac": (GOOD_LINE + b"\r" + GOOD_LINE, "not valid JSON"),
+    "instruction without tokens": (to_json(instruction="\u200b"), "field 'instruction' has nothing but characters"),
+    "output without tokens": (to_json(output="\ufeff\u200b"), "field 'output' has nothing but characters"),
     "list as output": (to_json(output=["b"]), "field 'output' must be a string, found a list"),
     "object as instruction": (to_json(instruction={"a": "b"}), "field 'instruction' must be a string, found a dict"),
     "number as input": (to_json(input=1), "field 'input' must be a string, found a int"),
@@ -235,6 +247,73 @@ def test_oldest_rounds_go_first(data, tokenizer, caplog):
             samples = load_samples(write(data, to_json(history=history)), SampleEncoder(tokenizer, "", len(ids), 512))
         assert samples[0]["input_ids"][: len(ids)] == ids
         assert f"{int(kept < 3)} prompts" in caplog.text
+
+
+def test_oldest_of_many_rounds_go_quickly(data, tokenizer, encoded_texts):
+    # Rounds that are dropped one by one would be tokenised 20,000 times.
+    history = [[f"问{n}", "答"] for n in range(20_000)]
+    samples = load_samples(write(data, to_json(history=history)), SampleEncoder(tokenizer, "", 512, 512))
+    assert len(encoded_texts) < 30
+    kept = tokenizer.decode(samples[0]["input_ids"][:510]).count("[Round") - 1
+    prompts = [build_prompt(GOOD["instruction"], history[len(history) - n :]) for n in (kept, kept + 1)]
+    lengths_of_both = [len(tokenizer.encode(prompt)) for prompt in prompts]
+    assert lengths_of_both[0] <= 512 < lengths_of_both[1]
+
+
+def test_row_of_a_megabyte_is_read_whole_and_cut_by_tokens(data, tokenizer):
+    # Its beginning is a single word to the tokenizer, so that cutting the text beforehand would change the ids.
+    text = "a" * 100_000 + "裙" * 300_000
+    samples = load_samples(
+        write(data, to_json(instruction=text, output=text)), SampleEncoder(tokenizer, "", 512, 1536)
+    )
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert samples[0]["input_ids"][:510] == ids[:510]
+    assert samples[0]["labels"][512:] == [*ids[:1535], tokenizer.eos_token_id]
+    assert samples[0]["prompt_cut"] and samples[0]["answer_cut"]
+
+
+# Several files.
+
+
+@pytest.fixture
+def parts(tmp_path: Path, encoder: SampleEncoder) -> list[Dataset]:
+    """Two data sets of 10 and 4 samples."""
+    paths = [
+        write(tmp_path / f"{name}.jsonl", *[to_json(output=name + str(n)) for n in range(count)])
+        for name, count in (("a", 10), ("b", 4))
+    ]
+    return [load_samples(path, encoder) for path in paths]
+
+
+def texts_of(samples: Dataset, tokenizer: ChatGLMTokenizer) -> Counter:
+    return Counter(tokenizer.decode([i for i in labels if i != -100]) for labels in samples["labels"])
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"), [((1, 1), (10, 4)), ((0.5, 1), (5, 4)), ((1, 2), (10, 8)), ((0.25, 2.5), (2, 10))]
+)
+def test_weight_says_how_often_the_rows_of_a_file_stand(parts, tokenizer, weights, counts):
+    mixed = texts_of(mix_samples(list(zip(parts, weights, strict=True)), 0), tokenizer)
+    for name, part, weight, count in zip("ab", parts, weights, counts, strict=True):
+        found = {text: times for text, times in mixed.items() if text.startswith(name)}
+        assert sum(found.values()) == count
+        assert set(found.values()) <= {int(weight), -int(-weight // 1)}  # no row much oftener than another
+        assert len(found) == min(len(part), count)
+
+
+def test_part_of_a_file_follows_the_seed(parts, tokenizer):
+    first, again, other = (texts_of(mix_samples([(parts[0], 0.5)], seed), tokenizer) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_weight_that_leaves_no_row_is_refused(parts):
+    with pytest.raises(ValueError, match=r"a weight of --train_data_path is so small"):
+        mix_samples([(parts[0], 1), (parts[1], 0.1)], 0)
+
+
+def test_column_of_a_mixture(parts):
+    mixed = mix_samples([(parts[0], 0.5), (parts[1], 2)], 0)
+    assert column(mixed, "length").tolist() == [len(ids) for ids in mixed["input_ids"]]
 
 
 # The cache.

@@ -14,7 +14,9 @@ from transformers import TrainingArguments
 import chatglm.chat
 from qlora.arguments import FinetuneArguments, InferenceArguments, parse_command_line
 from qlora.checkpoint import check_checkpoint
+from qlora.data import SampleEncoder, load_samples, read_rows
 from qlora.loading import add_lora, load_quantized_model
+from qlora.report import show_sample
 
 NAMES = ("README.md", "README_zh.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
@@ -84,9 +86,8 @@ def test_commands_use_scripts_and_flags_that_exist(page, monkeypatch):
 
 @both
 def test_flags_named_in_the_text_exist(name):
-    known = {
-        f"--{field.name}" for kind in (FinetuneArguments, InferenceArguments) for field in dataclasses.fields(kind)
-    }
+    fields = [field for kind in (FinetuneArguments, InferenceArguments) for field in dataclasses.fields(kind)]
+    known = {name for field in fields for name in (f"--{field.name}", *field.metadata.get("aliases", ()))}
     named = {
         word for code in re.findall(r"`(--[^`]+)`", prose(TEXTS[name])) for word in code.split() if word[:2] == "--"
     }
@@ -97,6 +98,27 @@ def test_flags_named_in_the_text_exist(name):
 def test_json_is_the_shipped_one(name):
     (shown,) = [body for body in blocks(TEXTS[name], "json") if "output_dir" in body]
     assert shown.strip() == (ROOT / "chatGLM_6B_QLoRA.json").read_text(encoding="utf-8").strip()
+
+
+def example_rows(text: str) -> list[str]:
+    """The rows of the chapter on data."""
+    return [body for body in blocks(text, "json") if "instruction" in body]
+
+
+@both
+def test_example_rows_are_accepted(name, tmp_path):
+    path = tmp_path / "my.jsonl"
+    path.write_text("".join(example_rows(TEXTS[name])), encoding="utf-8")
+    assert len(list(read_rows(str(path)))) == 3
+
+
+@both
+def test_example_rows_look_to_the_model_as_shown(name, tmp_path, genuine_tokenizer):
+    path = tmp_path / "my.jsonl"
+    path.write_text("".join(example_rows(TEXTS[name])), encoding="utf-8")
+    samples = load_samples(str(path), SampleEncoder(genuine_tokenizer, "", 512, 1536))
+    shown = "\n".join(show_sample(sample, genuine_tokenizer, colour=False) for sample in samples)
+    assert shown + "\n" in blocks(TEXTS[name], "text")
 
 
 @both

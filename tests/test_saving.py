@@ -187,10 +187,9 @@ def test_folders_that_are_no_checkpoints_are_not_taken_for_one(output):
     assert find_checkpoint("last", str(output)) == str(output / f"checkpoint-{STEPS}")
 
 
-def test_finished_run_is_not_overwritten(trained, train_file, dev_file, tmp_path):
+def test_finished_run_is_not_overwritten(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    # It is said before anything is loaded: there is no model here.
-    flags = flags_of(write_json(tmp_path / "args.json", trained), tmp_path / "no model", train_file, dev_file)
+    flags = flags_of(write_json(tmp_path / "args.json", trained), tiny_checkpoint, train_file, dev_file)
     elsewhere = tmp_path / "elsewhere" / "checkpoint-4"
     shutil.copytree(trained / "checkpoint-4", elsewhere)
     for resume in ((), ("--resume_from_checkpoint", elsewhere)):
@@ -201,8 +200,10 @@ def test_finished_run_is_not_overwritten(trained, train_file, dev_file, tmp_path
 
 
 @pytest.mark.parametrize("resume", [None, SAVE_STEPS])
-def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(output, train_file, tmp_path, resume):
-    flags = flags_of(write_json(tmp_path / "args.json", output), tmp_path / "no model", train_file, "none")
+def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(
+    output, tiny_checkpoint, train_file, tmp_path, resume
+):
+    flags = flags_of(write_json(tmp_path / "args.json", output), tiny_checkpoint, train_file, "none")
     if resume:
         flags += ["--resume_from_checkpoint", str(output / f"checkpoint-{resume}")]
     assert f"{output} holds checkpoint-{STEPS}" in error_of(train_qlora, *flags)

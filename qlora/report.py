@@ -1,0 +1,97 @@
+"""What `--check` prints: the run in a table, the lengths of its samples, the first samples as the model sees them."""
+
+import itertools
+import os
+import sys
+from importlib.metadata import version
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizer
+
+from qlora.data import IGNORE_INDEX, column, summary
+from qlora.loading import GIB
+from qlora.preflight import Run
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+LONGEST_BAR, BARS = 40, 8  # characters, lines
+PARTS = {  # trained on, control token -> name, colour
+    (False, False): ("prompt", "\033[34m"),  # blue
+    (False, True): ("control", "\033[2m"),  # dim
+    (True, False): ("answer", "\033[32m"),  # green
+    (True, True): ("end", "\033[32m"),
+}
+END_OF_COLOUR = "\033[0m"
+
+
+def describe(run: Run) -> str:
+    """The run as far as it is known, with as many samples as `--check` asks for."""
+    lines = [f"{name:<11} {indented(value)}" for name, value in table(run) if value]
+    if run.train_samples:
+        lines.append(f"{'lengths':<11} {indented(histogram(column(run.train_samples, 'length')))}")
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
+        first = run.train_samples.select(range(min(run.args.check, len(run.train_samples))))
+        lines += [show_sample(sample, run.tokenizer, colour) for sample in first]
+    if not run.problems:
+        lines.append("OK")
+    return "\n".join(lines)
+
+
+def indented(text: str) -> str:
+    """A text of several lines in the second column."""
+    return text.replace("\n", "\n" + " " * 12)
+
+
+def table(run: Run) -> list[tuple[str, str | None]]:
+    """Name and value of everything but the samples; None for what is not known."""
+    args, config, steps, disk = run.args, run.config, run.steps, run.disk
+    targets = ", ".join(args.lora_target_modules)
+    return [
+        ("versions", ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + f", CUDA {torch.version.cuda}"),
+        ("GPU", describe_gpu(run)),
+        ("model", config and f"{args.model_name_or_path}, {config.multiplied_weights / 1e6:,.1f} million weights"),
+        ("adapter", run.trainable and f"rank {args.lora_rank} on {targets}, {run.trainable:,} parameters"),
+        ("arithmetic", str(run.compute_dtype).removeprefix("torch.")),
+        ("resumes", run.resume_from and f"from {run.resume_from}"),
+        ("steps", steps and f"{steps.steps:,}, evaluations {steps.evaluations:,}, checkpoints {steps.saves:,}"),
+        ("disk", disk and f"at most {disk.needed / 1e6:,.1f} MB for output_dir, of {disk.free / 1e6:,.0f} MB free"),
+        ("memory", run.plan and run.plan.strip().replace("\n  ", "\n")),
+        ("training", run.train_samples and summary(run.train_samples)),
+        ("evaluation", run.eval_samples and summary(run.eval_samples)),
+    ]
+
+
+def describe_gpu(run: Run) -> str:
+    """The GPU in a line."""
+    if not torch.cuda.is_available():
+        return "none"
+    free, total = torch.cuda.mem_get_info()
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    works = "works" if run.bitsandbytes_works else "does not work"
+    memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    return f"{torch.cuda.get_device_name()}, compute capability {capability}, {memory}, bitsandbytes {works}"
+
+
+def histogram(lengths: np.ndarray) -> str:
+    """A line for each range of lengths: tokens, number of samples, a bar."""
+    bars = min(BARS, int(np.ptp(lengths)) + 1)
+    edges = np.linspace(lengths.min(), lengths.max() + 1, bars + 1).round().astype(int)
+    counts, _ = np.histogram(lengths, edges)
+    return "\n".join(
+        f"{first:>5} to {last - 1:>5} tokens {count:>9,} {'█' * round(LONGEST_BAR * count / counts.max())}".rstrip()
+        for first, last, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    )
+
+
+def show_sample(sample: dict, tokenizer: PreTrainedTokenizer, colour: bool) -> str:
+    """A sample's tokens as text, a line for each part: which is prompt, which is trained on."""
+    control = {tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    ids, trained = sample["input_ids"], [label != IGNORE_INDEX for label in sample["labels"]]
+    lines = [f"line {sample['line']:<6} {len(ids)} tokens, {sum(trained)} of them trained on"]
+    kinds = [(is_trained, token_id in control) for is_trained, token_id in zip(trained, ids, strict=True)]
+    for kind, tokens in itertools.groupby(zip(kinds, ids, strict=True), lambda token: token[0]):
+        name, ansi = PARTS[kind]
+        part = [token_id for _, token_id in tokens]
+        text = "".join(tokenizer.convert_ids_to_tokens(part)) if kind[1] else tokenizer.decode(part)
+        lines.append(f"  {name:<9} {ansi if colour else ''}{indented(text)}{END_OF_COLOUR if colour else ''}")
+    return "\n".join(lines)

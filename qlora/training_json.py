@@ -1,0 +1,193 @@
+"""The JSON of transformers' TrainingArguments: translated, checked key by key, read."""
+
+import dataclasses
+import json
+import logging
+import typing
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from qlora.arguments import choose_compute_dtype, nearest
+from qlora.strict_json import parse_json
+
+logger = logging.getLogger(__name__)
+
+# Settings that would be passed over in silence, or change the mathematics with the split of a step: loss, steps and
+# evaluation are this project's own. Switched off, they may stand in the JSON.
+NOT_FOR_THIS_TRAINER = (
+    "activation_checkpointing_kwargs",
+    "auto_find_batch_size",
+    "average_tokens_across_devices",
+    "batch_eval_metrics",
+    "bf16_full_eval",
+    "deepspeed",
+    "eval_accumulation_steps",
+    "eval_use_gather_object",
+    "fp16_full_eval",
+    "fsdp",
+    "fsdp_config",
+    "gradient_checkpointing_kwargs",
+    "include_for_metrics",
+    "include_num_input_tokens_seen",
+    "label_smoothing_factor",
+    "liger_kernel_config",
+    "neftune_noise_alpha",
+    "parallelism_config",
+    "resume_from_checkpoint",  # a flag of the command line here
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "torch_empty_cache_steps",
+    "use_liger_kernel",
+)
+OPTIMIZERS_WITH_STEPS_OF_THEIR_OWN = ("lomo", "adalomo", "schedule_free")  # as their names begin
+JSON_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+POSITIVE_KEYS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+)
+RECOMPUTE_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
+
+# Keys of older transformers that live on under another name.
+RENAMED_KEYS = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+}
+
+
+class TrainingSetup(NamedTuple):
+    """What the JSON and the hardware decide together."""
+
+    training_args: TrainingArguments
+    compute_dtype: torch.dtype
+    recompute: bool | None
+
+
+def read_training_arguments(
+    path: str, seed: int | None = None, compute_dtype: str | None = None, evaluate: bool = True
+) -> TrainingSetup:
+    """Reads the JSON of TrainingArguments; keys that transformers renamed are translated.
+
+    With fp16 arithmetic the Trainer's loss scaling is switched on: without it small gradients vanish.
+
+    Args:
+        path: the JSON file.
+        seed: takes the place of the JSON's.
+        compute_dtype: fp32, fp16 or bf16; None for what the JSON (`fp16`, `bf16`) or the hardware suggests.
+        evaluate: False where there is nothing to evaluate on.
+    Returns:
+        The arguments, the type of the arithmetic, and the JSON's `gradient_checkpointing` or
+        `activation_checkpointing`, which the memory plan heeds; None where it has neither.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: broken JSON, an unknown key (with the nearest known one), or a value transformers refuses.
+    """
+    values = translate_renamed_keys(read_json_object(path), path)
+    if seed is not None:
+        values["seed"] = seed
+    problems = check_keys(values)
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}.")
+    dtype = choose_compute_dtype(compute_dtype, values)
+    if not evaluate:
+        values["eval_strategy"] = "no"
+    values.setdefault("use_cpu", not torch.cuda.is_available())  # else torchrun's processes would not find each other
+    values.setdefault("ddp_find_unused_parameters", False)
+    values.setdefault("ddp_broadcast_buffers", False)  # they never change
+    values.setdefault("dataloader_pin_memory", False)  # batches are pinned once they are tensors
+    values.setdefault("logging_nan_inf_filter", False)  # it would wait for the GPU in every step
+    recompute = [values.pop(key) for key in RECOMPUTE_KEYS if key in values]
+    try:
+        training_args = TrainingArguments(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    missing = sorted(set(training_args.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ValueError(f"{path}: report_to names {', '.join(missing)}, which is not installed: `pip install` it.")
+    return TrainingSetup(training_args, dtype, recompute[0] if recompute else None)
+
+
+def check_keys(values: dict) -> list[str]:
+    """What is wrong with the keys of the JSON and their values, as far as it shows without making the arguments."""
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    unknown = [f"{key}{nearest(key, list(defaults))}" for key in values if key not in defaults]
+    problems = []
+    if unknown:
+        problems.append(f"not a TrainingArguments key of this transformers version: {', '.join(unknown)}")
+    unused = [key for key in NOT_FOR_THIS_TRAINER if key in values and is_in_use(values[key], defaults.get(key))]
+    if unused:
+        problems.append(f"this training does not use {', '.join(unused)}; remove it")
+    problems += wrong_types(values) or [
+        f"{key} is {values[key]}; it must be positive" for key in POSITIVE_KEYS if values.get(key, 1) <= 0
+    ]
+    if isinstance(values.get("seed"), int) and not 0 <= values["seed"] < 2**32:
+        problems.append(f"seed is {values['seed']}; it must be at least 0 and below 2**32")
+    if str(values.get("optim")).startswith(OPTIMIZERS_WITH_STEPS_OF_THEIR_OWN):
+        problems.append(f"optim is {values['optim']}, which needs a training step of its own; choose another one")
+    if values.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
+        problems.append(f"metric_for_best_model is {values['metric_for_best_model']}; only eval_loss is computed")
+    return problems
+
+
+def is_in_use(value: object, default: object) -> bool:
+    """A setting that asks for something; the few that are on by default ask when they are off."""
+    return value != default and (default is True or value not in (None, False, 0, "", "no", [], {}))
+
+
+def wrong_types(values: dict) -> list[str]:
+    """A problem for every value that is not of the plain type that TrainingArguments declares."""
+    problems = []
+    for key, hint in typing.get_type_hints(TrainingArguments).items():
+        kinds = (hint,) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,)
+        if key in values and set(kinds) <= JSON_TYPES.keys():
+            accepted = (*kinds, int) if float in kinds else kinds
+            if type(values[key]) not in accepted:
+                expected = " or ".join(JSON_TYPES[kind] for kind in kinds)
+                problems.append(f"{key} is {json.dumps(values[key])}; expected {expected}")
+    return problems
+
+
+def read_json_object(path: str) -> dict:
+    """Reads a JSON file that holds one object."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--train_args_json: there is no file {path}.")
+    try:
+        values = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold one JSON object, found a {type(values).__name__}.")
+    return values
+
+
+def translate_renamed_keys(values: dict, path: str) -> dict:
+    """Gives keys of older transformers their present names, and says so in one line."""
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    renamed = {old: new for old, new in RENAMED_KEYS.items() if old in values and old not in known}
+    if "group_by_length" in values and "group_by_length" not in known:
+        renamed["group_by_length"] = "train_sampling_strategy"
+    clash = [f"{old} and {new}" for old, new in renamed.items() if new in values]
+    if clash:
+        raise ValueError(f"{path} sets {'; '.join(clash)}, which are the same setting: keep one.")
+    translated = {renamed.get(key, key): value for key, value in values.items()}
+    if "group_by_length" in renamed:
+        translated["train_sampling_strategy"] = "group_by_length" if values["group_by_length"] else "random"
+    if renamed:
+        notes = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
+        logger.info("%s: read under their present names: %s", path, notes)
+    return translated

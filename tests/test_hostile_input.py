@@ -1,0 +1,245 @@
+"""Rows and files made to do harm: refused with a reason, or trained on rightly; never run, lost or crashed upon."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN_ADAPTER, write_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import train_qlora
+from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm.chat import build_prompt
+from qlora.checkpoint import check_checkpoint
+from qlora.data import IGNORE_INDEX, SampleEncoder, load_samples, read_rows
+from qlora.loading import load_adapter
+
+GOOD_LINE = json.dumps({"instruction": "类型#裙", "output": "白色的裙。"}).encode()
+
+# Lines at random, thousands of them.
+
+FIELDS = ("instruction", "input", "output", "history", "content", "summary", "score")
+CONTROL_WORDS = ("<sop>", "[gMASK]", "<eop>", "[MASK]", "<pad>", "<unk>", "</s>", "[Round 0]\n问：")
+
+texts = st.one_of(
+    st.text(max_size=20),
+    st.lists(
+        st.sampled_from((*CONTROL_WORDS, " ", "\n", "\t", "裙", "ab", "😀", "\u3000", "\u200b", "\x00")), max_size=8
+    ).map("".join),
+)
+plain_texts = st.text(st.sampled_from("类型裙裤颜色白黑abc,*# 1"), min_size=1, max_size=20)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=5,
+)
+histories = st.lists(st.tuples(texts, texts).map(list), max_size=3)
+good_rows = st.fixed_dictionaries(
+    {"instruction": plain_texts, "output": plain_texts}, optional={"input": texts, "history": histories}
+)
+bad_rows = st.dictionaries(st.sampled_from(FIELDS), values | texts | histories, max_size=5)
+json_lines = (good_rows | bad_rows | values).flatmap(
+    lambda row: st.booleans().map(lambda ascii: json.dumps(row, ensure_ascii=ascii).encode("utf-8", "surrogatepass"))
+)
+
+
+@st.composite
+def damaged_lines(draw: st.DrawFn) -> bytes:
+    """A line of JSON with bytes put in, left out, or standing twice."""
+    line = draw(json_lines)
+    start, end = sorted(draw(st.tuples(*[st.integers(0, len(line))] * 2)))
+    middle = draw(st.sampled_from((b"", line[start:end] * 2)) | st.binary(max_size=4))
+    return (line[:start] + middle + line[end:]).replace(b"\n", b" ")
+
+
+lines_at_random = json_lines | damaged_lines() | st.binary(max_size=40).map(lambda line: line.replace(b"\n", b""))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("random") / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer: ChatGLMTokenizer) -> SampleEncoder:
+    """With limits that cut nothing of what is made up here."""
+    return SampleEncoder(tokenizer, "", 10_000, 10_000)
+
+
+def words(text: str) -> list[str]:
+    """A text as far as blanks do not matter, of which the official tokenizer drops some."""
+    return text.split()
+
+
+def as_read(text: str, tokenizer: ChatGLMTokenizer) -> list[str]:
+    """What SentencePiece's normalisation, which is part of the official tokenizer, leaves of a text."""
+    return words(tokenizer.sp_model.normalize(text).replace("\u2581", " "))
+
+
+def assert_trained_on_rightly(line: bytes, row: dict, encoder: SampleEncoder):
+    """The ids are those of prompt and answer and decode to them; labels are on answer and <eop>."""
+    fields, tokenizer = json.loads(line), encoder.tokenizer
+    query = fields["instruction"] if "instruction" in fields else fields["content"]
+    query += "\n" + fields["input"] if (fields.get("input") or "").strip() else ""
+    answer = fields["output"] if "output" in fields else fields["summary"]
+    ids, labels, length, prompt_cut, answer_cut = encoder.encode(row["query"], row["history"], row["answer"])
+    assert len(ids) == len(labels) == length and not prompt_cut and not answer_cut
+    control = [tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert [i for i in ids if i in (*control, tokenizer.mask_token_id, tokenizer.pad_token_id)] == control
+    start = ids.index(tokenizer.bos_token_id) + 1
+    assert ids[start - 2] == tokenizer.gmask_token_id and ids[-1] == tokenizer.eos_token_id
+    assert labels == [IGNORE_INDEX] * start + ids[start:] and start < length - 1
+    assert words(tokenizer.decode(ids[: start - 2])) == as_read(build_prompt(query, fields.get("history")), tokenizer)
+    assert words(tokenizer.decode(ids[start:-1])) == as_read(answer, tokenizer)
+
+
+def assert_refused_with_a_reason(error: ValueError, start: str):
+    message = str(error)
+    assert message.startswith(start) and len(start) + 5 < len(message) < len(start) + 300
+    assert len(message.splitlines()) == 1
+    message.encode("utf-8")  # no halves of characters, which could not be printed
+
+
+@settings(max_examples=500, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(lines=st.lists(lines_at_random, min_size=5, max_size=15))
+def test_every_line_is_refused_with_a_reason_or_trained_on_rightly(lines, path, encoder):
+    for line in lines:
+        path.write_bytes(b"\n".join((GOOD_LINE, line, GOOD_LINE)))
+        try:
+            rows = list(read_rows(str(path)))
+        except ValueError as error:
+            assert_refused_with_a_reason(error, f"{path}, line 2: ")
+            continue
+        assert [row["line"] for row in rows] == ([1, 2, 3] if line.strip() else [1, 3])
+        if line.strip():
+            try:
+                assert_trained_on_rightly(line, rows[1], encoder)
+            except ValueError as error:
+                assert_refused_with_a_reason(error, "field ")
+
+
+@settings(max_examples=500, derandomize=True, deadline=None)
+@given(row=good_rows.filter(lambda row: row["instruction"].strip() and row["output"].strip()))
+def test_no_good_row_is_refused(row, path, encoder):
+    line = json.dumps(row).encode()
+    path.write_bytes(line)
+    (read,) = read_rows(str(path))
+    assert_trained_on_rightly(line, read, encoder)
+
+
+def test_no_row_of_a_file_is_lost(tmp_path, encoder):
+    # The same rows as above, through the datasets library with its batches.
+    rows = [{"instruction": f"类型#裙*编号#{n}", "output": "裙" * (n % 7 + 1)} for n in range(1234)]
+    samples = load_samples(str(write_rows(tmp_path / "rows.jsonl", rows)), encoder)
+    assert samples["line"][:] == list(range(1, 1235))
+    for row, sample in zip(rows, samples, strict=True):
+        assert encoder.encode(row["instruction"], [], row["output"])[0] == sample["input_ids"]
+
+
+# Files of torch.save with code in them.
+
+
+class Payload:
+    """An object whose unpickling would create a folder."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Path:
+    """What a payload would create. It is shown first that it would."""
+    torch.save({"w": Payload(tmp_path / "trial")}, tmp_path / "trial.bin")
+    torch.load(tmp_path / "trial.bin", weights_only=False)
+    assert (tmp_path / "trial").exists()
+    return tmp_path / "executed"
+
+
+def arm(path: Path, mark: Path):
+    """Puts a payload into a file of torch.save, beside what it holds."""
+    content = torch.load(path, weights_only=False) if path.is_file() else {}
+    torch.save({"payload": Payload(mark), "content": content}, path)
+
+
+def test_code_in_a_weight_file_is_not_run(golden_folder, mark):
+    shard = golden_folder / "pytorch_model-00002-of-00002.bin"
+    arm(shard, mark)
+    with pytest.raises(ValueError, match=rf"{shard.name} holds more than numbers: loading it would run posix.mkdir"):
+        check_checkpoint(str(golden_folder))
+    # Nor without the check.
+    with pytest.raises(pickle.UnpicklingError):
+        ChatGLMForConditionalGeneration.from_pretrained(golden_folder)
+    assert not mark.exists()
+
+
+def test_code_in_an_adapter_is_not_run(golden_folder, tmp_path, mark):
+    adapter = shutil.copytree(GOLDEN_ADAPTER, tmp_path / "adapter")
+    model = ChatGLMForConditionalGeneration.from_pretrained(golden_folder)
+    load_adapter(model, str(adapter)).unload()
+    arm(adapter / "adapter_model.bin", mark)
+    with pytest.raises(ValueError, match=r"the adapter's weights in .* are damaged"):
+        load_adapter(model, str(adapter))
+    assert not mark.exists()
+
+
+def flags_of(folder: Path, checkpoint: Path, rows: list[dict], *flags: str) -> list[str]:
+    """A run of two steps that saves after the first."""
+    values = {"output_dir": str(folder / "out"), "max_steps": 2, "save_steps": 1, "report_to": "none"}
+    values |= {"per_device_train_batch_size": 4, "optim": "adamw_torch", "remove_unused_columns": False}
+    (folder / "args.json").write_text(json.dumps(values))
+    data = write_rows(folder / "rows.jsonl", rows)
+    paths = {"train_args_json": folder / "args.json", "model_name_or_path": checkpoint, "train_data_path": data}
+    return [
+        *(str(part) for name, path in paths.items() for part in (f"--{name}", path)),
+        "--eval_data_path",
+        "none",
+        *flags,
+    ]
+
+
+def train(*flags: str):
+    """train_qlora.py in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_qlora.py", *flags])
+        train_qlora.main()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tiny_checkpoint, sample_rows, tmp_path_factory) -> Path:
+    """The checkpoint after the first of two steps. Do not change it."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    train(*flags_of(folder, tiny_checkpoint, sample_rows[:8]))
+    return folder / "out" / "checkpoint-1"
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
+def test_code_in_a_checkpoint_is_not_run(
+    interrupted, tiny_checkpoint, sample_rows, tmp_path, mark, monkeypatch, name, checked
+):
+    checkpoint = shutil.copytree(interrupted, tmp_path / "checkpoint-1")
+    arm(checkpoint / name, mark)
+    if not checked:  # the libraries beneath must hold too
+        monkeypatch.setattr("qlora.preflight.check_training_state", lambda folder: None)
+    flags = flags_of(tmp_path, tiny_checkpoint, sample_rows[:8], "--resume_from_checkpoint", str(checkpoint))
+    with pytest.raises((SystemExit, pickle.UnpicklingError)) as raised:
+        train(*flags)
+    assert not checked or f"{name} holds more than numbers" in str(raised.value.code)
+    assert not mark.exists()
+
+
+def test_code_in_training_args_is_not_run(interrupted, tiny_checkpoint, sample_rows, tmp_path, mark):
+    # The file is written by the Trainer and read by nobody.
+    checkpoint = shutil.copytree(interrupted, tmp_path / "checkpoint-1")
+    arm(checkpoint / "training_args.bin", mark)
+    train(*flags_of(tmp_path, tiny_checkpoint, sample_rows[:8], "--resume_from_checkpoint", str(checkpoint)))
+    assert (tmp_path / "out" / "checkpoint-2").is_dir() and not mark.exists()

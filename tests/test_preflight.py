@@ -1,0 +1,319 @@
+"""qlora/preflight.py and qlora/report.py: what is known of a run beforehand, and that all that is wrong is said."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, write_rows
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import train_qlora
+from chatglm import ChatGLMConfig
+from qlora import preflight
+from qlora.arguments import FinetuneArguments
+from qlora.data import SampleEncoder, load_samples
+from qlora.loading import add_lora, load_quantized_model
+from qlora.memory_plan import GIB
+from qlora.preflight import Run, Steps, check_memory, check_run, count_steps
+from qlora.report import describe, histogram, show_sample
+from qlora.training_json import read_training_arguments
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict:
+    """TrainingArguments of a short run."""
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "save_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "optim": "adamw_torch",
+        "report_to": "none",
+    }
+
+
+@pytest.fixture
+def flags(values: dict, tiny_checkpoint: Path, sample_rows: list[dict], tmp_path: Path) -> dict[str, object]:
+    """Flags of a run with which nothing is wrong: 48 rows to train on, 11 to evaluate on."""
+    (tmp_path / "args.json").write_text(json.dumps(values))
+    return {
+        "train_args_json": str(tmp_path / "args.json"),
+        "model_name_or_path": str(tiny_checkpoint),
+        "train_data_path": [str(write_rows(tmp_path / "train.jsonl", sample_rows[:48]))],
+        "eval_data_path": str(write_rows(tmp_path / "dev.jsonl", sample_rows[48:59])),
+    }
+
+
+def edit_json(flags: dict, values: dict, **changes):
+    Path(flags["train_args_json"]).write_text(json.dumps(values | changes))
+
+
+def run_main(flags: dict, *more: str):
+    """train_qlora.py with these flags, in this process."""
+    words = [str(word) for name, v in flags.items() for word in (f"--{name}", *(v if isinstance(v, list) else [v]))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_qlora.py", *words, *more])
+        train_qlora.main()
+
+
+# A run with which nothing is wrong.
+
+
+def test_good_run_has_no_problems(flags, tiny_checkpoint, tiny_config):
+    run = check_run(FinetuneArguments(**flags))
+    assert run.problems == []
+    run.raise_problems()
+    assert run.config.multiplied_weights == tiny_config.multiplied_weights
+    assert (len(run.train_samples), len(run.eval_samples)) == (48, 11)
+    assert run.steps == Steps(steps=12, evaluations=3, saves=3)
+    model = add_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.05, ["query_key_value"])
+    assert run.trainable == model.get_nb_trainable_parameters()[0]
+    assert 0 < run.disk.needed < run.disk.free
+
+
+def test_run_is_as_foreseen(flags, values):
+    foreseen = check_run(FinetuneArguments(**flags))
+    run_main(flags)
+    output = Path(values["output_dir"])
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert log[-1]["step"] == foreseen.steps.steps
+    assert sum("eval_loss" in entry for entry in log) == foreseen.steps.evaluations
+    checkpoints = list(output.glob("checkpoint-*"))
+    assert len(checkpoints) == foreseen.steps.saves
+    written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    state = foreseen.steps.saves * preflight.STATE_BYTES
+    assert foreseen.disk.needed - state < written < foreseen.disk.needed
+
+
+def test_check_prints_and_leaves_nothing(flags, values, capsys):
+    run_main(flags, "--check")
+    printed = capsys.readouterr().out
+    assert printed.endswith("OK\n")
+    for fact in (f"torch {torch.__version__}", "48 samples", "11 samples", "12, evaluations 3, checkpoints 3", "GPU "):
+        assert fact in printed, fact
+    assert not Path(values["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "count"), [(["--check"], 1), (["--dry_run"], 1), (["--dry_run", "3"], 3), (["--check", "0"], 0)]
+)
+def test_as_many_samples_are_shown_as_asked_for(flags, capsys, more, count):
+    run_main(flags, *more)
+    assert len(re.findall(r"^  answer ", capsys.readouterr().out, re.M)) == count
+
+
+# All that is wrong is said at once, by --check and by a run.
+
+
+def spoil(flags: dict, values: dict, folder: Path) -> list[str]:
+    """A mistake of every kind; what the message must say of each."""
+    edit_json(flags, values, learning_rte=1, torch_compile=True, output_dir=flags["eval_data_path"])
+    write_rows(Path(flags["train_data_path"][0]), [{"instruction": "a", "output": "b"}, {"instruction": "a"}])
+    flags["train_data_path"].append(str(folder / "nowhere.jsonl"))
+    flags["model_name_or_path"] = str(folder / "chatglm-6b")
+    return [
+        "not a TrainingArguments key of this transformers version: learning_rte (did you mean learning_rate?)",
+        "this training does not use torch_compile; remove it",
+        "train.jsonl, line 2: field 'output' is missing",
+        "there is no data file",
+        "there is no folder",
+        *([] if torch.cuda.is_available() else ["no CUDA GPU was found"]),
+    ]
+
+
+@pytest.mark.parametrize("more", [["--check"], []], ids=["check", "run"])
+def test_all_that_is_wrong_is_said_at_once(flags, values, tmp_path, more, capsys):
+    expected = spoil(flags, values, tmp_path)
+    with pytest.raises(SystemExit) as raised:
+        run_main(flags, *more)
+    message = raised.value.code
+    assert message.startswith("error: 5 things are wrong:\n- ")  # two of them in the JSON
+    assert all(part in message for part in expected), message
+    assert not any(line.rstrip().endswith(("?.", "..")) for line in message.splitlines())
+    assert "OK" not in capsys.readouterr().out
+
+
+def problem_of(flags: dict, **more) -> str:
+    """The only problem of a run."""
+    (problem,) = check_run(FinetuneArguments(**flags, **more)).problems
+    return problem
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file"])
+def test_output_dir_that_cannot_be_written_to(flags, values, tmp_path, place):
+    (tmp_path / "file").touch()
+    edit_json(flags, values, output_dir=str(tmp_path / "file" / ("below" if place == "below a file" else "")))
+    assert "file cannot be written to (Not a directory)" in problem_of(flags)
+
+
+def test_full_disk(flags, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert re.search(r"output_dir .* needs 0\.00 GB and has 0\.00 GB free.*save_total_limit", problem_of(flags))
+
+
+def test_unknown_target_module(flags):
+    assert "the model has no key_value; it has dense," in problem_of(flags, lora_target_modules=["key_value"])
+
+
+def test_nothing_to_resume_from(flags):
+    problem = problem_of(flags, resume_from_checkpoint="last")
+    assert "--resume_from_checkpoint last: there is no whole checkpoint" in problem
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_memory_budget_without_a_gpu(flags):
+    assert problem_of(flags, memory_budget="8GiB") == "--memory_budget plans the memory of a GPU; there is none."
+
+
+def test_broken_tokenizer(flags, tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    (folder / "ice_text.model").write_bytes(b"nothing")
+    assert "ice_text.model is damaged or incomplete" in problem_of(flags | {"model_name_or_path": str(folder)})
+
+
+def test_rows_are_checked_without_a_tokenizer(flags, tmp_path):
+    Path(flags["eval_data_path"]).write_text("{}\n")
+    problems = check_run(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path)})).problems
+    assert any("dev.jsonl, line 1: field 'instruction' is missing" in problem for problem in problems)
+
+
+# The memory plan, for the 6B model on a GPU that is not there.
+
+
+@pytest.fixture
+def full_size(genuine_tokenizer, monkeypatch) -> Run:
+    """The shipped JSON in bf16, the 6B model, genuine ADGEN rows."""
+    path = ROOT / "../shared/adgen/train_5000.jsonl"
+    if not path.is_file():
+        pytest.skip("no genuine ADGEN rows in ../shared/adgen")
+    run = Run(FinetuneArguments(), config=ChatGLMConfig())
+    run.setup = read_training_arguments(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
+    run.train_samples = load_samples(str(path), SampleEncoder(genuine_tokenizer, "", 512, 1536))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(preflight, "attention_kernel_runs", lambda dtype: True)
+    return run
+
+
+@pytest.mark.parametrize(("budget", "predicted"), [(78.5, 23.3), (16, 15.2), (8, 7.7), (4.6, 4.4)])
+def test_memory_is_predicted_as_in_the_run_itself(full_size, monkeypatch, budget, predicted):
+    # README, "Speed and memory": what the runs on a GPU predicted from the loaded model.
+    monkeypatch.setattr(preflight, "memory_budget", lambda requested: int(budget * GIB))
+    check_memory(full_size)
+    assert full_size.trainable == 1_835_008
+    shown = re.search(r"predicted peak memory +([\d.]+) GiB", full_size.plan)
+    assert float(shown[1]) == pytest.approx(predicted, abs=0.05)
+
+
+def test_too_little_memory(full_size, monkeypatch):
+    monkeypatch.setattr(preflight, "memory_budget", lambda requested: 3 * GIB)
+    check_memory(full_size)
+    assert full_size.plan is None and "3.00 GiB of GPU memory are too little" in full_size.problems[0]
+
+
+# Steps, evaluations, saves: as the Trainer has them.
+
+
+class Line(torch.nn.Module):
+    """A model of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> dict:
+        return {"loss": (self.weight * x).square().mean()}
+
+
+class Counter(TrainerCallback):
+    """Counts what a Trainer does."""
+
+    steps = evaluations = saves = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluations += 1
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saves += 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_train_epochs": 3},
+        {"num_train_epochs": 1.5, "save_steps": 0.3, "eval_steps": 0.2},
+        {"max_steps": 7, "save_steps": 3, "eval_steps": 2},
+        {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 2.5},
+        {"save_strategy": "no", "eval_strategy": "no"},
+        {"eval_on_start": True, "eval_steps": 100, "eval_delay": 2, "dataloader_drop_last": True},
+        {"save_steps": 100, "per_device_train_batch_size": 64},
+    ],
+)
+def test_steps_are_counted_as_the_trainer_takes_them(tmp_path, settings):
+    defaults = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 2}
+    defaults |= {"eval_strategy": "steps", "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    args = TrainingArguments(output_dir=str(tmp_path), **defaults | settings)
+    rows = [{"x": torch.ones(1)}] * 37
+    # The Trainer of this project takes a whole step as one batch.
+    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    whole = TrainingArguments(
+        **args.to_dict() | {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
+    )
+    counter = Counter()
+    Trainer(Line(), whole, train_dataset=rows, eval_dataset=rows, callbacks=[counter]).train()
+    assert count_steps(args, len(rows)) == Steps(counter.steps, counter.evaluations, counter.saves)
+
+
+# The report.
+
+
+def test_sample_shows_what_is_trained_on(flags, tokenizer, tmp_path):
+    row = {"instruction": "类型#裙", "output": "白色的裙。\n<eop>好看"}
+    sample = load_samples(str(write_rows(tmp_path / "rows.jsonl", [row])), SampleEncoder(tokenizer, "", 512, 512))[0]
+    plain = show_sample(sample, tokenizer, colour=False)
+    parts = dict(re.findall(r"^  (prompt|control|answer|end) +(.*(?:\n {12}.*)*)", plain, re.M))
+    assert parts["prompt"] == "类型#裙" and parts["control"] == "[gMASK]<sop>" and parts["end"] == "<eop>"
+    assert parts["answer"].replace("\n" + " " * 12, "\n") == row["output"]
+    assert "\033" not in plain
+    coloured = show_sample(sample, tokenizer, colour=True)
+    assert re.sub(r"\033\[\d+m", "", coloured) == plain
+    trained = re.findall(r"\033\[32m(.*?)\033\[0m", coloured, re.S)
+    assert [part.split()[0] for part in trained] == ["白色的裙。", "<eop>"]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "coloured"), [(True, None, True), (True, "1", False), (False, None, False)]
+)
+def test_colours_are_for_terminals(flags, monkeypatch, terminal, no_color, coloured):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    assert ("\033[" in describe(check_run(FinetuneArguments(**flags, check=1)))) is coloured
+
+
+@pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 2, 3], list(range(3, 900)), [4, 2048]])
+def test_histogram_counts_every_sample_once(lengths):
+    lines = histogram(torch.tensor(lengths).numpy()).splitlines()
+    found = [re.match(r" *(\d+) to +(\d+) tokens +([\d,]+)", line).groups() for line in lines]
+    ranges = [(int(first), int(last), int(count.replace(",", ""))) for first, last, count in found]
+    assert all(sum(first <= n <= last for n in lengths) == count for first, last, count in ranges)
+    assert sum(count for _, _, count in ranges) == len(lengths) and len(lines) <= 8
+
+
+def test_rows_of_several_files_know_their_file(flags, sample_rows, tmp_path):
+    second = str(write_rows(tmp_path / "second.jsonl", sample_rows[48:60]))
+    first = flags["train_data_path"][0]
+    run = check_run(FinetuneArguments(**flags | {"train_data_path": [first, f"{second}:0.5"]}))
+    assert not run.problems
+    assert run.train_samples["file"][:] == [first] * 48 + [second] * 6

@@ -1,0 +1,262 @@
+"""qlora/training_json.py: the JSON of TrainingArguments, translated and checked."""
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from transformers import TrainingArguments
+
+from qlora.training_json import NOT_FOR_THIS_TRAINER, read_training_arguments
+
+# The JSON that users of the project know; it is shipped as it is.
+SHIPPED = {
+    "output_dir": "saved_files/chatGLM_6B_QLoRA_t32",
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 8,
+    "per_device_eval_batch_size": 4,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 1.0,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.1,
+    "logging_steps": 100,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "evaluation_strategy": "steps",
+    "eval_steps": 500,
+    "optim": "adamw_torch",
+    "fp16": False,
+    "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,
+    "seed": 42,
+}
+
+
+@pytest.fixture
+def write_json(tmp_path: Path):
+    """Writes values as a JSON file and gives its path."""
+
+    def write(**values) -> str:
+        path = tmp_path / "args.json"
+        path.write_text(json.dumps({"output_dir": str(tmp_path / "out"), "report_to": "none"} | values))
+        return str(path)
+
+    return write
+
+
+def test_shipped_json_is_the_one_users_know():
+    assert json.loads((ROOT / "chatGLM_6B_QLoRA.json").read_text(encoding="utf-8")) == SHIPPED
+
+
+def test_shipped_json_gives_the_meant_arguments():
+    args = read_training_arguments(str(ROOT / "chatGLM_6B_QLoRA.json")).training_args
+    assert isinstance(args, TrainingArguments)
+    meant = {name: SHIPPED[name] for name in SHIPPED if name not in ("warmup_ratio", "evaluation_strategy")}
+    meant |= {"warmup_steps": 0.1, "eval_strategy": "steps"}
+    assert {name: getattr(args, name) for name in meant} == meant
+    # 3,582 steps: an epoch of ADGEN's 114,599 rows at 32 a step.
+    assert args.get_warmup_steps(3582) == 359
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.json")), ids=lambda path: path.name)
+def test_other_shipped_json_files_are_read(path):
+    values = json.loads(path.read_text(encoding="utf-8"))
+    args = read_training_arguments(str(path), evaluate=False).training_args
+    assert args.output_dir == values["output_dir"] and args.max_steps == values["max_steps"]
+    assert args.eval_strategy == "no"
+
+
+def test_translation_is_logged_in_one_line(write_json, caplog):
+    with caplog.at_level(logging.INFO, logger="qlora"):
+        read_training_arguments(write_json(warmup_ratio=0.1, evaluation_strategy="no", group_by_length=True))
+    (record,) = [r for r in caplog.records if "present names" in r.getMessage()]
+    for note in ("warmup_ratio -> warmup_steps", "evaluation_strategy -> eval_strategy", "group_by_length"):
+        assert note in record.getMessage()
+
+
+def test_present_names_are_read_silently(write_json, caplog):
+    with caplog.at_level(logging.INFO, logger="qlora"):
+        args = read_training_arguments(write_json(warmup_steps=5, eval_strategy="no")).training_args
+    assert args.warmup_steps == 5 and "present names" not in caplog.text
+
+
+@pytest.mark.parametrize(("by_length", "strategy"), [(True, "group_by_length"), (False, "random")])
+def test_group_by_length(write_json, by_length, strategy):
+    args = read_training_arguments(write_json(group_by_length=by_length)).training_args
+    assert args.train_sampling_strategy == strategy
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"), [("learning_rte", "learning_rate"), ("per_device_batch_size", "per_device"), ("xyzzy", "")]
+)
+def test_unknown_key_is_refused_with_the_nearest(write_json, key, suggestion):
+    with pytest.raises(ValueError, match=rf"args\.json.*{key}.*{suggestion}"):
+        read_training_arguments(write_json(**{key: 1}))
+
+
+def test_all_unknown_keys_are_named(write_json):
+    with pytest.raises(ValueError, match=r"learning_rte.*sedd"):
+        read_training_arguments(write_json(learning_rte=1, sedd=2))
+
+
+def test_old_and_new_name_together_are_refused(write_json):
+    with pytest.raises(ValueError, match=r"evaluation_strategy and eval_strategy.*keep one"):
+        read_training_arguments(write_json(evaluation_strategy="no", eval_strategy="steps"))
+
+
+def test_old_and_new_name_of_grouping_together_are_refused(write_json):
+    with pytest.raises(ValueError, match=r"group_by_length and train_sampling_strategy.*keep one"):
+        read_training_arguments(write_json(group_by_length=True, train_sampling_strategy="random"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"neftune_noise_alpha": 5.0},
+        {"torch_empty_cache_steps": 10},
+        {"batch_eval_metrics": True},
+        {"eval_accumulation_steps": 4},
+        {"average_tokens_across_devices": False},
+        {"torch_compile_backend": "inductor"},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"deepspeed": "zero2.json"},
+        {"fsdp": "full_shard"},
+        {"include_for_metrics": ["loss"]},
+        {"label_smoothing_factor": 0.1},
+        {"resume_from_checkpoint": "out/checkpoint-5"},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_settings_that_would_be_passed_over_are_refused(write_json, values):
+    with pytest.raises(ValueError, match=rf"this training does not use {next(iter(values))}; remove it\."):
+        read_training_arguments(write_json(**values))
+
+
+def test_settings_that_are_off_are_accepted(write_json):
+    off = {"neftune_noise_alpha": None, "batch_eval_metrics": False, "fsdp": "", "include_for_metrics": []}
+    off |= {"average_tokens_across_devices": True, "include_num_input_tokens_seen": "no", "label_smoothing_factor": 0}
+    read_training_arguments(write_json(**off))
+
+
+@pytest.mark.parametrize("name", NOT_FOR_THIS_TRAINER)
+def test_refused_settings_are_those_of_transformers(name):
+    newer = {"activation_checkpointing_kwargs"}
+    assert name in {field.name for field in dataclasses.fields(TrainingArguments)} | newer
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("per_device_train_batch_size", "4", 'is "4"; expected a whole number'),
+        ("per_device_train_batch_size", 4.0, "is 4.0; expected a whole number"),
+        ("gradient_accumulation_steps", True, "is true; expected a whole number"),
+        ("learning_rate", "1e-3", 'is "1e-3"; expected a number'),
+        ("learning_rate", None, "is null; expected a number"),
+        ("dataloader_drop_last", "yes", 'is "yes"; expected true or false'),
+        ("save_total_limit", "2", 'is "2"; expected a whole number or null'),
+        ("output_dir", 3, "is 3; expected a text or null"),
+        ("per_device_train_batch_size", 0, "is 0; it must be positive"),
+        ("num_train_epochs", -1, "is -1; it must be positive"),
+        ("seed", -1, "is -1; it must be at least 0 and below 2**32"),
+        ("optim", "schedule_free_adamw", "is schedule_free_adamw, which needs a training step of its own"),
+        ("metric_for_best_model", "rouge", "is rouge; only eval_loss is computed"),
+    ],
+)
+def test_value_of_another_kind_is_refused(write_json, key, value, expected):
+    with pytest.raises(ValueError, match=rf"args\.json: {key} {re.escape(expected)}"):
+        read_training_arguments(write_json(**{key: value}))
+
+
+def test_whole_number_is_a_number(write_json):
+    args = read_training_arguments(
+        write_json(learning_rate=1, num_train_epochs=2, save_total_limit=None)
+    ).training_args
+    assert (args.learning_rate, args.num_train_epochs) == (1, 2)
+
+
+def test_all_that_is_wrong_with_keys_is_said_at_once(write_json):
+    with pytest.raises(ValueError) as raised:
+        read_training_arguments(write_json(sedd=2, torch_compile=True, logging_steps="x", optim="lomo"))
+    assert all(key in str(raised.value) for key in ("sedd", "torch_compile", "logging_steps", "lomo"))
+
+
+def test_reporter_that_is_not_installed_is_named(write_json):
+    missing = next(name for name in ("comet_ml", "dvclive", "neptune") if importlib.util.find_spec(name) is None)
+    with pytest.raises(ValueError, match=f"report_to names {missing}, which is not installed"):
+        read_training_arguments(write_json(report_to=[missing]))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"seed": 1, "seed": 2}', "'seed' stands twice in one object; keep one of them"),
+        ('{"learning_rate": NaN}', "NaN is no JSON number"),
+        ('{"lr_scheduler_kwargs": {"a": 1, "a": 2}}', "'a' stands twice in one object"),
+        ("[" * 100_000, "args.json"),
+    ],
+)
+def test_ambiguous_json_is_refused(tmp_path, content, reason):
+    path = tmp_path / "args.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_training_arguments(str(path))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--train_args_json.*nowhere\.json"):
+        read_training_arguments(str(tmp_path / "nowhere.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"seed": 42,}', "not valid JSON"),
+        (b"{'seed': 42}", "not valid JSON"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b"[]", "must hold one JSON object, found a list"),
+        (b"42", "must hold one JSON object, found a int"),
+        (b"null", "must hold one JSON object, found a NoneType"),
+    ],
+)
+def test_broken_json_is_refused(tmp_path, content, reason):
+    path = tmp_path / "args.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"args\.json.*{reason}"):
+        read_training_arguments(str(path))
+
+
+def test_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "args.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"output_dir": str(tmp_path), "seed": 3}).encode())
+    assert read_training_arguments(str(path)).training_args.seed == 3
+
+
+@pytest.mark.parametrize(
+    "values", [{"eval_strategy": "sometimes"}, {"lr_scheduler_type": "linaer"}, {"optim": "adam_torch"}]
+)
+def test_value_that_transformers_refuses_names_the_file(write_json, values):
+    with pytest.raises(ValueError, match=r"args\.json"):
+        read_training_arguments(write_json(**values))
+
+
+def test_seed_of_the_command_line_takes_the_place_of_the_json(write_json):
+    assert read_training_arguments(write_json(seed=1)).training_args.seed == 1
+    assert read_training_arguments(write_json(seed=1), seed=0).training_args.seed == 0
+
+
+def test_without_evaluation_nothing_is_evaluated(write_json):
+    path = write_json(evaluation_strategy="steps", eval_steps=5)
+    assert read_training_arguments(path).training_args.eval_strategy == "steps"
+    assert read_training_arguments(path, evaluate=False).training_args.eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [({}, None), *(({"gradient_checkpointing": v}, v) for v in (True, False))]
+)
+def test_recomputation_is_planned_unless_the_json_says(write_json, values, expected):
+    assert read_training_arguments(write_json(**values)).recompute is expected
