@@ -195,7 +195,7 @@ def test_finished_run_is_not_overwritten(trained, train_file, dev_file, tmp_path
     shutil.copytree(trained / "checkpoint-4", elsewhere)
     for resume in ((), ("--resume_from_checkpoint", elsewhere)):
         message = error_of(train_qlora, *flags, *resume)
-        assert f"{trained} holds a finished adapter and checkpoint-{STEPS} of an earlier run" in message
+        assert f"{trained} holds an earlier run (a finished adapter, checkpoint-{STEPS})" in message
         assert "another output_dir" in message and "--resume_from_checkpoint last" in message
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
@@ -205,7 +205,7 @@ def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(output, tr
     flags = flags_of(write_json(tmp_path / "args.json", output), tmp_path / "no model", train_file, "none")
     if resume:
         flags += ["--resume_from_checkpoint", str(output / f"checkpoint-{resume}")]
-    assert f"{output} holds checkpoint-{STEPS}" in error_of(train_qlora, *flags)
+    assert f"{output} holds an earlier run (checkpoint-{STEPS}" in error_of(train_qlora, *flags)
 
 
 @pytest.mark.parametrize("damaged", [False, True])
