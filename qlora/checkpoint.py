@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from chatglm import ChatGLMConfig
 
 HOW_TO_GET = 'Download all files of THUDM/chatglm-6b into it (README, "Weights"), or try `bash train.sh --demo`.'
+NF4 = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -42,13 +43,19 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
 
 
 def read_config(folder: Path) -> ChatGLMConfig:
-    """The configuration, if it is that of a ChatGLM-6B."""
+    """The configuration, if it is that of a ChatGLM-6B in 16 bits, or in the 4 bits that this project writes."""
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type, quantization = values.get("model_type"), values.get("quantization_config")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{folder}/config.json is not a JSON object: {error}") from error
     if model_type != ChatGLMConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {model_type!r}, expected 'chatglm'. {HOW_TO_GET}")
+    if quantization is not None and not (isinstance(quantization, dict) and NF4.items() <= quantization.items()):
+        raise ValueError(
+            f"{folder}/config.json has a quantization_config that is not bitsandbytes' NF4 with double quantisation: "
+            "these weights are already quantised, in another way. Use the 16-bit files of THUDM/chatglm-6b."
+        )
     try:
         return AutoConfig.from_pretrained(folder)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Writing a folder in the official format: fp16 `.bin` shards with an index, and config.json."""
+"""Writing a model folder: fp16 `.bin` shards as the official ones, or 4-bit weights as they are in memory."""
 
 import json
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.rotary import ChatGLMRotaryEmbedding
@@ -44,6 +46,23 @@ def write_checkpoint(
         index = {"metadata": {"total_size": plan.metadata["total_size"]}, "weight_map": plan.tensor_to_filename}
         write_json(target / "pytorch_model.bin.index.json", index)
     write_json(target / "config.json", official_config(config))
+
+
+def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str):
+    """Writes a 4-bit model with its scales, which `load_quantized_model` then loads without quantising anew.
+
+    The packed weights and their scales come back equal to the bit. Embedding and norms are stored in the type they
+    have: loaded for another `compute_dtype`, they are rounded from that.
+
+    Args:
+        model: as `load_quantized_model` gives it, without an adapter.
+        tokenizer: its tokenizer, whose files are written too.
+        folder: created if need be.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("a model with an adapter in its layers cannot be written in 4 bits: write its base model.")
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
 
 
 def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -51,10 +51,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizer:
 
 
 def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """The base model, its linear layers quantised while they are read, on the GPU if there is one.
+    """The base model, its linear layers in 4 bits, on the GPU if there is one.
 
     Args:
-        path: checkpoint folder in the official format.
+        path: checkpoint folder in the official format, quantised while it is read; or one that `write_quantized`
+            wrote, whose packed weights are taken as they are.
         compute_dtype: type of the arithmetic, of the embedding, the head and the norms.
     Raises:
         FileNotFoundError, ValueError: the checkpoint is incomplete or of another architecture; no GPU for a model of
@@ -62,10 +63,14 @@ def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedMod
     """
     config = check_checkpoint(path)
     check_device(config, compute_dtype)
+    quantization = quantization_config(compute_dtype)
+    if is_quantized(config):
+        config.quantization_config, quantization = quantization.to_dict(), None
     model, info = AutoModelForCausalLM.from_pretrained(
         path,
+        config=config,
         dtype=compute_dtype,
-        quantization_config=quantization_config(compute_dtype),
+        quantization_config=quantization,
         device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         output_loading_info=True,
     )
@@ -74,11 +79,26 @@ def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedMod
         raise ValueError(
             f"{path}: {len(missing)} weights are in none of its files, such as {missing[0]}. {HOW_TO_GET}"
         )
+    use_compute_dtype(model, compute_dtype)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 an evaluation would repack the weights into a form that cannot be trained.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def is_quantized(config: ChatGLMConfig) -> bool:
+    """Whether the folder of this configuration holds weights in 4 bits."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def use_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype):
+    """Dequantises to this type and holds the rest in it, whatever type 4-bit weights were written for."""
+    for parameter in model.parameters():
+        if isinstance(parameter, bitsandbytes.nn.Params4bit):
+            parameter.quant_state.dtype = compute_dtype
+        else:
+            parameter.data = parameter.to(compute_dtype)
 
 
 def check_gpu_is_there(config: ChatGLMConfig):

@@ -1,0 +1,128 @@
+"""qlora/export.py: a 4-bit folder gives back the model that was written, to the bit."""
+
+import json
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from qlora.checkpoint import check_checkpoint
+from qlora.collation import ConcatenatingCollator
+from qlora.export import write_quantized
+from qlora.linear import use_training_kernels
+from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+
+IDS = [25, 50, 228, 507, 508, 129, 52, 509]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def model(golden_folder: Path) -> ChatGLMForConditionalGeneration:
+    return load_quantized_model(str(golden_folder), torch.float32)
+
+
+@pytest.fixture
+def quantized_folder(model, tokenizer, tmp_path) -> Path:
+    write_quantized(model, tokenizer, str(tmp_path / "nf4"))
+    return tmp_path / "nf4"
+
+
+def quantized_weights(model: torch.nn.Module) -> dict[str, bitsandbytes.nn.Params4bit]:
+    return {n: p for n, p in model.named_parameters() if isinstance(p, bitsandbytes.nn.Params4bit)}
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.tensor([IDS])).logits
+
+
+def test_packed_weights_and_scales_are_equal_to_the_bit(model, quantized_folder):
+    written, loaded = (quantized_weights(m) for m in (model, load_quantized_model(str(quantized_folder), model.dtype)))
+    assert written.keys() == loaded.keys() and len(loaded) == 3 * 4
+    for name, weight in written.items():
+        other = loaded[name]
+        assert torch.equal(weight, other), name
+        ours, theirs = (p.quant_state.as_dict(packed=False) for p in (weight, other))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert torch.equal(value, theirs[key]) if torch.is_tensor(value) else value == theirs[key], (name, key)
+
+
+def test_everything_else_is_equal_too(model, quantized_folder):
+    loaded = load_quantized_model(str(quantized_folder), torch.float32)
+    expected = dict(model.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, expected[name]) and parameter.dtype == expected[name].dtype, name
+    assert loaded.lm_head.weight is loaded.transformer.word_embeddings.weight
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_compute_dtype_may_be_asked_for(model, quantized_folder, dtype):
+    loaded = load_quantized_model(str(quantized_folder), dtype)
+    for name, parameter in loaded.named_parameters():
+        if isinstance(parameter, bitsandbytes.nn.Params4bit):
+            assert parameter.quant_state.dtype == dtype and loaded.get_submodule(name[:-7]).compute_dtype == dtype
+            assert torch.equal(parameter, quantized_weights(model)[name])
+        else:
+            assert parameter.dtype == dtype, name
+    assert loaded.dtype == dtype and loaded.config.quantization_config.bnb_4bit_compute_dtype == dtype
+    # The largest logit is about 14; bf16 keeps 8 bits of it.
+    torch.testing.assert_close(logits(loaded).float(), logits(model), atol=0.25, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_training_on_it_is_the_same(golden_folder, tokenizer, tmp_path, dtype):
+    original = load_quantized_model(str(golden_folder), dtype)
+    write_quantized(original, tokenizer, str(tmp_path / "nf4"))
+    batch = ConcatenatingCollator(original.config)([{"input_ids": IDS, "labels": [-100] * 5 + IDS[5:]}])
+    results = []
+    for base in (original, load_quantized_model(str(tmp_path / "nf4"), dtype)):
+        torch.manual_seed(0)
+        tuned = add_lora(base, rank=4, alpha=32, dropout=0.0, target_modules=["query_key_value", "dense"])
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        use_training_kernels(tuned)
+        loss = tuned.train()(**batch).loss
+        loss.backward()
+        results.append({"loss": loss} | {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad})
+    for name, value in results[0].items():
+        assert value.abs().max() > 0 and torch.equal(value, results[1][name]), name
+
+
+def test_folder_is_complete_and_holds_its_tokenizer(quantized_folder, tokenizer):
+    assert check_checkpoint(str(quantized_folder)).num_layers == 3
+    loaded = load_tokenizer(str(quantized_folder))
+    assert type(loaded) is ChatGLMTokenizer and loaded("类型#裙").input_ids == tokenizer("类型#裙").input_ids
+
+
+def test_a_model_with_an_adapter_is_refused(model, tokenizer, tmp_path):
+    tuned = add_lora(model, rank=4, alpha=32, dropout=0.0, target_modules=["dense"])
+    assert get_peft_model_state_dict(tuned)
+    for wrapped in (tuned, tuned.get_base_model()):
+        with pytest.raises(ValueError, match="adapter"):
+            write_quantized(wrapped, tokenizer, str(tmp_path / "nf4"))
+    assert not (tmp_path / "nf4").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_use_double_quant": False},
+        {"quant_method": "gptq"},
+    ],
+)
+def test_weights_quantised_in_another_way_are_refused(quantized_folder, changes):
+    path = quantized_folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | changes}))
+    with pytest.raises(ValueError, match=r"nf4/config\.json has a quantization_config that is not .*NF4"):
+        check_checkpoint(str(quantized_folder))
+    path.write_text(json.dumps(config | {"quantization_config": "nf4"}))
+    with pytest.raises(ValueError, match=r"quantization_config"):
+        check_checkpoint(str(quantized_folder))
