@@ -8,6 +8,7 @@ The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` l
 
 import logging
 import os
+from pathlib import Path
 
 # Memory that is freed in pieces can then be used as a whole, so that a tight plan holds. Read when torch is imported.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -16,6 +17,7 @@ import torch
 
 from qlora.arguments import FinetuneArguments, parse_command_line, read_training_arguments
 from qlora.checkpoint import check_checkpoint
+from qlora.curves import draw_losses
 from qlora.data import SampleEncoder, check_data_files, load_samples
 from qlora.errors import message_instead_of_traceback
 from qlora.linear import use_training_kernels
@@ -33,7 +35,9 @@ def main():
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        logger.info("The adapter is in %s", trainer.args.output_dir)
+        output_dir = Path(trainer.args.output_dir)
+        draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
+        logger.info("The adapter is in %s", output_dir)
 
 
 def prepare() -> tuple[QLoRATrainer, str | None]:

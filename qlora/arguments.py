@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ NOT_FOR_THIS_TRAINER = (
     "torch_compile",
     "use_liger_kernel",
 )
+REPORTERS = ("tensorboard", "wandb", "swanlab")
 RECOMPUTE_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
 
 # Keys of older transformers that live on under another name.
@@ -246,9 +248,21 @@ def read_training_arguments(
     values.setdefault("logging_nan_inf_filter", False)  # it would wait for the GPU in every step
     recompute = [bool(values.pop(key)) for key in RECOMPUTE_KEYS if key in values]
     try:
-        return TrainingSetup(TrainingArguments(**values), dtype, recompute[0] if recompute else None)
+        training_args = TrainingArguments(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    check_reporters(training_args.report_to, path)
+    return TrainingSetup(training_args, dtype, recompute[0] if recompute else None)
+
+
+def check_reporters(names: list[str], path: str):
+    """ValueError where `report_to` names a tool that is not installed."""
+    missing = [name for name in REPORTERS if name in names and name not in get_available_reporting_integrations()]
+    if missing:
+        raise ValueError(
+            f"{path}: report_to names {', '.join(missing)}, which is not installed: run `pip install "
+            f"{' '.join(missing)}`."
+        )
 
 
 def read_json_object(path: str) -> dict:

@@ -23,10 +23,10 @@ from qlora.arguments import COMPUTE_DTYPE, check_positive, choose_compute_dtype,
 from qlora.data import read_rows
 from qlora.decoding import use_inference_kernels
 from qlora.errors import message_instead_of_traceback
+from qlora.evaluation_page import MODELS, render_page
 from qlora.export import write_json
 from qlora.loading import adapter_config, load_adapter, load_quantized_model, load_tokenizer
 from qlora.metrics import METRICS, check_metric_libraries, mean_scores, score
-from qlora.report import MODELS, render_page
 
 
 @dataclass

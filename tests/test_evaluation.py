@@ -9,9 +9,9 @@ import torch
 from conftest import ROOT, import_script, write_rows
 
 from qlora import evaluation
+from qlora.evaluation_page import render_page
 from qlora.loading import add_lora, load_quantized_model
 from qlora.metrics import METRICS, mean_scores, score
-from qlora.report import render_page
 
 for library in ("jieba", "rouge_chinese", "nltk"):
     pytest.importorskip(library)

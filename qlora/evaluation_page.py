@@ -2,14 +2,11 @@
 
 import io
 
-import matplotlib
 from jinja2 import Environment
+from matplotlib.figure import Figure
 
 from chatglm.chat import clean_response
 from qlora.metrics import METRICS
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 SORTED_BY = "rouge-l"
 MODELS = {"base": "微调前 Before", "adapter": "微调后 After"}
@@ -84,8 +81,8 @@ def render_page(title: str, settings: dict, means: dict, predictions: list[dict]
 
 def draw_histograms(predictions: list[dict]) -> str:
     """The distribution of each metric for both models, as an SVG element."""
-    figure, rows = pyplot.subplots(2, 2, figsize=(9.6, 5.4))
-    for axes, metric in zip(rows.flat, METRICS, strict=True):
+    figure = Figure(figsize=(9.6, 5.4), layout="tight")
+    for axes, metric in zip(figure.subplots(2, 2).flat, METRICS, strict=True):
         values = {model: [row["scores"][model][metric] for row in predictions] for model in MODELS}
         highest = max(max(map(max, values.values())), 1)
         for model, scores in values.items():
@@ -93,8 +90,6 @@ def draw_histograms(predictions: list[dict]) -> str:
             axes.hist(scores, bins=30, range=(0, highest), color=COLOURS[model], alpha=0.6, label=label)
         axes.set(title=metric.upper(), xlabel="percent", ylabel="samples")
         axes.legend()
-    figure.tight_layout()
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
-    pyplot.close(figure)
     return picture.getvalue()[picture.getvalue().index("<svg") :]
