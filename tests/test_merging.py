@@ -158,8 +158,8 @@ def test_written_folder_is_official_and_has_the_same_logits(golden_folder, tmp_p
         if "inv_freq" not in name:
             assert torch.equal(tensor, expected[name].to(torch_dtype)), name
     loaded = ChatGLMForConditionalGeneration.from_pretrained(output, dtype=torch.float32)
-    # Each weight is off by half a unit of its last bit at most; the largest logit is about 14.
-    torch.testing.assert_close(logits(loaded), logits(exact), atol=14 * 2.0**-bits * 4, rtol=0)
+    # Each weight is off by half a unit of its last bit at most; the largest logit is about 2.5.
+    torch.testing.assert_close(logits(loaded), logits(exact), atol=16 * 2.0**-bits, rtol=0)
     load_quantized_model(str(output), torch.float32)
 
 
