@@ -4,9 +4,11 @@ python inference_qlora.py                                        # the adapter t
 python inference_qlora.py --prompt 类型#裤*风格#简约 --prompt 类型#裙*颜色#白色
 python inference_qlora.py --prompt_file data/dev.jsonl --do_sample
 python inference_qlora.py --chat                                 # a conversation with the tuned model
+python inference_qlora.py --web                                  # a page for both in the browser
 """
 
 import logging
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizer
@@ -18,23 +20,39 @@ from qlora.decoding import Choice, token_choice, use_inference_kernels
 from qlora.errors import message_instead_of_traceback
 from qlora.generation import generate_answers, stream_answer
 from qlora.loading import adapter_config, load_adapter, load_quantized_model, load_tokenizer
+from qlora.web import Answerer, Page, check_web
+
+EXAMPLES = Path(__file__).parent / "data" / "dev.jsonl"
 
 
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(InferenceArguments)
         base_path = args.model_name_or_path or adapter_config(args.adapter_path).base_model_name_or_path
-        prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompt or [DEFAULT_PROMPT]
+        prompts = prompts_of(args)[: args.max_prompts]
+        if args.web:
+            check_web(args)
         compute_dtype = choose_compute_dtype(args.compute_dtype, {})
         tokenizer = load_tokenizer(base_path)
         model = load_adapter(load_quantized_model(base_path, compute_dtype), args.adapter_path).eval()
     use_inference_kernels(model)
     torch.manual_seed(args.seed)
     choose = token_choice(args.do_sample, args.top_p, args.temperature)
-    if args.chat:
+    if args.web:
+        from qlora.web_page import serve  # gradio is optional
+
+        serve(Page(Answerer(model, tokenizer), args), prompts)
+    elif args.chat:
         converse(model, tokenizer, args.max_new_tokens, choose)
     else:
-        compare(model, tokenizer, prompts[: args.max_prompts], args.max_new_tokens, choose, args.batch_size)
+        compare(model, tokenizer, prompts, args.max_new_tokens, choose, args.batch_size)
+
+
+def prompts_of(args: InferenceArguments) -> list[str]:
+    """The prompts that were given; without any, the default one, or for the page the sample data's."""
+    if args.prompt_file:
+        return read_prompts(args.prompt_file)
+    return args.prompt or (read_prompts(str(EXAMPLES)) if args.web else [DEFAULT_PROMPT])
 
 
 def compare(

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from chatglm.packed_attention import TILE
 
-BLOCK = 64
+KEYS, QUERIES = 32, 64  # at once, in the loops over keys and over queries
 LOG2_E = math.log2(math.e)
 
 
@@ -56,6 +56,13 @@ def store_rows(base, value, start, index, length, stride, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
+def read_tile(tiles, tile):
+    """Of a tile: the first token of its sample, tokens in it, tokens of its context, first token of the tile in it."""
+    at = tiles + tile * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
 def visible(query_index, key_index, length, context):
     """[queries, keys]: the key is of the same sample, and in its context or not after the query."""
     return (key_index < length)[None, :] & (
@@ -69,9 +76,8 @@ def forward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp (base 2) of one tile of queries of one head."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    start, length = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
-    context, first_query = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    head = tl.program_id(1)
+    start, length, context, first_query = read_tile(tiles, tl.program_id(0))
     stride: tl.constexpr = HEADS * 3 * HEAD_DIM
     queries = projected + head * 3 * HEAD_DIM
     query_index = first_query + tl.arange(0, TILE)
@@ -103,9 +109,8 @@ def query_grad_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries, and `delta`, the sum of output x its gradient of each query."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    start, length = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
-    context, first_query = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    head = tl.program_id(1)
+    start, length, context, first_query = read_tile(tiles, tl.program_id(0))
     stride: tl.constexpr = HEADS * 3 * HEAD_DIM
     queries = projected + head * 3 * HEAD_DIM
     query_index = first_query + tl.arange(0, TILE)
@@ -136,9 +141,8 @@ def key_value_grad_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values, from every query that sees any of them."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    start, length = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
-    context, first_key = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    head = tl.program_id(1)
+    start, length, context, first_key = read_tile(tiles, tl.program_id(0))
     stride: tl.constexpr = HEADS * 3 * HEAD_DIM
     queries = projected + head * 3 * HEAD_DIM
     key_index = first_key + tl.arange(0, TILE)
@@ -182,12 +186,12 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projected, cos, sin, tiles, head_dim):
         heads = projected.shape[-1] // (3 * head_dim)
-        shape = {"HEADS": heads, "HEAD_DIM": head_dim, "TILE": TILE, "BLOCK": BLOCK}
+        shape = {"HEADS": heads, "HEAD_DIM": head_dim, "TILE": TILE}
         rotate_in_place(projected, cos, sin, head_dim)
         output = projected.new_empty(len(projected), heads * head_dim)
         lse = torch.empty(heads, len(projected), dtype=torch.float32, device=projected.device)
         forward_kernel[(len(tiles), heads)](
-            projected, output, lse, tiles, head_dim**-0.5 * LOG2_E, len(projected), **shape, num_warps=4, num_stages=2
+            projected, output, lse, tiles, head_dim**-0.5 * LOG2_E, len(projected), **shape, BLOCK=KEYS, num_stages=3
         )
         ctx.save_for_backward(projected, cos, sin, tiles, output, lse)
         ctx.shape = shape
@@ -201,10 +205,10 @@ class PackedAttention(torch.autograd.Function):
         head_dim, grid = ctx.shape["HEAD_DIM"], (len(tiles), ctx.shape["HEADS"])
         scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E, len(projected))
         query_grad_kernel[grid](
-            projected, output, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, num_warps=4, num_stages=2
+            projected, output, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, BLOCK=KEYS, num_stages=2
         )
         key_value_grad_kernel[grid](
-            projected, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, num_warps=4, num_stages=2
+            projected, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, BLOCK=QUERIES, num_stages=2
         )
         rotate_in_place(grad, cos, sin, head_dim, inverse=True)
         return grad, None, None, None, None

@@ -5,6 +5,7 @@ size.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 
@@ -145,8 +146,17 @@ class ChatGLMMLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
 
 
+class ResidualNorm(nn.LayerNorm):
+    """The layer norm of half a layer, with its residual: taken after the norm, and scaled up."""
+
+    def forward(self, hidden_states: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """scale * norm(x) + branch(norm(x))"""
+        normed = super().forward(hidden_states)
+        return torch.add(branch(normed), normed, alpha=RESIDUAL_SCALE)
+
+
 class ChatGLMBlock(GradientCheckpointingLayer):
-    """One layer. The residual is taken after the layer norm and scaled up.
+    """One layer: a half with attention, a half with the MLP.
 
     Each half may keep its input only and recompute the rest in the backward pass, apart from transformers' gradient
     checkpointing, which does so for the whole.
@@ -154,16 +164,19 @@ class ChatGLMBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.input_layernorm = ResidualNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.attention = ChatGLMAttention(config, layer_idx)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = ChatGLMMLP(config)
         self.recompute_attention = False
         self.recompute_mlp = False
         self.offload = None  # with a method `saved`, the context in which to save the inputs
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, kept: slice | torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """[B, T, C] -> [B, T, C], or only the positions `kept`: the others are there for attention alone."""
         hidden_states = self.run(self.attention_half, self.recompute_attention, hidden_states, **kwargs)
+        if kept is not None:
+            hidden_states = select_positions(hidden_states, kept)
         return self.run(self.mlp_half, self.recompute_mlp, hidden_states)
 
     def run(self, half: Callable, recompute: bool, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -174,14 +187,17 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         return half(hidden_states, **kwargs)
 
     def attention_half(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """scale * norm(x) + attention(norm(x))"""
-        hidden_states = self.input_layernorm(hidden_states)
-        return torch.add(self.attention(hidden_states, **kwargs), hidden_states, alpha=RESIDUAL_SCALE)
+        return self.input_layernorm(hidden_states, functools.partial(self.attention, **kwargs))
 
     def mlp_half(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """scale * norm(x) + mlp(norm(x))"""
-        hidden_states = self.post_attention_layernorm(hidden_states)
-        return torch.add(self.mlp(hidden_states), hidden_states, alpha=RESIDUAL_SCALE)
+        return self.post_attention_layernorm(hidden_states, self.mlp)
+
+
+def select_positions(hidden_states: torch.Tensor, kept: slice | torch.Tensor) -> torch.Tensor:
+    """[B, T, C] -> [B, positions kept, C]."""
+    if isinstance(kept, slice):
+        return hidden_states[:, kept]
+    return hidden_states.index_select(1, kept)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -231,9 +247,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         packed_row: PackedRow | None = None,
+        kept: slice | torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """See `ChatGLMForConditionalGeneration.forward`; returns the hidden states after the last norm, [B, T, C]."""
+        """See `ChatGLMForConditionalGeneration.forward`; returns the hidden states after the last norm.
+
+        They are [B, T, C], or with `kept`, a slice or a 1-D tensor, those of these positions only.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds, not both and not neither.")
         if position_ids is None:
@@ -253,6 +273,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
+                kept=kept if layer is self.layers[-1] else None,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
@@ -339,11 +360,19 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         Returns:
             loss (fp32 scalar or None), logits [B, positions kept, V] (or None), past_key_values.
         """
-        outputs = self.transformer(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, packed_row, **kwargs
-        )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden_states = outputs.last_hidden_state[:, kept]
+        outputs = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            packed_row=packed_row,
+            kept=kept,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
         loss = logits = None
         if shift_labels is not None:
             loss = linear_cross_entropy(

@@ -62,7 +62,7 @@ def packed_attention(
         from chatglm.attention_kernels import PackedAttention
 
         cos, sin = (table.reshape(-1, head_dim) for table in position_embeddings)
-        return PackedAttention.apply(projected[0], cos, sin, row.tiles, head_dim)[None]
+        return PackedAttention.apply(projected.squeeze(0), cos, sin, row.tiles, head_dim).unsqueeze(0)
     return attention_by_sample(projected, position_embeddings, row, head_dim)
 
 

@@ -162,6 +162,12 @@ class InferenceArguments:
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer in tokens."})
     batch_size: int = field(default=8, metadata={"help": "Prompts answered at once."})
     chat: bool = field(default=False, metadata={"help": "Hold a conversation with the tuned model instead."})
+    web: bool = field(default=False, metadata={"help": "Show a page in the browser instead; needs gradio."})
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "Address the page listens on; the environment variable QLORA_PASSWORD protects it."},
+    )
+    port: int = field(default=7860, metadata={"help": "Port the page listens on."})
     compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
 
     def __post_init__(self):
@@ -170,6 +176,12 @@ class InferenceArguments:
             problems.append(f"--temperature is {self.temperature}; it must be a positive number")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not -(2**63) <= self.seed < 2**64:
+            problems.append(f"--seed is {self.seed}; it must fit in 64 bits")
+        if not 0 < self.port < 65536:
+            problems.append(f"--port is {self.port}; it must be between 1 and 65535")
+        if self.chat and self.web:
+            problems.append("--chat is the conversation on the terminal and --web the page; give one of them")
         if problems:
             raise ValueError("; ".join(problems) + ".")
 

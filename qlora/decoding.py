@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import StaticCache
 
-from chatglm.modeling_chatglm import prefix_lm_position_ids
+from chatglm.modeling_chatglm import RESIDUAL_SCALE, ChatGLMAttention, ResidualNorm, prefix_lm_position_ids
 from chatglm.rotary import kernel_runs_on
 from qlora.nf4 import linear
 
@@ -137,7 +137,7 @@ def decode(
 
 @torch.no_grad()
 def use_inference_kernels(model: torch.nn.Module):
-    """Gives 4-bit layers and adapters forwards without gradients: fewer kernels, no conversion to fp32 and back."""
+    """Gives the layers forwards without gradients: fewer kernels, no conversion to fp32 and back."""
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             (adapter,) = layer.active_adapters
@@ -146,18 +146,40 @@ def use_inference_kernels(model: torch.nn.Module):
             layer.forward = functools.partial(add_adapter, layer, layer.lora_A[adapter].weight.to(dtype), up.to(dtype))
         elif isinstance(layer, Linear4bit):
             layer.forward = functools.partial(linear, layer)
-        elif isinstance(layer, torch.nn.LayerNorm) and kernel_runs_on(layer.weight):
-            layer.forward = functools.partial(layer_norm, layer)
+        elif isinstance(layer, ResidualNorm) and kernel_runs_on(layer.weight):
+            layer.forward = functools.partial(residual_norm, layer)
+        elif isinstance(layer, ChatGLMAttention) and kernel_runs_on(layer.query_key_value.bias):
+            layer.forward = functools.partial(attention, layer)
 
 
-def layer_norm(layer: torch.nn.LayerNorm, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The layer's output by a kernel that is quick for few rows."""
-    from qlora import norm_kernel
+def residual_norm(norm: ResidualNorm, hidden_states: torch.Tensor, branch: Callable) -> torch.Tensor:
+    """The norm by a kernel that is quick for few rows."""
+    from qlora.norm_kernels import layer_norm
 
-    return norm_kernel.layer_norm(hidden_states, layer.weight, layer.bias, layer.eps)
+    normed = layer_norm(hidden_states, norm)
+    return torch.add(branch(normed), normed, alpha=RESIDUAL_SCALE)
+
+
+def attention(layer: ChatGLMAttention, hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs):
+    """One token a row goes from projection to output in one kernel; a prompt takes the model's own way."""
+    if hidden_states.shape[1] > 1 or not isinstance(past_key_values, StaticCache):
+        return ChatGLMAttention.forward(
+            layer, hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs
+        )
+    from qlora.decode_kernel import decode_attention
+
+    cache = past_key_values.layers[layer.layer_idx]
+    tables = (table.reshape(-1, layer.head_dim) for table in position_embeddings)
+    projected, visible = layer.query_key_value(hidden_states)[:, 0], attention_mask[:, 0, 0]
+    output = decode_attention(projected, *tables, cache.keys, cache.values, visible, cache.cumulative_length)
+    cache.cumulative_length += 1
+    return layer.dense(output[:, None])
 
 
 def add_adapter(layer: LoraLayer, down: torch.Tensor, up: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
     """The base layer's output plus the adapter's, unless adapters are disabled."""
     output = layer.base_layer(hidden_states)
-    return output if layer.disable_adapters else output + F.linear(F.linear(hidden_states, down), up)
+    if not layer.disable_adapters:
+        low_rank = F.linear(hidden_states, down)
+        output.view(-1, output.shape[-1]).addmm_(low_rank.view(-1, low_rank.shape[-1]), up.T)
+    return output

@@ -12,7 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
+from chatglm.modeling_chatglm import ResidualNorm
+from chatglm.rotary import kernel_runs_on
 from qlora.nf4 import dense_weight
+from qlora.residual import residual_norm
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -87,9 +90,11 @@ def lora_forward(layer: LoraLayer, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def use_training_kernels(model: nn.Module):
-    """Gives the model's 4-bit layers, with and without adapter, the forwards above; everything else stays peft's."""
+    """Gives 4-bit layers, with and without adapter, the forwards above, and norms theirs; the rest stays as it is."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.forward = functools.partial(lora_forward, module)
         elif isinstance(module, Linear4bit):
             module.forward = functools.partial(frozen_forward, module)
+        elif isinstance(module, ResidualNorm) and kernel_runs_on(module.weight):
+            module.forward = functools.partial(residual_norm, module)

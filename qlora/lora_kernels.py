@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-TOKENS, FEATURES, SPLITS = 32, 128, 8
+TOKENS, SPLITS = 32, 8
+UP_FEATURES, OUTER_FEATURES = 128, 64
+DOWN_TILE = 4096  # numbers of the thin matrix at once: more do not fit the shared memory of consumer GPUs
 
 
 @triton.jit
@@ -94,8 +96,7 @@ def outer_kernel(
 def arguments(rows: torch.Tensor, rank: int, factor: float, dropout: float, seed: int) -> tuple[tuple, dict]:
     """What all kernels take: factor with dropout's scale, seed, threshold, sizes; and their constants."""
     threshold = int(dropout * 2**32)
-    constants = {"DROPOUT": dropout > 0, "R": max(16, triton.next_power_of_2(rank))}
-    constants |= {"TOKENS": TOKENS, "FEATURES": FEATURES}
+    constants = {"DROPOUT": dropout > 0, "R": max(16, triton.next_power_of_2(rank)), "TOKENS": TOKENS}
     return (factor / (1 - dropout), seed, threshold, *rows.shape, rank), constants
 
 
@@ -103,15 +104,18 @@ def down(rows: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, 
     """`factor * dropout(rows) @ thin.T`: [T, N] and [r, N] -> [T, r] in the type of `rows`."""
     output = rows.new_empty(len(rows), len(thin))
     values, constants = arguments(rows, len(thin), factor, dropout, seed)
-    down_kernel[(triton.cdiv(len(rows), TOKENS),)](rows, thin, output, *values, **constants)
+    features = max(16, DOWN_TILE // constants["R"])
+    down_kernel[(triton.cdiv(len(rows), TOKENS),)](
+        rows, thin, output, *values, **constants, FEATURES=features, num_stages=4
+    )
     return output
 
 
 def add_up(rows: torch.Tensor, low_rank: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int):
     """`rows += factor * dropout(low_rank @ thin)`: [T, r] and [r, N] into [T, N]."""
     values, constants = arguments(rows, len(thin), factor, dropout, seed)
-    grid = (triton.cdiv(len(rows), TOKENS), triton.cdiv(rows.shape[1], FEATURES))
-    up_kernel[grid](low_rank, thin, rows, *values, **constants)
+    grid = (triton.cdiv(len(rows), TOKENS), triton.cdiv(rows.shape[1], UP_FEATURES))
+    up_kernel[grid](low_rank, thin, rows, *values, **constants, FEATURES=UP_FEATURES)
 
 
 def outer(low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
@@ -119,7 +123,7 @@ def outer(low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: fl
     rank = low_rank.shape[1]
     output = torch.zeros(rank, rows.shape[1], dtype=torch.float32, device=rows.device)
     values, constants = arguments(rows, rank, factor, dropout, seed)
-    outer_kernel[(triton.cdiv(rows.shape[1], FEATURES), SPLITS)](
-        low_rank, rows, output, *values, **constants, SPLITS=SPLITS
+    outer_kernel[(triton.cdiv(rows.shape[1], OUTER_FEATURES), SPLITS)](
+        low_rank, rows, output, *values, **constants, FEATURES=OUTER_FEATURES, SPLITS=SPLITS, num_stages=4
     )
     return output

@@ -13,6 +13,7 @@ scripts/make_random_checkpoint.py makes some of the same size.
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -48,6 +49,12 @@ class BenchmarkArguments:
     memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})
     compare_plain: bool = field(default=False, metadata={"help": "Train the plain way too, for a few steps."})
     batch_size: int = field(default=256, metadata={"help": "Prompts answered at once."})
+
+    def __post_init__(self):
+        if self.samples_per_step < 4 or self.samples_per_step % 4:
+            raise ValueError(f"--samples_per_step is {self.samples_per_step}; the shipped JSON takes 4 at a time.")
+        if self.steps < 1:
+            raise ValueError(f"--steps is {self.steps}; it must be at least 1.")
 
 
 def main():
@@ -94,7 +101,7 @@ def train(args: BenchmarkArguments, steps: int, flags: list[str], warm_up: int =
     """One run of train_qlora.py; figures from its own log, without the warm-up."""
     settings = json.loads((ROOT / "chatGLM_6B_QLoRA.json").read_text())
     settings["gradient_accumulation_steps"] = args.samples_per_step // settings["per_device_train_batch_size"]
-    settings |= {"max_steps": warm_up + steps, "logging_steps": 1 if steps < 10 else 5, "save_strategy": "no"}
+    settings |= {"max_steps": warm_up + steps, "logging_steps": math.gcd(warm_up, steps), "save_strategy": "no"}
     with tempfile.TemporaryDirectory() as scratch:
         settings |= {"output_dir": scratch, "report_to": "none", "disable_tqdm": True}
         path = Path(scratch) / "settings.json"

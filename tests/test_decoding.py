@@ -1,11 +1,15 @@
 """Decoding in place gives what transformers' `generate` gives."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import GOLDEN_CHECKPOINT
 
 from chatglm import ChatGLMForConditionalGeneration
-from qlora.decoding import Decoder, decode, token_choice
+from qlora import decoding
+from qlora.decoding import Decoder, decode, token_choice, use_inference_kernels
+from qlora.loading import add_lora, load_quantized_model
 
 PAD = 3
 
@@ -89,3 +93,36 @@ def test_state_stays_in_place(model):
         decoder.step()
     assert before == {name: getattr(decoder, name).data_ptr() for name in names}
     assert decoder.place.item() == 3
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_forwards_for_inference_give_what_the_layers_give(golden_folder, cases, monkeypatch, kernels):
+    """With kernels, in Triton's interpreter, too: norms, and attention of single tokens."""
+    if kernels:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(decoding, "kernel_runs_on", lambda tensor: True)
+    torch.manual_seed(0)
+    model = load_quantized_model(str(golden_folder), torch.float32)
+    model = add_lora(model, 4, 32, 0.0, ["query_key_value", "dense"]).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    ids, mask = left_padded([case["prompt"] for case in cases["generate"][:2]] + [[5, 6, 507, 508]])
+
+    def logits(adapter: bool) -> torch.Tensor:
+        seen = []
+        choose = token_choice(do_sample=False)
+
+        def note(scores: torch.Tensor) -> torch.Tensor:
+            seen.append(scores)
+            return choose(scores)
+
+        with contextlib.nullcontext() if adapter else model.disable_adapter():
+            list(decode(model.get_base_model(), ids, mask, 8, note))
+        return torch.stack(seen)
+
+    expected = [logits(adapter) for adapter in (True, False)]
+    use_inference_kernels(model)
+    for adapter, wanted in zip((True, False), expected, strict=True):
+        torch.testing.assert_close(logits(adapter), wanted, atol=1e-4, rtol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 1e-2

@@ -1,5 +1,7 @@
 """The Triton kernels against the plain operations they stand for; without a GPU, in Triton's interpreter and fp32."""
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("triton", reason="no Triton here: the kernels are not tested")
@@ -11,10 +13,13 @@ from chatglm import ChatGLMConfig, PackedRow
 from chatglm import loss as plain_loss
 from chatglm.attention_kernels import PackedAttention, rotate_in_place
 from chatglm.loss_kernel import cross_entropy_in_place
+from chatglm.modeling_chatglm import ResidualNorm
 from chatglm.packed_attention import attention_by_sample
-from chatglm.rotary import ChatGLMRotaryEmbedding, apply_rotary
+from chatglm.rotary import ChatGLMRotaryEmbedding, apply_rotary, split_and_rotate
 from qlora import lora_kernels, lora_products, nf4_kernels
-from qlora.norm_kernel import layer_norm
+from qlora.decode_kernel import decode_attention
+from qlora.norm_kernels import layer_norm, residual_norm_grad
+from qlora.residual import residual_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [(35, 60), (3, 2), (70, 100), (1, 1), (130, 5), (10, 150), (4, 0)]
@@ -123,8 +128,50 @@ def test_dequantising_is_that_of_bitsandbytes_to_the_bit(shape):
     assert torch.equal(nf4_kernels.dequantize(packed, state), expected)
 
 
-def test_layer_norm_kernel():
-    rows, weight, bias = torch.randn(3, 2, 100), torch.randn(100), torch.randn(100)
-    rows, weight, bias = rows.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE)
-    expected = torch.nn.functional.layer_norm(rows, (100,), weight, bias, 1e-5)
-    torch.testing.assert_close(layer_norm(rows, weight, bias, 1e-5), expected, atol=1e-5, rtol=1e-5)
+def test_layer_norm_and_its_gradient_with_the_residual():
+    norm = torch.nn.LayerNorm(100, device=DEVICE)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    rows = torch.randn(3, 2, 100, device=DEVICE, requires_grad=True)
+    branch_grad, sum_grad = torch.randn(2, 3, 2, 100, device=DEVICE)
+    normed = norm(rows)
+    (expected,) = torch.autograd.grad(normed, rows, branch_grad + 1.5 * sum_grad)
+    rows = rows.detach()
+    torch.testing.assert_close(layer_norm(rows, norm), normed, atol=1e-5, rtol=1e-5)
+    found = residual_norm_grad(rows, norm, branch_grad, sum_grad, 1.5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_residual_norm():
+    norm = ResidualNorm(64, device=DEVICE).requires_grad_(False)
+    torch.nn.init.normal_(norm.weight)
+    matrix = torch.randn(64, 64, device=DEVICE)
+    rows, direction = torch.randn(2, 1, 7, 64, device=DEVICE)
+    rows.requires_grad_()
+    results = [forward(rows, lambda normed: normed.sin() @ matrix) for forward in (norm, partial(residual_norm, norm))]
+    grads = [torch.autograd.grad((result * direction).sum(), rows)[0] for result in results]
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("past", [0, 1, 128, 300])
+def test_decoding_step_of_attention(past):
+    B, H, S, D = 3, 2, 310, 32
+    rotary = ChatGLMRotaryEmbedding(ChatGLMConfig(hidden_size=H * D, num_attention_heads=H)).to(DEVICE)
+    tables = rotary(torch.randint(0, 99, (B, 2, 1), device=DEVICE), torch.float32)
+    projected = torch.randn(B, 1, 3 * H * D, device=DEVICE)
+    keys, values = torch.randn(2, B, H, S, D, device=DEVICE)
+    visible = torch.rand(B, S, device=DEVICE) < 0.8
+
+    query, key, value = split_and_rotate(projected, *tables, D)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    expected_keys[:, :, past], expected_values[:, :, past] = key[:, 0], value[:, 0]
+    mask = visible & (torch.arange(S, device=DEVICE) < past) | (torch.arange(S, device=DEVICE) == past)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2), expected_keys, expected_values, attn_mask=mask[:, None, None]
+    )
+    flat = (table.reshape(-1, D) for table in tables)
+    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor([past], device=DEVICE))
+    torch.testing.assert_close(found, expected[:, :, 0].flatten(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(keys, expected_keys)
+    torch.testing.assert_close(values, expected_values)

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
+from qlora import linear
 from qlora.linear import use_training_kernels
 from qlora.loading import add_lora, load_quantized_model
 
@@ -39,7 +40,12 @@ def loss_and_gradients(model: PeftModel, batch: dict) -> tuple[torch.Tensor, dic
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_training_forward_equals_that_of_peft(golden_folder, batch, training):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_training_forward_equals_that_of_peft(golden_folder, batch, monkeypatch, training, kernels):
+    """With the norms' kernels, in Triton's interpreter, too."""
+    if kernels:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(linear, "kernel_runs_on", lambda tensor: True)
     plain, ours = make_model(golden_folder), make_model(golden_folder)
     use_training_kernels(ours)
     expected, found = (loss_and_gradients(model.train(training), batch) for model in (plain, ours))

@@ -1,0 +1,75 @@
+"""Compiles the Triton kernels for a GPU that need not be there, and prints the shared memory each takes, in bytes.
+
+python tests/compile_kernels.py 86        # compute capability 8.6; without TRITON_INTERPRET
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from chatglm import attention_kernels, loss_kernel
+from qlora import decode_kernel, lora_kernels, nf4_kernels, norm_kernels
+
+HEAD = {"HEADS": 32, "HEAD_DIM": 128}
+TYPES = {
+    "*bf16": "projected cos sin output output_grad projected_grad keys values rows thin low_rank logits weight bias"
+    " grad branch_grad sum_grad",
+    "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset",
+    "*i32": "tiles",
+    "*i64": "labels place",
+    "*u8": "packed scale_codes",
+    "*i1": "visible",
+    "fp32": "scale log2_scale factor eps residual_scale sign",
+}
+TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
+
+
+def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, **types) -> int:
+    """Bytes that a program takes. Integers are 32 bits; pointers are aligned as PyTorch aligns memory."""
+    types = TYPES | types
+    names = [name for name in kernel.arg_names if name not in constants]
+    signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_stages": num_stages}).metadata.shared
+
+
+def all_kernels(capability: int) -> dict[str, int]:
+    """Name -> shared memory of every kernel, as it is launched for the 6B model."""
+    attention, lora = attention_kernels, lora_kernels
+    over_keys = HEAD | {"TILE": attention.TILE, "BLOCK": attention.KEYS}
+    over_queries = over_keys | {"BLOCK": attention.QUERIES}
+    decode = {"HEAD_DIM": 128, "BLOCK": decode_kernel.BLOCK, "STAGES": decode_kernel.STAGES}
+    launches = {
+        "rotate": (attention.rotate_kernel, HEAD | {"PAIRS": 4096}, 3),
+        "attention": (attention.forward_kernel, over_keys, 3),
+        "query gradient": (attention.query_grad_kernel, over_keys, 2),
+        "key and value gradient": (attention.key_value_grad_kernel, over_queries, 2),
+        "decoding step": (decode_kernel.decode_attention_kernel, decode, 3),
+        "norm": (norm_kernels.norm_kernel, {"BLOCK": 4096}, 3),
+        "norm gradient": (norm_kernels.norm_grad_kernel, {"BLOCK": 4096}, 3),
+        "loss": (loss_kernel.cross_entropy_kernel, {"GRADIENT": True, "BLOCK": loss_kernel.BLOCK}, 3),
+        "dequantise": (nf4_kernels.dequantize_kernel, {"BLOCKS": nf4_kernels.BLOCKS}, 3),
+    }
+    found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
+    for rank in (16, 64):
+        constants = {"DROPOUT": True, "R": rank, "TOKENS": lora.TOKENS}
+        down = constants | {"FEATURES": lora.DOWN_TILE // rank}
+        up = constants | {"FEATURES": lora.UP_FEATURES}
+        outer = constants | {"FEATURES": lora.OUTER_FEATURES, "SPLITS": lora.SPLITS}
+        found[f"down, rank {rank}"] = shared_memory(lora.down_kernel, capability, down, 4, thin="*fp32")
+        found[f"up, rank {rank}"] = shared_memory(lora.up_kernel, capability, up, thin="*fp32")
+        found[f"outer, rank {rank}"] = shared_memory(lora.outer_kernel, capability, outer, 4, output="*fp32")
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(all_kernels(int(sys.argv[1])), indent=2))

@@ -1,0 +1,448 @@
+"""The compare page: what its buttons do, without gradio, and the page itself in a real browser where there is one."""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, copy_tokenizer
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+
+import inference_qlora
+import qlora.web
+from chatglm import ChatGLMForConditionalGeneration
+from chatglm.chat import CJK, build_prompt
+from qlora.arguments import InferenceArguments
+from qlora.data import read_prompts
+from qlora.decoding import token_choice, use_inference_kernels
+from qlora.export import write_checkpoint
+from qlora.generation import generate_answers
+from qlora.loading import add_lora, load_adapter, load_quantized_model
+from qlora.web import Answerer, Page, check_web, with_settings
+
+PROMPT = "类型#裤*风格#简约"
+ARGS = InferenceArguments(max_new_tokens=24)
+GREEDY = (False, 0.7, 0.95, 24, 42)
+PASSWORD = "芝麻开门"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_config, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that knows Chinese characters only, and never comes to an end."""
+    torch.manual_seed(0)
+    state = ChatGLMForConditionalGeneration(tiny_config).state_dict()
+    chinese = [bool(re.fullmatch(CJK, tokenizer.decode([i]))) for i in range(tiny_config.vocab_size)]
+    for name in ("transformer.word_embeddings.weight", "lm_head.weight"):
+        state[name] = state[name] * torch.tensor(chinese)[:, None]
+    folder = tmp_path_factory.mktemp("chatglm") / "chinese"
+    write_checkpoint(folder, tiny_config, lambda name, shape: state[name])
+    copy_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter_path(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter that changes the answers of `checkpoint`."""
+    torch.manual_seed(1)
+    model = add_lora(load_quantized_model(str(checkpoint), torch.float32), 4, 32, 0.0, ["query_key_value"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path, adapter_path: Path) -> PeftModel:
+    model = load_adapter(load_quantized_model(str(checkpoint), torch.float32), str(adapter_path)).eval()
+    use_inference_kernels(model)
+    return model
+
+
+@pytest.fixture
+def answerer(model: PeftModel, tokenizer) -> Answerer:
+    return Answerer(model, tokenizer)
+
+
+def expected_answers(answerer: Answerer, prompt: str, max_new_tokens: int = 24) -> list[str]:
+    """What `inference_qlora.py` prints as before and after."""
+    common = (answerer.model, answerer.tokenizer, [prompt], max_new_tokens, token_choice(do_sample=False), 1)
+    with answerer.model.disable_adapter():
+        before = generate_answers(*common)
+    return before + generate_answers(*common)
+
+
+def adapter_counts(model: PeftModel) -> bool:
+    """Whether every adapter layer is switched on."""
+    return not any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
+
+
+# Answers that grow together.
+
+
+def test_both_answers_are_those_of_the_command_line(answerer):
+    *_, last = answerer.stream(PROMPT, (False, True), ARGS)
+    assert last == expected_answers(answerer, PROMPT)
+    assert last[0] != last[1] and min(map(len, last)) >= 24
+
+
+def test_answers_grow_side_by_side(answerer):
+    updates = list(answerer.stream(PROMPT, (False, True), ARGS))
+    assert len(updates) >= 3
+    for first, last in zip(updates[1], updates[-1], strict=True):
+        assert 0 < len(first) < len(last) and last.startswith(first)
+
+
+def test_an_answer_that_has_ended_waits_for_the_other(answerer, monkeypatch):
+    streams = iter([iter("a"), iter([f"b{i}" for i in range(9)])])
+    monkeypatch.setattr(qlora.web, "stream_answer", lambda *_: next(streams))
+    assert list(answerer.stream(PROMPT, (False, True), ARGS)) == [["a", "b3"], ["a", "b7"], ["a", "b8"]]
+
+
+def test_adapter_is_on_whenever_the_answers_can_be_left(answerer):
+    updates = answerer.stream(PROMPT, (False, True), ARGS)
+    next(updates)
+    assert adapter_counts(answerer.model)
+    updates.close()
+    assert adapter_counts(answerer.model) and not answerer.lock.locked()
+
+
+def test_adapter_is_on_after_a_failure(answerer, monkeypatch):
+    def fail(*_):
+        assert not adapter_counts(answerer.model)
+        yield ""
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(qlora.web, "stream_answer", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(answerer.stream(PROMPT, (False,), ARGS))
+    assert adapter_counts(answerer.model) and not answerer.lock.locked()
+
+
+def test_visitors_at_the_same_time_get_their_own_answers(answerer):
+    prompts = [PROMPT, "类型#裙*颜色#白色"]
+    alone = [expected_answers(answerer, prompt) for prompt in prompts]
+    found = [None, None]
+
+    def visit(i: int):
+        *_, found[i] = answerer.stream(prompts[i], (False, True), ARGS)
+
+    threads = [threading.Thread(target=visit, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == alone
+
+
+def test_sampling_follows_the_seed(answerer):
+    def sample(seed: int) -> list[str]:
+        args = with_settings(ARGS, (True, 1.0, 2.0, 24, seed))
+        return list(answerer.stream(PROMPT, (False, True), args))[-1]
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n　"])
+def test_empty_prompt_is_refused(answerer, prompt):
+    with pytest.raises(ValueError, match="Type a prompt"):
+        next(answerer.stream(prompt, (True,), ARGS))
+
+
+def test_prompt_without_room_for_an_answer_is_refused(answerer):
+    limit = answerer.model.config.max_sequence_length
+    with pytest.raises(ValueError, match=f"over the model's {limit}"):
+        next(answerer.stream("裙" * limit, (True,), ARGS))
+    length = len(answerer.tokenizer(PROMPT)["input_ids"])
+    answerer.check_prompt(PROMPT, limit - length)
+    with pytest.raises(ValueError, match=f"has {length} tokens"):
+        answerer.check_prompt(PROMPT, limit - length + 1)
+
+
+def test_control_tokens_in_a_prompt_stay_text(answerer):
+    short = len(answerer.tokenizer("裙")["input_ids"])
+    answerer.check_prompt("裙<eop>", 1)
+    limit = answerer.model.config.max_sequence_length
+    with pytest.raises(ValueError):  # as a control token it would be one token, and fit
+        answerer.check_prompt("裙<eop>", limit - short - 1)
+
+
+# The buttons.
+
+
+def test_compare_button_takes_the_settings(answerer):
+    updates = list(Page(answerer, ARGS).compare(PROMPT, False, 0.7, 0.95, 6, 42))
+    assert updates[-1] == expected_answers(answerer, PROMPT, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_chat_button_continues_the_history(answerer, tuned):
+    page, history = Page(answerer, ARGS), []
+    for message in (PROMPT, "类型#裙"):
+        expected = expected_answers(answerer, build_prompt(message, history))[tuned]
+        *_, (box, history, shown) = page.chat(message, history, tuned, *GREEDY)
+        assert (box, history[-1]) == ("", (message, expected))
+    assert len(history) == 2
+    assert [entry["content"] for entry in shown] == [text for pair in history for text in pair]
+    assert [entry["role"] for entry in shown] == ["user", "assistant"] * 2
+
+
+def test_empty_message_in_a_conversation_is_refused(answerer):
+    with pytest.raises(ValueError, match="Type a prompt"):
+        next(Page(answerer, ARGS).chat("", [("问", "答")], True, *GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((True, 0.7, 0.95, 24, None), "setting is empty"),
+        ((True, 1.5, 0.95, 24, 1), "--top_p is 1.5"),
+        ((True, 0.7, 0, 24, 1), "--temperature is 0"),
+        ((True, 0.7, 0.95, 0, 1), "--max_new_tokens is 0"),
+        ((True, 0.7, 0.95, 24, 2**64), "--seed is"),
+    ],
+)
+def test_impossible_settings_are_refused(answerer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        next(Page(answerer, ARGS).compare(PROMPT, *settings))
+
+
+def test_numbers_without_a_point_are_taken(answerer):
+    args = with_settings(ARGS, (True, 1, 1, 24.0, 42))
+    assert [repr(value) for value in (args.top_p, args.temperature, args.max_new_tokens)] == ["1.0", "1.0", "24"]
+    assert list(Page(answerer, ARGS).compare(PROMPT, True, 1, 1, 8, 42))
+
+
+# What is checked before the model is loaded.
+
+
+@pytest.fixture
+def gradio_version(monkeypatch) -> Iterator[dict[str, str]]:
+    """The versions of packages that are installed, as far as the check can see."""
+    installed = {"gradio": "6.0.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(qlora.web.importlib.metadata, "version", version)
+    monkeypatch.delenv(qlora.web.PASSWORD_VARIABLE, raising=False)
+    return installed
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        return server.getsockname()[1]
+
+
+def test_a_page_that_can_be_shown_passes(gradio_version):
+    check_web(InferenceArguments(web=True, port=free_port()))
+
+
+def test_missing_gradio_ends_in_one_line(gradio_version, monkeypatch, adapter_path):
+    del gradio_version["gradio"]
+    monkeypatch.setattr(sys, "argv", ["inference_qlora.py", "--web", "--adapter_path", str(adapter_path)])
+    with pytest.raises(SystemExit) as raised:
+        inference_qlora.main()
+    assert raised.value.code == "error: --web needs gradio, which is not installed: pip install gradio"
+
+
+def test_old_gradio_is_refused(gradio_version):
+    gradio_version["gradio"] = "5.49.1"
+    with pytest.raises(ValueError, match=r"found 5\.49\.1: pip install --upgrade gradio"):
+        check_web(InferenceArguments(web=True))
+
+
+def test_empty_password_is_refused(gradio_version, monkeypatch):
+    monkeypatch.setenv(qlora.web.PASSWORD_VARIABLE, "")
+    with pytest.raises(ValueError, match="QLORA_PASSWORD is empty"):
+        check_web(InferenceArguments(web=True))
+
+
+def test_port_in_use_is_refused(gradio_version):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} .*in use.*--port"):
+            check_web(InferenceArguments(web=True, port=port))
+
+
+def test_address_of_another_machine_is_refused(gradio_version):
+    with pytest.raises(OSError, match=r"192\.0\.2\.1, port 7860"):  # kept for documentation: nobody has it
+        check_web(InferenceArguments(web=True, host="192.0.2.1"))
+
+
+@pytest.mark.parametrize(("values", "message"), [({"port": 0}, "--port is 0"), ({"chat": True}, "one of them")])
+def test_flags_that_cannot_be_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        InferenceArguments(web=True, **values)
+
+
+# The page in a browser.
+
+
+@pytest.fixture(scope="module")
+def server(adapter_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a page with a password, shown by the script."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    flags = ("--adapter_path", adapter_path, "--port", port, "--max_new_tokens", 24)
+    # The proxy is one that nobody answers: showing a page must not need it.
+    settings = {qlora.web.PASSWORD_VARIABLE: PASSWORD, "PYTHONIOENCODING": "utf-8", "http_proxy": "http://127.0.0.1:9"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    with open(log, "w", encoding="utf-8") as lines:
+        command = [sys.executable, ROOT / "inference_qlora.py", "--web", *map(str, flags)]
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=lines, stderr=lines)
+    try:
+        wait_for(url, process, log)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+def wait_for(url: str, process: subprocess.Popen, log: Path):
+    """Returns when the server answers."""
+    for _ in range(240):
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(OSError), urllib.request.urlopen(url):
+            return
+        time.sleep(0.25)
+    pytest.fail(f"the server does not answer: {log.read_text(encoding='utf-8')}")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium is installed")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=path, args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(server: str, browser):
+    """The page behind its password; no visit may ask for anything from elsewhere."""
+    context = browser.new_context()
+    page, requests = context.new_page(), []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(server)
+    log_in(page, PASSWORD)
+    page.get_by_label("输入 Prompt").wait_for()
+    yield page
+    context.close()
+    assert requests and all(url.startswith((server, "data:", "blob:")) for url in requests)
+
+
+def log_in(page, password: str):
+    page.locator("input").nth(0).fill("anyone")
+    page.locator("input[type=password]").fill(password)
+    page.get_by_role("button").first.click()
+
+
+def answer_box(page, label: str):
+    return page.locator("label", has_text=label).locator("textarea")
+
+
+def test_page_shows_nothing_without_the_password(server, browser):
+    for path in ("/config", "/gradio_api/info"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server + path)
+        assert refused.value.code == 401
+    page = browser.new_page()
+    page.goto(server)
+    log_in(page, "wrong")
+    page.get_by_text("Incorrect Credentials").wait_for()
+    assert page.get_by_label("输入 Prompt").count() == 0
+    page.close()
+
+
+def compare(page, prompt: str):
+    page.get_by_label("输入 Prompt").fill(prompt)
+    page.get_by_role("button", name="Generate").click()
+
+
+def expect(locator):
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
+def expect_answers(page, answers: list[str]):
+    for label, answer in zip(("微调前 Before", "微调后 After"), answers, strict=True):
+        expect(answer_box(page, label)).to_have_value(answer, timeout=20000)
+
+
+def test_typing_a_prompt_and_pressing_the_button_shows_both_answers(page, answerer):
+    compare(page, PROMPT)
+    expect_answers(page, expected_answers(answerer, PROMPT))
+
+
+def test_example_can_be_clicked(page):
+    (example,) = read_prompts(str(inference_qlora.EXAMPLES))[:1]
+    page.get_by_role("button", name=example).click()
+    expect(page.get_by_label("输入 Prompt")).to_have_value(example)
+
+
+def test_stop_ends_the_answers_and_the_next_ones_are_right(page, answerer):
+    page.get_by_label("Max tokens").fill("1800")
+    compare(page, PROMPT)
+    box = answer_box(page, "微调后 After")
+    expect(box).not_to_have_value("")
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_timeout(500)
+    stopped = box.input_value()
+    page.wait_for_timeout(500)
+    assert box.input_value() == stopped
+    page.get_by_label("Max tokens").fill("24")
+    compare(page, PROMPT)
+    answers = expected_answers(answerer, PROMPT)
+    expect_answers(page, answers)
+    assert len(answers[1]) < len(stopped) < 1800
+
+
+def test_conversation_shows_what_was_typed_and_the_reply(page, answerer):
+    page.get_by_role("tab", name="Chat").click()
+    typed = f"{PROMPT} <sop> **a** # $b$"
+    bubbles, history = page.locator("[data-testid=user], [data-testid=bot]"), []
+    for message in (typed, PROMPT):
+        history.append((message, expected_answers(answerer, build_prompt(message, history))[1]))
+        page.get_by_label("消息 Message").fill(message)
+        page.get_by_label("消息 Message").press("Enter")
+        expect(bubbles).to_have_text([text for pair in history for text in pair], timeout=20000)
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_text("Type a prompt first.")).to_be_visible()
+    expect(bubbles).to_have_count(4)
+    page.get_by_role("button", name="Clear").last.click()
+    expect(bubbles).to_have_count(0)
+
+
+def test_mistakes_are_shown_and_leave_the_answers(page, answerer):
+    compare(page, PROMPT)
+    answers = expected_answers(answerer, PROMPT)
+    expect_answers(page, answers)
+    compare(page, " ")
+    expect(page.get_by_text("Type a prompt first.")).to_be_visible()
+    page.get_by_label("top_p").fill("3")
+    compare(page, PROMPT)
+    expect(page.get_by_text("--top_p is 3.0; it must be above 0 and at most 1.")).to_be_visible()
+    expect_answers(page, answers)
