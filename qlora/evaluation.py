@@ -62,7 +62,7 @@ def resume_predictions(folder: Path, settings: dict) -> dict[int, dict]:
     check_settings(folder, settings)
     write_json(folder / METRICS_FILE, {"settings": settings})
     path = folder / PREDICTIONS
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     predictions = {row["index"]: row for row in map(json.loads, lines)}
     write_predictions(folder, predictions)
     return predictions
@@ -70,7 +70,8 @@ def resume_predictions(folder: Path, settings: dict) -> dict[int, dict]:
 
 def check_settings(folder: Path, settings: dict):
     """ValueError where a folder holds predictions that were made in another way."""
-    if not (folder / PREDICTIONS).is_file():
+    path = folder / PREDICTIONS
+    if not path.is_file() or path.stat().st_size == 0:
         return
     try:
         earlier = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))["settings"]
@@ -94,8 +95,11 @@ def write_predictions(folder: Path, predictions: dict[int, dict]):
 
 
 def batches_of(rows: list[dict], batch_size: int) -> list[list[int]]:
-    """Indices of rows in batches of similar length; the same for every run, so that sampling repeats."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
+    """Indices of rows in batches of similar length; the same for every run, so that sampling repeats.
+
+    The longest come first: what does not fit the GPU's memory then fails at once.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]), reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 

@@ -49,13 +49,19 @@ def merged_tensors(
         )
     check_plain_lora(adapter_path, adapter_config(adapter_path))
     stored, delta = WeightReader(base_path), weight_deltas(config, adapter_path)
-    quantized = {f"{name}.weight" for name in linear_layers(config)} if onto == "nf4" else set()
+    linear = {f"{name}.weight" for name in linear_layers(config)}
+    if not delta.keys() <= linear:
+        raise ValueError(
+            f"the adapter in {adapter_path} has a part in {', '.join(sorted(delta.keys() - linear))}: embedding and "
+            "head are one tensor in this model, into which an adapter cannot be merged."
+        )
+    to_quantize = linear if onto == "nf4" and not is_quantized(config) else set()
 
     def tensor(name: str, shape: torch.Size) -> torch.Tensor:
         weight = stored(name)
         if weight.shape != shape:
             raise ValueError(f"{base_path}: {name} has shape {list(weight.shape)}, expected {list(shape)}.")
-        if name in quantized and not is_quantized(config):
+        if name in to_quantize:
             weight = through_nf4(weight.to(compute_dtype))
         return weight.float() + delta[name]() if name in delta else weight
 
@@ -86,7 +92,7 @@ def without_storage(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
 
 
 def linear_layers(config: ChatGLMConfig) -> list[str]:
-    """Names of the layers that are quantised."""
+    """Names of the linear layers apart from the head: those that are quantised, and that may have an adapter."""
     model = without_storage(config)
     return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
 

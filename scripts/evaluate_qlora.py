@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizer
 
@@ -84,7 +85,12 @@ def main():
             model = load_adapter(load_quantized_model(base_path, compute_dtype), args.adapter_path).eval()
     if not complete:
         use_inference_kernels(model)
-        answer(model, tokenizer, rows, protocol, args, predictions, folder)
+        try:
+            answer(model, tokenizer, rows, protocol, args, predictions, folder)
+        except torch.OutOfMemoryError as error:
+            raise SystemExit(
+                f"error: {args.batch_size} prompts at once are too many, lower --batch_size: {error}"
+            ) from None
     summarize(folder, settings, predictions)
 
 

@@ -129,6 +129,20 @@ def test_predictions_of_other_settings_are_not_mixed(run, tmp_path):
         assert (read_predictions(tmp_path), read_metrics(tmp_path)) == before
 
 
+def test_too_little_memory_is_said_and_another_batch_size_may_follow(run, tmp_path, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "generate_texts", out_of_memory)
+        with pytest.raises(
+            SystemExit, match=r"error: 4 prompts at once are too many, lower --batch_size: CUDA out of"
+        ):
+            run(tmp_path)
+    run(tmp_path, "--batch_size", 2)
+    assert len(read_predictions(tmp_path)) == ROWS
+
+
 def test_predictions_without_settings_are_not_mixed_either(run, tmp_path):
     run(tmp_path)
     (tmp_path / "metrics.json").write_text("{}")

@@ -213,6 +213,13 @@ def test_another_kind_of_adapter_is_refused(golden_folder, tmp_path):
         merged_tensors(str(golden_folder), str(tmp_path / "ia3"), "nf4", torch.float32)
 
 
+@pytest.mark.parametrize("module", ["lm_head", "word_embeddings"])
+def test_an_adapter_of_embedding_or_head_is_refused(golden_folder, tmp_path, module):
+    adapter = make_adapter(tmp_path / "adapter", target_modules=["query_key_value", module])
+    with pytest.raises(ValueError, match=r"adapter in .* (has a part in \S*word_embeddings\.weight|does not fit)"):
+        merged_tensors(str(golden_folder), adapter, "original", torch.float32)
+
+
 def test_an_adapter_of_another_model_is_refused(tiny_checkpoint, tmp_path):
     adapter = make_adapter(tmp_path / "adapter")  # of three layers, not two
     with pytest.raises(ValueError, match=r"adapter in .* does not fit the base model"):
