@@ -2,6 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STYLES = ("-", "--", ":", "-.")
 
@@ -11,13 +16,11 @@ def draw_losses(runs: dict[str, list[dict]], path: str | Path):
     loss_figure(runs).savefig(path)
 
 
-def loss_figure(runs: dict[str, list[dict]]):
+def loss_figure(runs: dict[str, list[dict]]) -> "Figure":
     """Training and evaluation loss over the steps, and the learning rate where there is one run.
 
     Args:
         runs: label -> the Trainer's log history.
-    Returns:
-        A matplotlib Figure.
     """
     from matplotlib.figure import Figure  # takes a second, which a run spends at its end rather than at its start
 
@@ -42,7 +45,7 @@ def loss_figure(runs: dict[str, list[dict]]):
     return figure
 
 
-def plot(axes, history: list[dict], key: str, label: str, **style):
+def plot(axes: "Axes", history: list[dict], key: str, label: str, **style: object):
     """A line through the values logged under a key; a dot where there is only one."""
     points = [(entry["step"], entry[key]) for entry in history if key in entry]
     if points:

@@ -118,9 +118,9 @@ class WeightReader:
 
     def __init__(self, path: str):
         self.path, self.mapped, self.tensors = path, None, {}
-        self.file_of = {name: file for file in weight_files(Path(path)) for name in self.open(file)}
+        self.file_of = {name: file for file in weight_files(Path(path)) for name in self.map(file)}
 
-    def open(self, file: Path) -> dict[str, Callable[[], torch.Tensor]]:
+    def map(self, file: Path) -> dict[str, Callable[[], torch.Tensor]]:
         """Name -> a function that reads it, for all tensors of a file."""
         if file != self.mapped:
             if file.suffix == ".safetensors":
@@ -136,7 +136,7 @@ class WeightReader:
         """A tensor as it is stored."""
         if name not in self.file_of:
             raise ValueError(f"{self.path}: {name} is in none of its weight files.")
-        return self.open(self.file_of[name])[name]()
+        return self.map(self.file_of[name])[name]()
 
     def __call__(self, name: str) -> torch.Tensor:
         if name + PACKED not in self.file_of:

@@ -65,20 +65,15 @@ class EvaluationArguments:
 
 def main():
     with message_instead_of_traceback():
-        check_metric_libraries()
         args = parse_command_line(EvaluationArguments)
+        check_metric_libraries()
         protocol = evaluation.PROTOCOLS[args.protocol]
         folder = Path(args.output_dir or f"{args.adapter_path}/evaluation_{args.protocol}")
         base_path = args.model_name_or_path or adapter_config(args.adapter_path).base_model_name_or_path
         compute_dtype = choose_compute_dtype(args.compute_dtype, {})
         tokenizer = load_tokenizer(base_path)
         rows = read_samples(args, tokenizer, protocol.max_reference_tokens)
-        settings = {
-            **{"protocol": args.protocol, **asdict(protocol), "seed": args.seed, "batch_size": args.batch_size},
-            **{"compute_dtype": str(compute_dtype), "model_name_or_path": base_path, "data_path": args.data_path},
-            "adapter_digest": evaluation.digest(*adapter_files(args.adapter_path)),
-            "rows_digest": evaluation.digest(json.dumps(rows).encode()),
-        }
+        settings = settings_of(args, base_path, compute_dtype, rows)
         predictions = evaluation.resume_predictions(folder, settings)
         complete = len(predictions) == len(rows)
         if not complete:
@@ -107,9 +102,20 @@ def read_samples(
     ]
 
 
-def adapter_files(path: str) -> list[bytes]:
-    """What the adapter is, to tell it from another of the same name."""
-    return [file.read_bytes() for file in sorted(Path(path).glob("adapter_*"))]
+def settings_of(args: EvaluationArguments, base_path: str, compute_dtype: torch.dtype, rows: list[dict]) -> dict:
+    """All that the answers depend on; the contents of adapter and rows as fingerprints."""
+    adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
+    return {
+        "protocol": args.protocol,
+        **asdict(evaluation.PROTOCOLS[args.protocol]),
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "model_name_or_path": base_path,
+        "data_path": args.data_path,
+        "adapter_digest": evaluation.digest(*adapter),
+        "rows_digest": evaluation.digest(json.dumps(rows).encode()),
+    }
 
 
 def answer(
