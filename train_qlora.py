@@ -19,11 +19,12 @@ from qlora.arguments import FinetuneArguments, parse_command_line, read_training
 from qlora.checkpoint import check_checkpoint
 from qlora.curves import draw_losses
 from qlora.data import SampleEncoder, check_data_files, load_samples
-from qlora.errors import message_instead_of_traceback
+from qlora.errors import TrainingStopped, message_instead_of_traceback
 from qlora.linear import use_training_kernels
 from qlora.loading import add_lora, check_gpu_is_there, load_quantized_model, load_tokenizer
 from qlora.memory_plan import keep_or_recompute, plan_memory
-from qlora.trainer import QLoRATrainer, find_checkpoint
+from qlora.saving import check_output_dir, find_checkpoint
+from qlora.trainer import QLoRATrainer
 
 logger = logging.getLogger("train_qlora")
 
@@ -31,12 +32,13 @@ logger = logging.getLogger("train_qlora")
 def main():
     with message_instead_of_traceback():
         trainer, checkpoint = prepare()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    with message_instead_of_traceback(TrainingStopped):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
     if trainer.is_world_process_zero():
         output_dir = Path(trainer.args.output_dir)
-        draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
+        with message_instead_of_traceback():
+            draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
         logger.info("The adapter is in %s", output_dir)
 
 
@@ -47,6 +49,7 @@ def prepare() -> tuple[QLoRATrainer, str | None]:
         args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
     )
     checkpoint = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
+    check_output_dir(training_args.output_dir, checkpoint)
     torch.manual_seed(training_args.seed)
 
     check_data_files(args.train_data_path, args.eval_data_path)
@@ -83,5 +86,6 @@ def prepare() -> tuple[QLoRATrainer, str | None]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s")
     main()

@@ -18,7 +18,14 @@ from chatglm.chat import build_prompt
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-ROW_FEATURES = Features({"query": Value("string"), "history": List(List(Value("string"))), "answer": Value("string")})
+ROW_FEATURES = Features(
+    {
+        "query": Value("string"),
+        "history": List(List(Value("string"))),
+        "answer": Value("string"),
+        "line": Value("int64"),
+    }
+)
 Parsed = TypeVar("Parsed")
 TOKENIZER_PROCESSES = 8  # at most; starting more costs more than it saves
 
@@ -33,7 +40,7 @@ class Row:
 
 
 def read_rows(path: str) -> Iterator[dict]:
-    """Yields the checked rows of a jsonl file as dicts of `query`, `history` and `answer`.
+    """Yields the checked rows of a jsonl file as dicts of `query`, `history`, `answer` and `line`, its number.
 
     A row has `instruction` (or AdvertiseGen's `content`), `output` (or `summary`), and optionally `input`, which is
     put below the instruction, and `history`, a list of [question, answer] pairs. Empty lines are passed over.
@@ -43,9 +50,9 @@ def read_rows(path: str) -> Iterator[dict]:
         ValueError: a line that cannot be trained on, with file, line number and reason.
     """
     empty = True
-    for row in read_lines(path, lambda text: check_row(json.loads(text))):
+    for number, row in read_lines(path, lambda text: check_row(json.loads(text))):
         empty = False
-        yield vars(row)
+        yield vars(row) | {"line": number}
     if empty:
         raise ValueError(f"{path} has no rows.")
 
@@ -58,7 +65,7 @@ def read_prompts(path: str) -> list[str]:
     """
     is_text = Path(path).suffix != ".jsonl"
     prompt_of = str.strip if is_text else lambda text: build_prompt(*check_query(json.loads(text)))
-    prompts = [prompt for prompt in read_lines(path, prompt_of) if prompt]
+    prompts = [prompt for _, prompt in read_lines(path, prompt_of) if prompt]
     if not prompts:
         raise ValueError(f"{path} has no prompts.")
     return prompts
@@ -71,8 +78,8 @@ def check_data_files(*paths: str | None):
             raise FileNotFoundError(f"there is no data file {path}.")
 
 
-def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[Parsed]:
-    """Parses every line that is not empty; a failure names file, line number and reason."""
+def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[tuple[int, Parsed]]:
+    """Number and parsed content of every line that is not empty; a failure names file, line number and reason."""
     check_data_files(path)
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -81,7 +88,7 @@ def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[Parsed]:
                     parsed = parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: {describe(error)}.") from error
-                yield parsed
+                yield number, parsed
 
 
 def describe(error: Exception) -> str:
@@ -199,10 +206,10 @@ class SampleEncoder:
 
 
 def load_rows(path: str) -> Dataset:
-    """The checked rows of a file, cached by its path, size and time of change."""
+    """The checked rows of a file, cached by its path, size and time of change, and by the columns."""
     source = Path(path)
     stat = source.stat() if source.is_file() else None
-    version = f"{source.resolve()}:{stat.st_size}:{stat.st_mtime_ns}" if stat else path
+    version = f"{source.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{[*ROW_FEATURES]}" if stat else path
     try:
         return Dataset.from_generator(
             read_rows,
@@ -218,7 +225,7 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
     """Reads, checks and tokenises a jsonl file; says how many tokens it has and how much was cut.
 
     Returns:
-        A Dataset with `input_ids` and `labels`, lists of int of equal length, and that `length`.
+        A Dataset with `input_ids` and `labels`, lists of int of equal length, that `length`, and the row's `line`.
     Raises:
         FileNotFoundError, ValueError: see `read_rows`; also for a file without rows.
     """
@@ -227,7 +234,7 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
     samples = rows.map(
         encoder,
         batched=True,
-        remove_columns=rows.column_names,
+        remove_columns=["query", "history", "answer"],
         num_proc=workers if workers > 1 else None,
         desc=f"Tokenizing {path}",
     )

@@ -1,7 +1,9 @@
 """Writing a model folder: `.bin` shards as the official ones, or 4-bit weights as they are in memory."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,12 +14,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.rotary import ChatGLMRotaryEmbedding
+from qlora.saving import publish_folder
 
 NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings", "quantization_config")
 
 
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `path` once all is in it, and is gone where that fails.
+
+    Raises:
+        ValueError: there is something of this name.
+    """
+    if Path(path).exists():
+        raise ValueError(f"--output_dir {path} exists already: name another folder, or delete it.")
+    aside = Path(f"{path}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    try:
+        yield aside
+        publish_folder(aside, Path(path))
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_checkpoint(
-    folder: str,
+    folder: str | Path,
     config: ChatGLMConfig,
     tensor: Callable[[str, torch.Size], torch.Tensor],
     shard_size: str = "1900MB",
@@ -54,7 +75,7 @@ def write_checkpoint(
     write_json(target / "config.json", official_config(config, dtype))
 
 
-def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str):
+def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str | Path):
     """Writes a 4-bit model with its scales, which `load_quantized_model` then loads without quantising anew.
 
     The packed weights and their scales come back equal to the bit. Embedding and norms are stored in the type they

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qlora.arguments import COMPUTE_DTYPES, parse_command_line
 from qlora.errors import message_instead_of_traceback
-from qlora.export import write_checkpoint
+from qlora.export import whole_folder, write_checkpoint
 from qlora.loading import adapter_config
 from qlora.merging import merged_tensors
 
@@ -55,20 +55,16 @@ class MergeArguments:
     )
     dtype: str = field(default="fp16", metadata={"help": "Type of the merged weights.", "choices": ["fp16", "bf16"]})
 
-    def __post_init__(self):
-        if Path(self.output_dir).exists():
-            raise ValueError(f"--output_dir {self.output_dir} exists already: name another folder, or delete it.")
-
 
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(MergeArguments)
         base_path = args.model_name_or_path or adapter_config(args.adapter_path).base_model_name_or_path
         config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, COMPUTE_DTYPES[args.compute_dtype])
-        write_checkpoint(args.output_dir, config, tensor, dtype=COMPUTE_DTYPES[args.dtype])
-        for pattern in COPIED:
-            for file in Path(base_path).glob(pattern):
-                shutil.copyfile(file, Path(args.output_dir) / file.name)
+        with whole_folder(args.output_dir) as folder:
+            write_checkpoint(folder, config, tensor, dtype=COMPUTE_DTYPES[args.dtype])
+            for file in [file for pattern in COPIED for file in Path(base_path).glob(pattern)]:
+                shutil.copyfile(file, folder / file.name)
     print(
         f"Merged {args.adapter_path} into {WEIGHTS[args.onto]} ({base_path}); wrote {args.output_dir} in {args.dtype}"
     )

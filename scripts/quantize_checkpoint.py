@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qlora.arguments import COMPUTE_DTYPES, parse_command_line
 from qlora.checkpoint import check_checkpoint
 from qlora.errors import message_instead_of_traceback
-from qlora.export import write_quantized
+from qlora.export import whole_folder, write_quantized
 from qlora.loading import load_tokenizer, quantize_checkpoint
 
 
@@ -33,18 +33,15 @@ class QuantizeArguments:
         metadata={"help": "Type of the arithmetic it is meant for; others work too.", "choices": list(COMPUTE_DTYPES)},
     )
 
-    def __post_init__(self):
-        if Path(self.output_dir).exists():
-            raise ValueError(f"--output_dir {self.output_dir} exists already: name another folder, or delete it.")
-
 
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(QuantizeArguments)
         config = check_checkpoint(args.model_name_or_path)
         tokenizer = load_tokenizer(args.model_name_or_path)
-        model = quantize_checkpoint(args.model_name_or_path, config, COMPUTE_DTYPES[args.compute_dtype])
-        write_quantized(model, tokenizer, args.output_dir)
+        with whole_folder(args.output_dir) as folder:
+            model = quantize_checkpoint(args.model_name_or_path, config, COMPUTE_DTYPES[args.compute_dtype])
+            write_quantized(model, tokenizer, folder)
     size = sum(file.stat().st_size for file in Path(args.output_dir).iterdir())
     print(f"Wrote {size / 1e9:.1f} GB to {args.output_dir}")
 

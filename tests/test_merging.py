@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.checkpoint import check_checkpoint, weight_files
-from qlora.export import write_quantized
+from qlora.export import whole_folder, write_quantized
 from qlora.loading import load_adapter, load_quantized_model, load_tokenizer
 from qlora.merging import merged_tensors
 
@@ -237,7 +237,22 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(golden_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["merge_lora", "quantize_checkpoint"])
-def test_an_existing_folder_is_not_overwritten(run, tmp_path, name):
-    with pytest.raises(SystemExit, match=r"error: --output_dir .* exists already"):
-        run(name, output_dir=tmp_path)
+def test_an_existing_folder_is_not_overwritten(run, golden_folder, tmp_path, name):
+    adapter = {"adapter_path": make_adapter(tmp_path / "adapter")} if name == "merge_lora" else {}
+    (tmp_path / "there").mkdir()
+    with pytest.raises(SystemExit, match=r"error: --output_dir .*there exists already"):
+        run(name, model_name_or_path=golden_folder, output_dir=tmp_path / "there", **adapter)
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "merged"
+    with pytest.raises(OSError, match="disk full"), whole_folder(str(target)) as folder:
+        folder.mkdir()
+        (folder / "half").write_text("")
+        raise OSError("disk full")
     assert not list(tmp_path.iterdir())
+    with whole_folder(str(target)) as folder:
+        folder.mkdir()
+        (folder / "all").write_text("")
+    assert [path.name for path in tmp_path.rglob("*")] == ["merged", "all"]
