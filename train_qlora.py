@@ -9,6 +9,7 @@ The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` l
 
 import logging
 import os
+from pathlib import Path
 
 # Memory that is freed in pieces can then be used as a whole, so that a tight plan holds. Read when torch is imported.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -16,6 +17,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from qlora.arguments import FinetuneArguments, parse_command_line
+from qlora.curves import draw_losses
 from qlora.data import column
 from qlora.errors import TrainingStopped, message_instead_of_traceback
 from qlora.linear import use_training_kernels
@@ -41,7 +43,10 @@ def main():
         trainer.train(resume_from_checkpoint=run.resume_from)
         trainer.save_model()
     if trainer.is_world_process_zero():
-        logger.info("The adapter is in %s", trainer.args.output_dir)
+        output_dir = Path(trainer.args.output_dir)
+        with message_instead_of_traceback():
+            draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
+        logger.info("The adapter is in %s", output_dir)
 
 
 def show(run: Run):

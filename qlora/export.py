@@ -1,22 +1,48 @@
-"""Writing a model folder: fp16 `.bin` shards as the official ones, or 4-bit weights as they are in memory."""
+"""Writing a model folder: `.bin` shards as the official ones, or 4-bit weights as they are in memory."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft.tuners.tuners_utils import BaseTunerLayer
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.rotary import ChatGLMRotaryEmbedding
+from qlora.saving import publish_folder
 
-NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings")
+NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings", "quantization_config")
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into, which gets the name `path` once all is in it, and is gone where that fails.
+
+    Raises:
+        ValueError: there is something of this name.
+    """
+    if Path(path).exists():
+        raise ValueError(f"--output_dir {path} exists already: name another folder, or delete it.")
+    aside = Path(f"{path}.partial")
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    try:
+        yield aside
+        publish_folder(aside, Path(path))
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_checkpoint(
-    folder: str, config: ChatGLMConfig, tensor: Callable[[str, torch.Size], torch.Tensor], shard_size: str = "1900MB"
+    folder: str | Path,
+    config: ChatGLMConfig,
+    tensor: Callable[[str, torch.Size], torch.Tensor],
+    shard_size: str = "1900MB",
+    dtype: torch.dtype = torch.float16,
 ):
     """Writes weights and configuration; one shard is in memory at a time, so the model may be larger than it.
 
@@ -25,6 +51,7 @@ def write_checkpoint(
         config: the model's configuration.
         tensor: gives the weight of a name and shape; the head is asked for under the embedding's name.
         shard_size: largest size of a file.
+        dtype: type of the weights, of 16 bits.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -34,21 +61,21 @@ def write_checkpoint(
         sizes, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=shard_size
     )
 
-    def half(name: str) -> torch.Tensor:
+    def stored(name: str) -> torch.Tensor:
         if name.endswith("inv_freq"):
             return inv_freq.half()
         source = "transformer.word_embeddings.weight" if name == "lm_head.weight" else name
-        return tensor(source, sizes[name].shape).to("cpu", torch.float16).contiguous()
+        return tensor(source, sizes[name].shape).to("cpu", dtype).contiguous()
 
-    for filename, names in plan.filename_to_tensors.items():
-        torch.save({name: half(name) for name in names}, target / filename)
+    for filename, names in tqdm(plan.filename_to_tensors.items(), desc="Writing files", disable=not plan.is_sharded):
+        torch.save({name: stored(name) for name in names}, target / filename)
     if plan.is_sharded:
         index = {"metadata": {"total_size": plan.metadata["total_size"]}, "weight_map": plan.tensor_to_filename}
         write_json(target / "pytorch_model.bin.index.json", index)
-    write_json(target / "config.json", official_config(config))
+    write_json(target / "config.json", official_config(config, dtype))
 
 
-def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str):
+def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str | Path):
     """Writes a 4-bit model with its scales, which `load_quantized_model` then loads without quantising anew.
 
     The packed weights and their scales come back equal to the bit. Embedding and norms are stored in the type they
@@ -77,14 +104,15 @@ def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor) -> dict[str, 
     return dict(sorted(sizes.items(), key=lambda item: item[0] == "lm_head.weight"))
 
 
-def official_config(config: ChatGLMConfig) -> dict:
+def official_config(config: ChatGLMConfig, dtype: torch.dtype) -> dict:
     """config.json as the official files have it."""
     values = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_OFFICIAL}
     auto_map = {
         "AutoConfig": "configuration_chatglm.ChatGLMConfig",
         "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
     }
-    return values | {"architectures": ["ChatGLMModel"], "torch_dtype": "float16", "auto_map": auto_map}
+    torch_dtype = str(dtype).removeprefix("torch.")
+    return {"auto_map": auto_map} | values | {"architectures": ["ChatGLMModel"], "torch_dtype": torch_dtype}
 
 
 def write_json(path: Path, values: dict):

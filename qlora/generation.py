@@ -19,6 +19,21 @@ def generate_answers(
     choose: Choice,
     batch_size: int,
 ) -> list[str]:
+    """The answers to all prompts, cleaned for people to read; see `generate_texts`."""
+    return [
+        clean_response(text) for text in generate_texts(model, tokenizer, prompts, max_new_tokens, choose, batch_size)
+    ]
+
+
+def generate_texts(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    choose: Choice,
+    batch_size: int,
+    max_prompt_tokens: int | None = None,
+) -> list[str]:
     """Answers every prompt, in batches of prompts of similar length; control tokens written in a prompt stay text.
 
     Args:
@@ -28,20 +43,26 @@ def generate_answers(
         max_new_tokens: longest answer in tokens.
         choose: picks the next token, see `token_choice`.
         batch_size: prompts answered at once.
+        max_prompt_tokens: longest prompt, `[gMASK]` and `<sop>` included; the rest is cut. None for no limit.
     Returns:
-        The cleaned answers, in the order of the prompts.
+        The answers as the tokenizer decodes them, in the order of the prompts.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for start in tqdm(range(0, len(order), batch_size), desc="Answering", disable=len(order) <= batch_size):
         indices = order[start : start + batch_size]
         batch = tokenizer(
-            [prompts[i] for i in indices], padding=True, split_special_tokens=True, return_tensors="pt"
+            [prompts[i] for i in indices],
+            padding=True,
+            truncation=max_prompt_tokens is not None,
+            max_length=max_prompt_tokens,
+            split_special_tokens=True,
+            return_tensors="pt",
         ).to(model.device)
         pieces = list(decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, choose=choose))
         texts = tokenizer.batch_decode(torch.cat(pieces, dim=1), skip_special_tokens=True)
         for i, text in zip(indices, texts, strict=True):
-            answers[i] = clean_response(text)
+            answers[i] = text
     return answers
 
 

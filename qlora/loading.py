@@ -63,6 +63,11 @@ def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedMod
     """
     config = check_checkpoint(path)
     check_device(config, compute_dtype)
+    return quantize_checkpoint(path, config, compute_dtype)
+
+
+def quantize_checkpoint(path: str, config: ChatGLMConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """As `load_quantized_model`, without asking whether the model can be trained on this machine."""
     quantization = quantization_config(compute_dtype)
     if is_quantized(config):
         config.quantization_config, quantization = quantization.to_dict(), None

@@ -98,7 +98,8 @@ class QLoRATrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Samples, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward for all samples of an optimizer step, a group at a time."""
-        model.train()
+        if not model.training:  # else it would walk through all modules in every step
+            model.train()
         num_labels, random_state = self.count_labels(inputs), random_states()
 
         def forward_backward(groups: list[list[dict]]) -> torch.Tensor:

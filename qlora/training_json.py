@@ -114,7 +114,10 @@ def read_training_arguments(
         raise ValueError(f"{path}: {error}") from error
     missing = sorted(set(training_args.report_to) - set(get_available_reporting_integrations()))
     if missing:
-        raise ValueError(f"{path}: report_to names {', '.join(missing)}, which is not installed: `pip install` it.")
+        raise ValueError(
+            f"{path}: report_to names {', '.join(missing)}, which is not installed: run `pip install "
+            f"{' '.join(missing)}`."
+        )
     return TrainingSetup(training_args, dtype, recompute[0] if recompute else None)
 
 

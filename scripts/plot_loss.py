@@ -1,45 +1,30 @@
-"""Draw the training loss of one or more runs from their own logs, the trainer_state.json in each output_dir.
+"""Draw the loss curves of one or more runs, or of checkpoints, from their own logs.
 
-python scripts/plot_loss.py saved_files/a saved_files/b --output loss.png      (needs matplotlib)
+python scripts/plot_loss.py saved_files/a saved_files/b --output loss.png
 """
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from qlora.curves import draw_losses, read_history
+from qlora.errors import message_instead_of_traceback
 
 
 def main():
+    args = parse_args()
+    with message_instead_of_traceback():
+        draw_losses({Path(run).name: read_history(run) for run in args.runs}, args.output)
+    print(f"Wrote {args.output}")
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", help="Output folders of finished runs; a folder's name labels its curve.")
+    parser.add_argument("runs", nargs="+", help="Output folders of runs; a folder's name labels its curves.")
     parser.add_argument("--output", default="loss.png", help="Picture to write.")
-    args = parser.parse_args()
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    styles = ["-", "--", ":", "-."]
-    for number, run in enumerate(args.runs):
-        steps, losses = read_losses(Path(run))
-        axes.plot(steps, losses, styles[number % len(styles)], label=Path(run).name, linewidth=2)
-    axes.set(xlabel="optimizer step", ylabel="training loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(args.output)
-    print(f"wrote {args.output}")
-
-
-def read_losses(run: Path) -> tuple[list[int], list[float]]:
-    """Steps and training losses that a run logged."""
-    path = run / "trainer_state.json"
-    if not path.is_file():
-        raise SystemExit(
-            f"error: {run} is not the output folder of a finished run: there is no trainer_state.json in it."
-        )
-    entries = [entry for entry in json.loads(path.read_text())["log_history"] if "loss" in entry]
-    return [entry["step"] for entry in entries], [entry["loss"] for entry in entries]
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def test_another_compute_dtype_may_be_asked_for(model, quantized_folder, dtype):
         else:
             assert parameter.dtype == dtype, name
     assert loaded.dtype == dtype and loaded.config.quantization_config.bnb_4bit_compute_dtype == dtype
-    # The largest logit is about 14; bf16 keeps 8 bits of it.
-    torch.testing.assert_close(logits(loaded).float(), logits(model), atol=0.25, rtol=0)
+    # The largest logit is about 2.5; bf16 keeps 8 bits of all that leads to it.
+    torch.testing.assert_close(logits(loaded).float(), logits(model), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])

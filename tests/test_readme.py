@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,12 @@ def check_flags(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch):
     parse_command_line(kind, flags)
 
 
+def own_arguments(script: Path) -> type | None:
+    """The dataclass of a script's arguments, if it has one of its own."""
+    module = import_script(script)
+    return next((value for key, value in vars(module).items() if key.endswith("Arguments")), None)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_use_scripts_and_flags_that_exist(page, monkeypatch):
     found = commands((ROOT / page).read_text(encoding="utf-8"))
@@ -86,7 +93,8 @@ def test_commands_use_scripts_and_flags_that_exist(page, monkeypatch):
 
 @both
 def test_flags_named_in_the_text_exist(name):
-    fields = [field for kind in (FinetuneArguments, InferenceArguments) for field in dataclasses.fields(kind)]
+    kinds = [FinetuneArguments, InferenceArguments, *map(own_arguments, ROOT.glob("scripts/*.py"))]
+    fields = [field for kind in kinds if kind for field in dataclasses.fields(kind)]
     known = {name for field in fields for name in (f"--{field.name}", *field.metadata.get("aliases", ()))}
     named = {
         word for code in re.findall(r"`(--[^`]+)`", prose(TEXTS[name])) for word in code.split() if word[:2] == "--"

@@ -47,7 +47,7 @@ def trained(tiny_checkpoint: Path, train_file: Path, dev_file: Path, tmp_path_fa
 
 
 def test_training_leaves_adapter_tokenizer_and_state(trained):
-    expected = {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json"}
+    expected = {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json", "loss.png"}
     expected |= {"ice_text.model", "tokenizer_config.json", f"checkpoint-{SAVE_STEPS}", f"checkpoint-{STEPS}"}
     assert expected <= {path.name for path in trained.iterdir()}
 
@@ -82,6 +82,7 @@ def test_resuming_from_the_last_checkpoint_ends_alike(trained, tiny_checkpoint, 
     result = run_script("train_qlora.py", *flags)
     assert result.returncode == 0, result.stderr
     assert_same_adapter(output, trained)
+    assert len(history(output, "loss")) == STEPS and (output / "loss.png").is_file()
     assert history(output, "loss")[SAVE_STEPS:] == pytest.approx(history(trained, "loss")[SAVE_STEPS:], abs=1e-4)
 
 
@@ -99,6 +100,19 @@ def test_resuming_from_nothing_is_refused(tiny_checkpoint, train_file, dev_file,
     flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file, "--resume_from_checkpoint", requested)
     message = error_of(train_qlora, *flags)
     assert f"--resume_from_checkpoint {requested}" in message and "whole checkpoint" in message
+
+
+def test_tensorboard_gets_what_is_logged(tiny_checkpoint, train_file, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    args_json = write_json(
+        tmp_path / "args.json", tmp_path / "out", report_to="tensorboard", max_steps=2, save_strategy="no"
+    )
+    run_main(train_qlora, *flags_of(args_json, tiny_checkpoint, train_file, "none"))
+    (events,) = (tmp_path / "out" / "runs").rglob("events.out.tfevents.*")
+    log = accumulator.EventAccumulator(str(events)).Reload()
+    written = {tag: [event.value for event in log.Scalars(f"train/{tag}")] for tag in ("loss", "tokens_per_second")}
+    assert written["loss"] == pytest.approx(history(tmp_path / "out", "loss"), rel=1e-6)
+    assert len(written["tokens_per_second"]) == 2 and min(written["tokens_per_second"]) > 0
 
 
 # One step, against the same mathematics in plain operations.

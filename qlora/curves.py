@@ -1,0 +1,64 @@
+"""Loss curves from what the Trainer logged."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STYLES = ("-", "--", ":", "-.")
+
+
+def draw_losses(runs: dict[str, list[dict]], path: str | Path):
+    """Writes the picture of `loss_figure`; the suffix of the path says its format."""
+    loss_figure(runs).savefig(path)
+
+
+def loss_figure(runs: dict[str, list[dict]]) -> "Figure":
+    """Training and evaluation loss over the steps, and the learning rate where there is one run.
+
+    Args:
+        runs: label -> the Trainer's log history.
+    """
+    from matplotlib.figure import Figure  # takes a second, which a run spends at its end rather than at its start
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
+    axes = figure.subplots()
+    for number, (label, history) in enumerate(runs.items()):
+        style = {"color": f"C{number}", "linestyle": STYLES[number % len(STYLES)]}
+        plot(axes, history, "loss", f"{label}, training", linewidth=2, **style)
+        plot(axes, history, "eval_loss", f"{label}, evaluation", marker="o", alpha=0.6, **style)
+    axes.set(xlabel="optimizer step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    lines = axes.get_lines()
+    if len(runs) == 1:
+        right = axes.twinx()
+        plot(right, history, "learning_rate", "learning rate", color="0.6", linewidth=1)
+        right.set_ylabel("learning rate", color="0.5")
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        right.set_ylim(bottom=0)
+        lines = [*lines, *right.get_lines()]
+    if lines:
+        axes.legend(handles=lines)
+    return figure
+
+
+def plot(axes: "Axes", history: list[dict], key: str, label: str, **style: object):
+    """A line through the values logged under a key; a dot where there is only one."""
+    points = [(entry["step"], entry[key]) for entry in history if key in entry]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, **({"marker": "."} if len(points) == 1 else {}) | style)
+
+
+def read_history(run: str) -> list[dict]:
+    """The log of a finished run or of a checkpoint.
+
+    Raises:
+        FileNotFoundError: the folder is neither.
+    """
+    path = Path(run) / "trainer_state.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} is no output folder of a run: there is no trainer_state.json in it.")
+    return json.loads(path.read_text(encoding="utf-8"))["log_history"]

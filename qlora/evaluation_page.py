@@ -1,0 +1,95 @@
+"""The results of an evaluation as one HTML page: means, distributions, best and worst samples."""
+
+import io
+
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from chatglm.chat import clean_response
+from qlora.metrics import METRICS
+
+SORTED_BY = "rouge-l"
+MODELS = {"base": "微调前 Before", "adapter": "微调后 After"}
+COLOURS = {"base": "#8a8f98", "adapter": "#2563eb"}
+
+PAGE = """<!DOCTYPE html>
+<html lang="zh-CN">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+  body { font: 16px/1.6 system-ui, "Noto Sans CJK SC", "Microsoft YaHei", sans-serif; color: #1f2328;
+         max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+  h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+  table { border-collapse: collapse; } td, th { padding: .3rem 1rem; border-bottom: 1px solid #d0d7de; }
+  .means td { text-align: right; font-variant-numeric: tabular-nums; } th { text-align: left; }
+  .settings { color: #59636e; font-size: .85rem; overflow-wrap: anywhere; }
+  .sample { border: 1px solid #d0d7de; border-radius: .5rem; padding: .2rem 1rem; margin: 1rem 0; }
+  dt { color: #59636e; font-size: .85rem; } dd { margin: 0 0 .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+  svg { max-width: 100%; height: auto; }
+</style>
+<h1>{{ title }}</h1>
+<p class="settings">{% for name, value in settings.items() %}{{ name }} = {{ value }}{{ "" if loop.last else " · " }}
+{%- endfor %}</p>
+<table class="means">
+<tr><th>{{ count }} 个样本 samples</th>{% for name in metrics %}<th>{{ name | upper }}</th>{% endfor %}</tr>
+{% for model, label in models.items() -%}
+<tr><th>{{ label }}</th>{% for name in metrics %}<td>{{ "%.2f" | format(means[model][name]) }}</td>{% endfor %}</tr>
+{% endfor -%}
+</table>
+<h2>分布 Score distributions</h2>
+{{ histograms | safe }}
+{% for heading, samples in sections.items() %}
+<h2>{{ heading }}</h2>
+{% for sample in samples %}
+<div class="sample"><dl>
+<dt>输入 Input</dt><dd>{{ sample.prompt }}</dd>
+<dt>参考 Reference</dt><dd>{{ sample.reference | clean }}</dd>
+{% for model, label in models.items() -%}
+<dt>{{ label }} · {% for name in metrics %}{{ name | upper }} {{ "%.1f" | format(sample.scores[model][name]) }}
+{{- "" if loop.last else " · " }}{% endfor %}</dt><dd>{{ (sample[model] | clean) or "（空 empty）" }}</dd>
+{% endfor -%}
+</dl></div>
+{% endfor %}
+{% endfor %}
+</html>
+"""
+
+
+def render_page(title: str, settings: dict, means: dict, predictions: list[dict], shown: int = 5) -> str:
+    """The page.
+
+    Args:
+        title: its heading.
+        settings: how the answers were made, name -> value.
+        means: model ("base", "adapter") -> metric -> mean in percent.
+        predictions: rows with `prompt`, `reference`, `base`, `adapter` and `scores`, a dict as `means`.
+        shown: how many of the best and of the worst samples.
+    """
+    ranked = sorted(predictions, key=lambda row: row["scores"]["adapter"][SORTED_BY], reverse=True)
+    sections = {
+        f"最好的回答 Best answers after fine-tuning, by {SORTED_BY.upper()}": ranked[:shown],
+        "最差的回答 Worst answers": ranked[shown:][: -shown - 1 : -1],
+    }
+    environment = Environment(autoescape=True)
+    environment.filters["clean"] = clean_response
+    return environment.from_string(PAGE).render(
+        **{"title": title, "settings": settings, "means": means, "count": len(predictions), "sections": sections},
+        **{"metrics": METRICS, "models": MODELS, "histograms": draw_histograms(predictions)},
+    )
+
+
+def draw_histograms(predictions: list[dict]) -> str:
+    """The distribution of each metric for both models, as an SVG element."""
+    figure = Figure(figsize=(9.6, 5.4), layout="tight")
+    for axes, metric in zip(figure.subplots(2, 2).flat, METRICS, strict=True):
+        values = {model: [row["scores"][model][metric] for row in predictions] for model in MODELS}
+        highest = max(max(map(max, values.values())), 1)
+        for model, scores in values.items():
+            label = {"base": "before", "adapter": "after"}[model]
+            axes.hist(scores, bins=30, range=(0, highest), color=COLOURS[model], alpha=0.6, label=label)
+        axes.set(title=metric.upper(), xlabel="percent", ylabel="samples")
+        axes.legend()
+    picture = io.StringIO()
+    figure.savefig(picture, format="svg")
+    return picture.getvalue()[picture.getvalue().index("<svg") :]

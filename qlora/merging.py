@@ -1,0 +1,146 @@
+"""Merging an adapter into the base model's weights, a tensor at a time: the model is never in memory as a whole.
+
+W + scaling * B @ A, added in fp32, where W is the original 16-bit weight or what its NF4 form dequantises to.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes
+import torch
+from bitsandbytes.functional import QuantState
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from qlora.checkpoint import check_checkpoint, weight_files
+from qlora.loading import adapter_config, is_quantized, load_adapter
+
+# What a merge allows for, besides settings that have their defaults.
+PLAIN_LORA = (
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+)
+PACKED = ".quant_state.bitsandbytes__nf4"
+
+
+def merged_tensors(
+    base_path: str, adapter_path: str, onto: str, compute_dtype: torch.dtype
+) -> tuple[ChatGLMConfig, Callable[[str, torch.Size], torch.Tensor]]:
+    """The merged model, to be written by `write_checkpoint`.
+
+    Args:
+        base_path: checkpoint folder with 16-bit weights, or with 4-bit ones that `write_quantized` wrote.
+        adapter_path: folder of a LoRA adapter.
+        onto: "original" for the 16-bit weights, "nf4" for what they are in 4 bits, as in training.
+        compute_dtype: type of the arithmetic in training, for which the NF4 weights were made.
+    Returns:
+        The configuration, and a function name, shape -> weight, merged where the adapter has a part in it.
+    Raises:
+        FileNotFoundError, ValueError: either is incomplete, they do not fit, or the adapter is no plain LoRA.
+    """
+    config = check_checkpoint(base_path)
+    if onto == "original" and is_quantized(config):
+        raise ValueError(
+            f"{base_path} holds 4-bit weights, from which the original ones cannot be had: name the 16-bit folder "
+            "with --model_name_or_path, or merge --onto nf4."
+        )
+    check_plain_lora(adapter_path, adapter_config(adapter_path))
+    stored, delta = WeightReader(base_path), weight_deltas(config, adapter_path)
+    linear = {f"{name}.weight" for name in linear_layers(config)}
+    if not delta.keys() <= linear:
+        raise ValueError(
+            f"the adapter in {adapter_path} has a part in {', '.join(sorted(delta.keys() - linear))}: embedding and "
+            "head are one tensor in this model, into which an adapter cannot be merged."
+        )
+    to_quantize = linear if onto == "nf4" and not is_quantized(config) else set()
+
+    def tensor(name: str, shape: torch.Size) -> torch.Tensor:
+        weight = stored(name)
+        if weight.shape != shape:
+            raise ValueError(f"{base_path}: {name} has shape {list(weight.shape)}, expected {list(shape)}.")
+        if name in to_quantize:
+            weight = through_nf4(weight.to(compute_dtype))
+        return weight.float() + delta[name]() if name in delta else weight
+
+    return config, tensor
+
+
+def check_plain_lora(path: str, config: PeftConfig):
+    """ValueError for an adapter that changes the model in another way than by B @ A."""
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"the adapter in {path} is of type {config.peft_type}; only LoRA can be merged.")
+    values, defaults = config.to_dict(), LoraConfig().to_dict()
+    more = {name: v for name, v in values.items() if name not in PLAIN_LORA and v and v != defaults[name]}
+    if more.get("init_lora_weights") == "gaussian":  # unlike other ways of starting, leaves the base as it is
+        del more["init_lora_weights"]
+    if more:
+        found = ", ".join(f"{name}={value}" for name, value in more.items())
+        raise ValueError(f"the adapter in {path} is more than plain LoRA ({found}): merge it with peft instead.")
+
+
+def without_storage(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
+    """The model on the CPU with weights that are a single zero each, so that peft has something to work on."""
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration(config)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
+    return model
+
+
+def linear_layers(config: ChatGLMConfig) -> list[str]:
+    """Names of the linear layers apart from the head: those that are quantised, and that may have an adapter."""
+    model = without_storage(config)
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
+
+
+def weight_deltas(config: ChatGLMConfig, adapter_path: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name of a weight -> a function that gives what the adapter adds to it, fp32, as peft computes it."""
+    model = load_adapter(without_storage(config), adapter_path)
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    return {
+        f"{name}.weight": lambda layer=layer: layer.get_delta_weight(layer.active_adapters[0]).float()
+        for name, layer in layers.items()
+    }
+
+
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What a weight becomes in 4 bits, in its own type."""
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    return bitsandbytes.functional.dequantize_4bit(packed, state)
+
+
+class WeightReader:
+    """Reads a checkpoint tensor by tensor; one file is mapped at a time. Packed weights come dequantised."""
+
+    def __init__(self, path: str):
+        self.path, self.mapped, self.tensors = path, None, {}
+        self.file_of = {name: file for file in weight_files(Path(path)) for name in self.map(file)}
+
+    def map(self, file: Path) -> dict[str, Callable[[], torch.Tensor]]:
+        """Name -> a function that reads it, for all tensors of a file."""
+        if file != self.mapped:
+            if file.suffix == ".safetensors":
+                opened = safe_open(file, "pt")
+                self.tensors = {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            else:
+                stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                self.tensors = {name: lambda value=value: value for name, value in stored.items()}
+            self.mapped = file
+        return self.tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as it is stored."""
+        if name not in self.file_of:
+            raise ValueError(f"{self.path}: {name} is in none of its weight files.")
+        return self.map(self.file_of[name])[name]()
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if name + PACKED not in self.file_of:
+            return self.read(name)
+        names = [other for other in self.file_of if other.startswith(f"{name}.")]
+        state = QuantState.from_dict({other.removeprefix(f"{name}."): self.read(other) for other in names}, "cpu")
+        return bitsandbytes.functional.dequantize_4bit(self.read(name), state)

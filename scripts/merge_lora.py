@@ -1,0 +1,75 @@
+"""Merge an adapter into the base model's weights and write a folder in the official format. No GPU needed.
+
+    python scripts/merge_lora.py --output_dir THUDM/chatglm-6b-merged
+    python scripts/merge_lora.py --output_dir THUDM/chatglm-6b-merged --onto original --dtype bf16
+
+The folder needs no adapter any more: this project loads it as it loads the original, and so does the official code.
+"""
+
+import logging
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qlora.arguments import COMPUTE_DTYPES, parse_command_line
+from qlora.errors import message_instead_of_traceback
+from qlora.export import whole_folder, write_checkpoint
+from qlora.loading import adapter_config
+from qlora.merging import merged_tensors
+
+# The tokenizer's, and the official code that a config.json may point to.
+COPIED = ("ice_text.model", "tokenizer_config.json", "generation_config.json", "*.py", "*LICENSE*")
+WEIGHTS = {
+    "nf4": "the 4-bit weights that the adapter was trained against, dequantised",
+    "original": "the original 16-bit weights",
+}
+
+
+@dataclass
+class MergeArguments:
+    """What to merge, into which weights, and where to."""
+
+    output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
+    adapter_path: str = field(
+        default="saved_files/chatGLM_6B_QLoRA_t32", metadata={"help": "Folder of the trained adapter."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}
+    )
+    onto: str = field(
+        default="nf4",
+        metadata={
+            "help": "nf4: the weights as training saw them, in 4 bits, dequantised; original: the 16-bit weights.",
+            "choices": list(WEIGHTS),
+        },
+    )
+    compute_dtype: str = field(
+        default="bf16",
+        metadata={
+            "help": "Type of the arithmetic in training, on which its 4-bit weights depend a little.",
+            "choices": list(COMPUTE_DTYPES),
+        },
+    )
+    dtype: str = field(default="fp16", metadata={"help": "Type of the merged weights.", "choices": ["fp16", "bf16"]})
+
+
+def main():
+    with message_instead_of_traceback():
+        args = parse_command_line(MergeArguments)
+        base_path = args.model_name_or_path or adapter_config(args.adapter_path).base_model_name_or_path
+        config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, COMPUTE_DTYPES[args.compute_dtype])
+        with whole_folder(args.output_dir) as folder:
+            write_checkpoint(folder, config, tensor, dtype=COMPUTE_DTYPES[args.dtype])
+            for file in [file for pattern in COPIED for file in Path(base_path).glob(pattern)]:
+                shutil.copyfile(file, folder / file.name)
+    print(
+        f"Merged {args.adapter_path} into {WEIGHTS[args.onto]} ({base_path}); wrote {args.output_dir} in {args.dtype}"
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()

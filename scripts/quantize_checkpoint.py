@@ -1,0 +1,51 @@
+"""Write a checkpoint in 4 bits, as training and inference have it in memory: it loads without being quantised anew.
+
+    python scripts/quantize_checkpoint.py --output_dir THUDM/chatglm-6b-nf4
+    python scripts/quantize_checkpoint.py --model_name_or_path THUDM/chatglm-6b-merged --output_dir THUDM/merged-nf4
+
+Quantises on the GPU if there is one.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from qlora.arguments import COMPUTE_DTYPES, parse_command_line
+from qlora.checkpoint import check_checkpoint
+from qlora.errors import message_instead_of_traceback
+from qlora.export import whole_folder, write_quantized
+from qlora.loading import load_tokenizer, quantize_checkpoint
+
+
+@dataclass
+class QuantizeArguments:
+    """Which checkpoint, where to, and for which arithmetic."""
+
+    output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
+    model_name_or_path: str = field(
+        default="THUDM/chatglm-6b", metadata={"help": "Folder with the files of THUDM/chatglm-6b."}
+    )
+    compute_dtype: str = field(
+        default="bf16",
+        metadata={"help": "Type of the arithmetic it is meant for; others work too.", "choices": list(COMPUTE_DTYPES)},
+    )
+
+
+def main():
+    with message_instead_of_traceback():
+        args = parse_command_line(QuantizeArguments)
+        config = check_checkpoint(args.model_name_or_path)
+        tokenizer = load_tokenizer(args.model_name_or_path)
+        with whole_folder(args.output_dir) as folder:
+            model = quantize_checkpoint(args.model_name_or_path, config, COMPUTE_DTYPES[args.compute_dtype])
+            write_quantized(model, tokenizer, folder)
+    size = sum(file.stat().st_size for file in Path(args.output_dir).iterdir())
+    print(f"Wrote {size / 1e9:.1f} GB to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()

@@ -1,0 +1,183 @@
+"""scripts/evaluate_qlora.py and what it uses: an evaluation gives the same whether it is interrupted or not."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, import_script, write_rows
+
+from qlora import evaluation
+from qlora.evaluation_page import render_page
+from qlora.loading import add_lora, load_quantized_model
+from qlora.metrics import METRICS, mean_scores, score
+
+for library in ("jieba", "rouge_chinese", "nltk"):
+    pytest.importorskip(library)
+
+ROWS, BATCH = 11, 4
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_checkpoint, tmp_path_factory) -> Path:
+    """An adapter that changes the answers."""
+    torch.manual_seed(1)
+    base = load_quantized_model(str(tiny_checkpoint), torch.float32)
+    tuned = add_lora(base, 4, 32, 0.0, ["query_key_value"])
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("adapter")
+    tuned.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(sample_rows, tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "dev.jsonl", sample_rows[:ROWS])
+
+
+@pytest.fixture(scope="module")
+def script():
+    return import_script(ROOT / "scripts" / "evaluate_qlora.py")
+
+
+@pytest.fixture
+def run(script, adapter, data, monkeypatch):
+    """Runs the script, quickly: answers of at most 12 tokens."""
+    for name, protocol in evaluation.PROTOCOLS.items():
+        short = type(protocol)(**vars(protocol) | {"max_new_tokens": 12})
+        monkeypatch.setitem(evaluation.PROTOCOLS, name, short)
+
+    def main(folder: Path, *flags: object):
+        given = ["--adapter_path", adapter, "--data_path", data, "--output_dir", folder, "--batch_size", BATCH, *flags]
+        monkeypatch.setattr(sys, "argv", ["evaluate_qlora.py", *map(str, given)])
+        script.main()
+
+    return main
+
+
+def read_predictions(folder: Path) -> list[dict]:
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("protocol", ["greedy", "published"])
+def test_every_row_is_answered_twice_and_scored(run, tmp_path, sample_rows, protocol, capsys):
+    run(tmp_path, "--protocol", protocol)
+    predictions, metrics = read_predictions(tmp_path), read_metrics(tmp_path)
+    assert [row["index"] for row in predictions] == list(range(ROWS))
+    assert [row["prompt"] for row in predictions] == [row["instruction"] for row in sample_rows[:ROWS]]
+    assert any(row["base"] != row["adapter"] for row in predictions)
+    for model in ("base", "adapter"):
+        scores = [score(row[model], row["reference"]) for row in predictions]
+        assert scores == [row["scores"][model] for row in predictions]
+        assert metrics[model] == mean_scores(scores) and set(metrics[model]) == set(METRICS)
+    assert metrics["samples"] == ROWS and metrics["settings"]["protocol"] == protocol
+    assert f"{metrics['adapter']['rouge-l']:.2f}" in capsys.readouterr().out
+    page = (tmp_path / "summary.html").read_text(encoding="utf-8")
+    assert page.count('<div class="sample">') == 10 and "<svg" in page and f"{metrics['base']['rouge-1']:.2f}" in page
+
+
+def test_rerun_answers_only_what_is_missing(run, tmp_path, monkeypatch):
+    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    asked, most, generate_texts = [], [100], evaluation.generate_texts
+
+    def counted(model, tokenizer, prompts: list[str], **kwargs) -> list[str]:
+        if len(asked) == most[0]:
+            raise KeyboardInterrupt
+        asked.extend(prompts)
+        return generate_texts(model, tokenizer, prompts, **kwargs)
+
+    monkeypatch.setattr(evaluation, "generate_texts", counted)
+    run(whole, "--protocol", "published")
+    assert len(asked) == 2 * ROWS
+
+    asked[:], most[:] = [], [2 * 2 * BATCH]
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted, "--protocol", "published")
+    path = interrupted / "predictions.jsonl"
+    assert len(read_predictions(interrupted)) == 2 * BATCH
+    path.write_bytes(path.read_bytes()[:-30])  # the last line is cut, as by a crash: its batch is answered again
+
+    asked[:], most[:] = [], [100]
+    for missing in (ROWS - BATCH, 0):
+        run(interrupted, "--protocol", "published")
+        assert len(asked) == 2 * missing
+        assert read_predictions(interrupted) == read_predictions(whole)
+        assert read_metrics(interrupted) == read_metrics(whole)
+        asked.clear()
+
+
+def test_predictions_of_other_settings_are_not_mixed(run, tmp_path):
+    run(tmp_path)
+    before = read_predictions(tmp_path), read_metrics(tmp_path)
+    for flags, named in (
+        (("--seed", 7), "seed 42, now 7"),
+        (("--protocol", "published"), "protocol greedy, now published"),
+        (("--max_prompts", 5), "rows_digest"),
+        (("--prompt_text", "写广告："), "rows_digest"),
+        (("--compute_dtype", "bf16"), "now bfloat16"),
+    ):
+        with pytest.raises(SystemExit, match=rf"error: .*made in another way: .*{named}.*--output_dir"):
+            run(tmp_path, *flags)
+        assert (read_predictions(tmp_path), read_metrics(tmp_path)) == before
+
+
+def test_too_little_memory_is_said_and_another_batch_size_may_follow(run, tmp_path, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "generate_texts", out_of_memory)
+        with pytest.raises(
+            SystemExit, match=r"error: 4 prompts at once are too many, lower --batch_size: CUDA out of"
+        ):
+            run(tmp_path)
+    run(tmp_path, "--batch_size", 2)
+    assert len(read_predictions(tmp_path)) == ROWS
+
+
+def test_predictions_without_settings_are_not_mixed_either(run, tmp_path):
+    run(tmp_path)
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(SystemExit, match="made in another way"):
+        run(tmp_path)
+
+
+def test_greedy_answers_are_those_of_inference(run, tmp_path, script, adapter, tiny_checkpoint, sample_rows):
+    run(tmp_path, "--batch_size", 1)
+    (row, *_) = read_predictions(tmp_path)
+    model = script.load_adapter(load_quantized_model(str(tiny_checkpoint), torch.float32), str(adapter)).eval()
+    tokenizer = script.load_tokenizer(str(tiny_checkpoint))
+    batch = tokenizer(sample_rows[0]["instruction"], split_special_tokens=True, return_tensors="pt")
+    for name, off in (("base", True), ("adapter", False)):
+        with model.disable_adapter() if off else torch.no_grad():
+            ids = model.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1] :]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == row[name]
+
+
+def test_references_are_cut_as_the_official_evaluation_does(genuine_tokenizer):
+    # A label of ptuning/main.py is the official encoding, cut to 64 tokens of which [gMASK] and <sop> are two.
+    text = "换季必入的一条牛仔裙，好看又好搭，让精致感藏也藏不住。" * 8
+    ids = genuine_tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) > 64
+    expected = genuine_tokenizer.decode(ids[:62])
+    assert evaluation.reference_text(genuine_tokenizer, text, 64) == expected
+    assert evaluation.reference_text(genuine_tokenizer, text, None) == text.replace("，", ",")
+
+
+def test_control_tokens_in_a_reference_stay_text(tokenizer):
+    assert "sop" in evaluation.reference_text(tokenizer, "裙<sop>裙", None)
+
+
+def test_page_escapes_what_models_write():
+    scores = {model: dict.fromkeys(METRICS, 1.0) for model in ("base", "adapter")}
+    row = {"prompt": "<script>alert(1)</script>", "reference": "a & b", "base": "<b>", "adapter": "", "scores": scores}
+    page = render_page("title", {"seed": 1}, scores, [row])
+    assert "<script>" not in page and "&lt;script&gt;" in page and "a &amp; b" in page and "空 empty" in page
