@@ -17,7 +17,7 @@ import torch
 
 from qlora.arguments import FinetuneArguments, parse_command_line
 from qlora.data import column
-from qlora.errors import message_instead_of_traceback
+from qlora.errors import TrainingStopped, message_instead_of_traceback
 from qlora.linear import use_training_kernels
 from qlora.loading import add_lora, load_quantized_model
 from qlora.memory_plan import keep_or_recompute, plan_memory
@@ -37,9 +37,9 @@ def main():
         if run.args.check is not None:
             return
         trainer = prepare(run)
-    trainer.train(resume_from_checkpoint=run.resume_from)
-    trainer.save_model()
-    trainer.save_state()
+    with message_instead_of_traceback(TrainingStopped):
+        trainer.train(resume_from_checkpoint=run.resume_from)
+        trainer.save_model()
     if trainer.is_world_process_zero():
         logger.info("The adapter is in %s", trainer.args.output_dir)
 
@@ -79,5 +79,6 @@ def prepare(run: Run) -> QLoRATrainer:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s")
     main()

@@ -28,7 +28,7 @@ from qlora.loading import (
     load_tokenizer,
 )
 from qlora.memory_plan import Sizes, choose_plan, longest_step, memory_budget
-from qlora.trainer import find_checkpoint
+from qlora.saving import check_output_dir, find_checkpoint
 from qlora.training_json import TrainingSetup, read_training_arguments
 
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")  # copied into every checkpoint
@@ -188,6 +188,7 @@ def check_output(run: Run):
         run.resume_from = find_checkpoint(run.args.resume_from_checkpoint, training_args.output_dir)
         if run.resume_from:
             check_training_state(run.resume_from)
+        check_output_dir(training_args.output_dir, run.resume_from)
     if run.train_samples:
         run.steps = count_steps(training_args, len(run.train_samples))
     with run.noting_problems():

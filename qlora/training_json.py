@@ -104,6 +104,7 @@ def read_training_arguments(
         values["eval_strategy"] = "no"
     values.setdefault("use_cpu", not torch.cuda.is_available())  # else torchrun's processes would not find each other
     values.setdefault("ddp_find_unused_parameters", False)
+    values.setdefault("ddp_broadcast_buffers", False)  # they never change
     values.setdefault("dataloader_pin_memory", False)  # batches are pinned once they are tensors
     values.setdefault("logging_nan_inf_filter", False)  # it would wait for the GPU in every step
     recompute = [values.pop(key) for key in RECOMPUTE_KEYS if key in values]

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ import datasets
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from peft.utils import load_peft_weights
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from qlora.export import write_checkpoint
@@ -27,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_CHECKPOINT = GOLDEN / "tiny" / "checkpoint"
 GOLDEN_ADAPTER = GOLDEN / "tiny" / "adapter"
+STEPS, SAVE_STEPS = 8, 4
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 
 
@@ -147,3 +150,98 @@ def copy_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path):
     """Puts the two tokenizer files of the official folder beside the weights."""
     for name in TOKENIZER_FILES:
         shutil.copyfile(Path(tokenizer.vocab_file).parent / name, folder / name)
+
+
+# Training and inference as a user runs them, on `tiny_checkpoint` and a few rows.
+
+
+@pytest.fixture(scope="session")
+def train_file(sample_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", sample_rows[:48])
+
+
+@pytest.fixture(scope="session")
+def dev_file(sample_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "dev.jsonl", sample_rows[48:59])
+
+
+def write_json(path: Path, output_dir: Path, **values) -> Path:
+    """A short run in the style of the shipped JSON."""
+    defaults = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": STEPS,
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": SAVE_STEPS,
+        "evaluation_strategy": "steps",
+        "eval_steps": SAVE_STEPS,
+        "optim": "adamw_torch",
+        "fp16": False,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "report_to": "none",
+        "seed": 42,
+    }
+    path.write_text(json.dumps(defaults | values), encoding="utf-8")
+    return path
+
+
+def flags_of(args_json: Path, model: Path, train: Path, dev: Path | str, *flags: object) -> list[str]:
+    paths = {"train_args_json": args_json, "model_name_or_path": model, "train_data_path": train}
+    paths |= {"eval_data_path": dev}
+    return [*(str(part) for name, path in paths.items() for part in (f"--{name}", path)), *map(str, flags)]
+
+
+def run_script(name: str, *flags: object) -> subprocess.CompletedProcess:
+    """A script in a process of its own, from another folder than the repository's."""
+    return subprocess.run(
+        [sys.executable, ROOT / name, *map(str, flags)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+
+
+def run_main(module, *flags: object):
+    """A script's main in this process, which saves the seconds of the imports."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        module.main()
+
+
+def error_of(module, *flags: object) -> str:
+    """The message with which a script ends."""
+    with pytest.raises(SystemExit) as raised:
+        run_main(module, *flags)
+    # Python prints a string to stderr and ends with status 1.
+    message = raised.value.code
+    assert isinstance(message, str) and message.startswith("error: ")
+    assert all(line.startswith("- ") for line in message.splitlines()[1:])  # several mistakes are listed
+    return message
+
+
+def history(output_dir: Path, key: str) -> list[float]:
+    """What was logged under a key."""
+    state = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))
+    return [entry[key] for entry in state["log_history"] if key in entry]
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_peft_weights(str(folder), device="cpu")
+
+
+def assert_same_adapter(one: Path, other: Path, tolerance: float = 1e-6):
+    first, second = adapter(one), adapter(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            tensor, second[name], atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )

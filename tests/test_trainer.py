@@ -1,39 +1,282 @@
-"""qlora/trainer.py: how the samples of an optimizer step are split. The training itself: test_train_and_inference."""
+"""qlora/trainer.py and qlora/step_check.py: steps that go bad, memory that runs out, evaluation."""
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, write_json
 
-from qlora.trainer import split_evenly
+import qlora.trainer
+import train_qlora
+from chatglm import ChatGLMForConditionalGeneration
+from qlora.errors import TrainingStopped
+from qlora.saving import checkpoints
+from qlora.splitting import Samples
+from qlora.step_check import MOST_SKIPPED, Step, StepCheck
+from qlora.trainer import QLoRATrainer
+
+LINE = 12  # of the row with which things go wrong
 
 
-def samples_of(*lengths: int) -> list[dict]:
-    return [{"input_ids": [number] * length} for number, length in enumerate(lengths)]
+@pytest.fixture
+def flags(tiny_checkpoint, train_file, dev_file, tmp_path) -> Callable[..., list[str]]:
+    """The command line of a run of a name with values in its JSON."""
+
+    def make(name: str = "out", evaluate: bool = True, **values) -> list[str]:
+        args_json = write_json(tmp_path / f"{name}.json", tmp_path / name, **values)
+        return flags_of(args_json, tiny_checkpoint, train_file, dev_file if evaluate else "none")
+
+    return make
 
 
-def sizes(groups: list[list[dict]]) -> list[int]:
-    return [sum(len(sample["input_ids"]) for sample in group) for group in groups]
+@pytest.fixture
+def change_output(monkeypatch) -> Callable[[Callable], None]:
+    """Gives every output of the model, with its inputs, to a function."""
+    forward = ChatGLMForConditionalGeneration.forward
+
+    def install(change: Callable):
+        def changed(self, *args, **kwargs):
+            output = forward(self, *args, **kwargs)
+            change(self, output, kwargs)
+            return output
+
+        monkeypatch.setattr(ChatGLMForConditionalGeneration, "forward", changed)
+
+    return install
+
+
+# Numbers that go bad.
+
+
+@pytest.fixture
+def lines_of_steps(monkeypatch) -> dict[int, list[int]]:
+    """The lines of the rows that go through the model in each step, while it runs; the last group's under 0."""
+    lines, micro_batch = defaultdict(list), QLoRATrainer.micro_batch
+
+    def remember(self, samples):
+        lines[0] = [sample["line"] for sample in samples]
+        lines[self.state.global_step + 1] += lines[0]
+        return micro_batch(self, samples)
+
+    monkeypatch.setattr(QLoRATrainer, "micro_batch", remember)
+    return lines
+
+
+def scale(factor: float) -> Callable:
+    """Loss and gradient times a factor."""
+    return lambda output: setattr(output, "loss", output.loss * factor)
+
+
+def scale_gradient(factor: float) -> Callable:
+    """The gradient alone."""
+    return lambda output: output.loss.register_hook(lambda gradient: gradient * factor)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "max_tokens", "count"),
+    ("spoil", "problem"),
     [
-        ((10, 20, 30), 60, 1),
-        ((10, 20, 30), 59, 2),
-        ((50, 50, 50, 50), 100, 2),
-        ((90, 10, 90, 10), 100, 2),
-        ((100, 100, 100), 50, 3),  # each is longer than the limit
-        ((5,), 1, 1),
-        ((7,) * 32, 64, 4),
+        (scale(float("nan")), "the loss is nan"),
+        (scale(float("inf")), "the loss is inf"),
+        (scale_gradient(float("inf")), "the gradient is not finite (its norm is "),
+        (scale_gradient(float("nan")), "the gradient is not finite (its norm is nan), while the loss is "),
     ],
 )
-def test_split_keeps_every_sample_and_the_limit(lengths, max_tokens, count):
-    samples = samples_of(*lengths)
-    groups = split_evenly(samples, max_tokens)
-    assert len(groups) == count and all(groups)
-    found = sorted(sample["input_ids"][0] for group in groups for sample in group)
-    assert found == list(range(len(lengths)))
-    assert max(sizes(groups)) <= max(max_tokens, max(lengths))
+def test_bad_step_is_named_with_its_rows(flags, change_output, lines_of_steps, tmp_path, spoil, problem):
+    change_output(lambda model, output, inputs: spoil(output) if LINE in lines_of_steps[0] else None)
+    # Logged after every third step, so that later steps are trained before it is seen.
+    message = error_of(train_qlora, *flags(evaluate=False, logging_steps=3, save_steps=3, max_steps=6))
+    step = next(step for step, lines in lines_of_steps.items() if step and LINE in lines)
+    assert 3 < step < 6
+    assert f"step {step} (learning rate 0.0" in message and problem in message
+    lines = sorted(lines_of_steps[step])
+    assert len(lines) == 8 and f"on lines {', '.join(map(str, lines))} of the training data" in message
+    assert [checkpoint.name for checkpoint in checkpoints(tmp_path / "out")] == ["checkpoint-3"]
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
-def test_groups_are_about_equally_long():
-    groups = split_evenly(samples_of(*range(40, 168, 4)), max_tokens=1100)
-    assert max(sizes(groups)) - min(sizes(groups)) <= 40
+def test_lines_are_those_of_the_file(train_file, flags, lines_of_steps, tmp_path):
+    # An empty line is passed over, and counts.
+    rows = train_file.read_text(encoding="utf-8").splitlines()[:8]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n" + "\n\n".join(rows), encoding="utf-8")
+    run_main(train_qlora, *flags(evaluate=False, max_steps=1), "--train_data_path", path)
+    assert sorted(lines_of_steps[1]) == list(range(2, 17, 2))
+
+
+def test_overflow_by_too_large_a_learning_rate(flags, tmp_path):
+    values = {"learning_rate": 1e30, "warmup_ratio": 0, "logging_steps": 100}
+    message = error_of(train_qlora, *flags(evaluate=False, **values))
+    assert "step 2 (learning rate 8.75e+29): the loss is nan" in message
+    # The step before was finite; its weights were saved by nobody.
+    assert checkpoints(tmp_path / "out") == []
+
+
+def test_loss_of_zero_is_an_error(flags, change_output):
+    change_output(lambda model, output, inputs: setattr(output, "loss", output.loss * 0))
+    message = error_of(train_qlora, *flags(evaluate=False))
+    assert "step 1" in message and "the loss is exactly zero" in message and "on lines " in message
+
+
+def test_batch_without_label_tokens_is_an_error(flags, monkeypatch):
+    monkeypatch.setattr(qlora.trainer, "Samples", without_labels)
+    message = error_of(train_qlora, *flags(evaluate=False))
+    assert re.search(r"step 1 has no label tokens\. Its rows are on lines \d+(, \d+){7} of", message)
+
+
+def without_labels(samples: list[dict]) -> Samples:
+    return Samples([sample | {"labels": [-100] * len(sample["labels"])} for sample in samples])
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_evaluation_that_is_not_finite_is_an_error(flags, change_output, factor):
+    change_output(lambda model, output, inputs: None if model.training else scale(factor)(output))
+    message = error_of(train_qlora, *flags())
+    assert f"the evaluation after step {SAVE_STEPS} has no loss: its sum is {factor}" in message
+
+
+def test_training_without_effect_is_reported(flags, caplog):
+    run_main(train_qlora, *flags(evaluate=False, learning_rate=0.0, max_steps=1))
+    assert "is untrained: every lora_B is zero" in caplog.text
+
+
+def step_check(*gradient_norms: float, scaler: object | None) -> StepCheck:
+    check = StepCheck(SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor, is_main_process=True))
+    for number, norm in enumerate(gradient_norms, 1):
+        check.steps.append(Step(number, 0.1, [number], torch.tensor(2.5), torch.tensor(norm)))
+    return check
+
+
+def test_steps_that_loss_scaling_skips_are_normal():
+    infinite = [float("inf")] * MOST_SKIPPED
+    step_check(*infinite, 1.0, *infinite, scaler=object()).look()
+    with pytest.raises(TrainingStopped, match=f"step {MOST_SKIPPED + 1} .* in {MOST_SKIPPED + 1} steps in a row"):
+        step_check(*infinite, float("nan"), scaler=object()).look()
+    with pytest.raises(TrainingStopped, match=r"step 2 .*the gradient is not finite"):
+        step_check(1.0, *infinite, scaler=None).look()
+
+
+def test_skipped_steps_are_counted_over_looks():
+    check = step_check(*[float("inf")] * MOST_SKIPPED, scaler=object())
+    check.look()
+    check.steps += step_check(float("inf"), scaler=object()).steps
+    with pytest.raises(TrainingStopped, match="steps in a row"):
+        check.look()
+
+
+# Memory that runs out.
+
+
+@pytest.fixture
+def run_out(change_output) -> Callable[[int, str, bool], None]:
+    """Lets memory run out in the N-th pass, in training or in evaluation."""
+
+    def install(fails: int, where: str, training: bool = True):
+        passes = 0
+
+        def out_of_memory(gradient: torch.Tensor | None = None):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+        def change(model, output, inputs):
+            nonlocal passes
+            passes += model.training == training
+            if model.training == training and passes == fails:
+                out_of_memory() if where == "forward" else output.loss.register_hook(out_of_memory)
+
+        change_output(change)
+
+    return install
+
+
+def assert_same_run(one: Path, other: Path):
+    name = "adapter_model.safetensors"
+    assert (one / name).read_bytes() == (other / name).read_bytes()
+    for key in ("loss", "grad_norm"):
+        assert history(one, key) == history(other, key)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("fails", [1, 2])
+def test_out_of_memory_in_a_step_is_tried_with_a_smaller_split(flags, run_out, tmp_path, caplog, fails, where):
+    run_out(fails, where)
+    run_main(train_qlora, *flags(evaluate=False), "--max_tokens", 400)
+    (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert message.startswith("CUDA out of memory after 0 steps: going on with at most ")
+    (size,) = re.findall(r"(\d+) tokens at once", message)
+    run_out(0, where)
+    run_main(train_qlora, *flags("smaller", evaluate=False), "--max_tokens", size)
+    assert_same_run(tmp_path / "out", tmp_path / "smaller")
+
+
+def test_out_of_memory_the_plain_way(flags, run_out, tmp_path, caplog):
+    run_out(2, "backward")
+    run_main(train_qlora, *flags(evaluate=False), "--plain")
+    assert "going on with at most 2 rows at once" in caplog.text
+    run_out(0, "backward")
+    smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    run_main(train_qlora, *flags("smaller", evaluate=False, **smaller), "--plain")
+    assert_same_run(tmp_path / "out", tmp_path / "smaller")
+
+
+def test_out_of_memory_with_single_samples_ends_with_advice(flags, change_output):
+    passes = []
+
+    def change(model, output, inputs):
+        passes.append(inputs["input_ids"].shape[1])
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    change_output(change)
+    message = error_of(train_qlora, *flags(evaluate=False))
+    assert len(passes) > 2 and sorted(passes, reverse=True) == passes  # smaller and smaller
+    assert f"CUDA out of memory after 0 steps, with {passes[-1]} tokens at once" in message
+    assert "lower --memory_budget" in message and "nvidia-smi" in message
+
+
+def test_out_of_memory_in_a_step_of_several_processes_ends_with_advice():
+    # The others wait for the gradients of exactly one pass.
+    trainer = SimpleNamespace(model=SimpleNamespace(training=True), args=SimpleNamespace(world_size=2), max_tokens=100)
+    trainer.state = SimpleNamespace(global_step=3)
+    groups = [[{"input_ids": [1] * 40}, {"input_ids": [1] * 50}]]
+    with pytest.raises(TrainingStopped, match="CUDA out of memory after 3 steps, with 90 tokens at once"):
+        QLoRATrainer.make_groups_smaller(trainer, groups, "CUDA out of memory")
+    trainer.model.training = False
+    QLoRATrainer.make_groups_smaller(trainer, groups, "CUDA out of memory")
+    assert trainer.max_tokens == 45
+
+
+def test_out_of_memory_in_an_evaluation(flags, run_out, tmp_path, caplog):
+    run_main(train_qlora, *flags("whole"), "--lora_dropout", 0)
+    run_out(2, "forward", training=False)
+    run_main(train_qlora, *flags(), "--lora_dropout", 0)
+    assert f"CUDA out of memory after {SAVE_STEPS} steps: going on" in caplog.text
+    losses = history(tmp_path / "out", "eval_loss")
+    assert losses == pytest.approx(history(tmp_path / "whole", "eval_loss"), abs=1e-4)
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize("way", [(), ("--plain",)])
+def test_evaluation_keeps_no_logits_and_no_graph(flags, change_output, way):
+    evaluated = []
+
+    def change(model, output, inputs):
+        if not model.training:
+            evaluated.append(inputs["input_ids"].shape)
+            assert not output.loss.requires_grad
+            assert way or output.logits is None
+
+    change_output(change)
+    run_main(train_qlora, *flags(), *way)
+    assert evaluated
+
+
+def test_training_is_the_same_with_and_without_evaluations(flags, tmp_path):
+    run_main(train_qlora, *flags("with", eval_steps=1))
+    run_main(train_qlora, *flags("without", evaluate=False))
+    assert_same_run(tmp_path / "with", tmp_path / "without")
+    assert len(history(tmp_path / "with", "eval_loss")) == STEPS

@@ -1,0 +1,195 @@
+"""What a run leaves on the disk appears whole or not at all; and which folders a run may go on from or write to."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+
+from qlora.checkpoint import safetensors_size
+from qlora.errors import TrainingStopped
+
+logger = logging.getLogger(__name__)
+
+STAGING = "_saving"  # in output_dir; not a name that could be taken for a checkpoint
+CHECKPOINT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state*.pth",  # with several processes, one for each
+    "trainer_state.json",
+)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """N of a folder `checkpoint-N`, else None."""
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match and checkpoint.is_dir() else None
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if step_of(path) is not None]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def defect(checkpoint: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint; None for a whole one."""
+    if not checkpoint.is_dir():
+        return "there is no such folder"
+    for pattern in CHECKPOINT_FILES:
+        found = sorted(checkpoint.glob(pattern))
+        if not found:
+            return f"{pattern} is missing"
+        for path in found:
+            if not is_whole(path):
+                return f"{path.name} is damaged or was not written to its end"
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of a checkpoint can be read to its end: JSON, safetensors, or torch's zip with its check sums."""
+    try:
+        if path.suffix == ".json":
+            return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        if path.suffix == ".safetensors":
+            return path.stat().st_size == safetensors_size(path)
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (ValueError, zipfile.BadZipFile):
+        return False
+
+
+def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
+    """The checkpoint to go on from.
+
+    Args:
+        requested: a folder, or 'last' for the newest whole one in `output_dir`; None for none.
+    Raises:
+        FileNotFoundError: there is none, or it is not whole.
+    """
+    if requested is None:
+        return None
+    if requested != "last":
+        reason = defect(Path(requested))
+        if reason:
+            raise FileNotFoundError(f"--resume_from_checkpoint {requested}: not a whole checkpoint: {reason}.")
+        return requested
+    for folder in checkpoints(output_dir):
+        reason = defect(folder)
+        if reason is None:
+            logger.info("Going on from %s", folder)
+            return str(folder)
+        logger.warning("%s is passed over: %s", folder, reason)
+    raise FileNotFoundError(
+        f"--resume_from_checkpoint last: there is no whole checkpoint in {output_dir}. Start without this flag."
+    )
+
+
+def check_output_dir(output_dir: str, checkpoint: str | None):
+    """A run starts in a folder without an earlier one, or goes on from the newest checkpoint in its folder.
+
+    Raises:
+        ValueError: another run's results would be overwritten or mixed with this one's.
+    """
+    present = [path.name for path in checkpoints(output_dir)]
+    if (Path(output_dir) / "adapter_config.json").exists():
+        present.insert(0, "a finished adapter")
+    if checkpoint and Path(checkpoint).resolve().parent == Path(output_dir).resolve():
+        step = step_of(Path(checkpoint)) or 0
+        present = [path.name for path in checkpoints(output_dir) if step_of(path) > step and not defect(path)]
+    if present:
+        raise ValueError(
+            f"{output_dir} holds {' and '.join(present[:2])} of an earlier run, which are not overwritten. Name "
+            "another output_dir in the JSON, move or delete this one, or go on with --resume_from_checkpoint last."
+        )
+
+
+@contextlib.contextmanager
+def written_aside(output_dir: str, owner: bool) -> Iterator[Path]:
+    """A folder in `output_dir` to write into and to move the results from; it is gone in the end.
+
+    Args:
+        owner: of the processes that write into it, this is the one that clears it away.
+    Raises:
+        TrainingStopped: the disk is full, or another failure to write.
+    """
+    staging = Path(output_dir) / STAGING
+    if owner:
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    try:
+        yield staging
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):
+            raise  # not torch.save's way to say that it could not write
+        free = shutil.disk_usage(output_dir).free / 2**20
+        raise TrainingStopped(
+            f"saving in {output_dir} failed: {str(error).splitlines()[0]} ({free:,.0f} MiB are free there). Make "
+            f"room. {what_is_kept(output_dir)}"
+        ) from error
+    finally:
+        if owner:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def what_is_kept(output_dir: str) -> str:
+    """A sentence on the newest whole checkpoint and how to go on from it."""
+    newest = next((path for path in checkpoints(output_dir) if not defect(path)), None)
+    if newest is None:
+        return "There is no checkpoint yet."
+    return f"{newest} is whole: go on from it with --resume_from_checkpoint last."
+
+
+def publish_folder(source: Path, target: Path):
+    """Gives a folder its final name, once it is on the disk; what has this name is replaced."""
+    flush(*source.rglob("*"), source)
+    if target.exists():
+        os.rename(target, source.with_name("replaced"))
+    os.rename(source, target)
+    flush(target.parent)
+
+
+def publish_files(source: Path, target: Path):
+    """Moves files into a folder, once they are on the disk; the one that makes it an adapter comes last."""
+    files = sorted(source.iterdir(), key=lambda path: path.name == "adapter_config.json")
+    flush(*files)
+    for path in files:
+        os.replace(path, target / path.name)
+    flush(target)
+
+
+def flush(*paths: Path):
+    """Waits until files and folders are on the disk; not every file system can do so for folders."""
+    for path in paths:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def check_saved_adapter(model: PeftModel, folder: str):
+    """Reads an adapter back; warns if nothing was learnt.
+
+    Raises:
+        TrainingStopped: it is not the one in memory, or holds values that are not finite.
+    """
+    saved, held = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
+    different = [name for name in held if name not in saved or not torch.equal(saved[name], held[name].cpu())]
+    strange = [name for name, tensor in held.items() if not tensor.isfinite().all()]
+    if different or strange:
+        found = f"{strange[0]} is not finite" if strange else f"{different[0]} was read back differently"
+        raise TrainingStopped(f"the adapter cannot be trusted as it was saved in {folder}: {found}.")
+    if not any(tensor.any() for name, tensor in held.items() if "lora_B" in name):
+        logger.warning("The adapter in %s is untrained: every lora_B is zero.", folder)

@@ -1,0 +1,87 @@
+"""Losses and gradients that went bad: found where the Trainer looks at numbers anyway, named by step and rows."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from qlora.errors import stop_all_processes
+
+MOST_SKIPPED = 32  # steps in a row that loss scaling may skip: from 65536 it has then gone far below 1
+
+
+@dataclass
+class Step:
+    """An optimizer step: where it stands, the lines of its rows, and its numbers, still on the device."""
+
+    number: int
+    learning_rate: float
+    lines: list[int]
+    loss: torch.Tensor
+    gradient_norm: torch.Tensor | None = None
+
+    def __str__(self) -> str:
+        return f"step {self.number} (learning rate {self.learning_rate:.3g})"
+
+
+class StepCheck:
+    """The steps since the last look. Looking is one transfer from the device, remembering is none.
+
+    Args:
+        accelerator: of the run; where it scales the loss, a gradient that overflows is normal: the step is skipped.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.steps, self.skipped = accelerator, [], 0
+
+    def look(self):
+        """Forgets the steps if all is well.
+
+        Raises:
+            TrainingStopped: a loss that is not finite or exactly zero, a gradient that is not finite.
+        """
+        if not self.steps:
+            return
+        losses = torch.stack([step.loss for step in self.steps])
+        norms = torch.stack([step.gradient_norm for step in self.steps])
+        values = self.accelerator.gather(torch.stack((losses, norms), dim=1)[None].float()).cpu()  # [processes, n, 2]
+        for number, step in enumerate(self.steps):
+            problem = self.problem(*values[:, number].T)
+            if problem:
+                self.stop(step, problem, suspects=~values[:, number, 0].isfinite())
+        self.steps.clear()
+
+    def problem(self, losses: torch.Tensor, norms: torch.Tensor) -> str | None:
+        """What is wrong with a step, from every process' loss and gradient norm."""
+        loss, norm = losses.mean().item(), norms[0].item()
+        if not losses.isfinite().all():
+            return f"the loss is {loss}"
+        if loss == 0:
+            return "the loss is exactly zero, so that there is nothing to learn from"
+        if norms.isfinite().all():
+            self.skipped = 0
+            return None
+        self.skipped += 1
+        if self.accelerator.scaler is None:
+            return f"the gradient is not finite (its norm is {norm}), while the loss is {loss:.4g}"
+        if self.skipped > MOST_SKIPPED:
+            return f"the gradient was not finite in {self.skipped} steps in a row, however small the loss was scaled"
+        return None
+
+    def stop(self, step: Step, problem: str, suspects: torch.Tensor):
+        """Ends the run, naming the rows of the suspects, the processes whose loss is bad, or else of all."""
+        lines = gather_object([step.lines])
+        lines = [share for share, suspect in zip(lines, suspects, strict=True) if suspect] or lines
+        stop_all_processes(
+            f"{step}: {problem}. {rows(itertools.chain(*lines))} Look at them, or lower learning_rate in the JSON; "
+            "the checkpoints from before this step are kept.",
+            self.accelerator.is_main_process,
+        )
+
+
+def rows(lines: Iterable[int]) -> str:
+    """A sentence that names rows of the data file."""
+    return f"Its rows are on lines {', '.join(map(str, sorted(lines)))} of the training data."

@@ -1,0 +1,131 @@
+"""Several processes, as `NPROC_PER_NODE=2 bash train.sh` starts them: two on a CPU, which talk through gloo."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from conftest import ROOT, adapter, flags_of, history, run_main, write_json
+from torch.utils.data import BatchSampler, SequentialSampler
+
+import train_qlora
+from qlora.saving import checkpoints, defect
+from qlora.splitting import own_samples
+
+SETTINGS = {"max_steps": 24, "save_steps": 4, "eval_steps": 8, "use_cpu": True}
+MOST_SECONDS = 30  # in which a job ends when one of its processes has
+
+
+class Job:
+    """A training by two processes, in a session of its own so that nothing of it outlives the test."""
+
+    def __init__(self, flags: list[str]):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.process = subprocess.Popen(
+            ["bash", ROOT / "train.sh", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"PATH": path, "NPROC_PER_NODE": "2"},
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        started = psutil.Process(self.process.pid).children(recursive=True)
+        return next(process for process in started if process.environ().get("RANK") == str(number))
+
+    def end(self, timeout: float = 300) -> str:
+        """What it printed, once it has ended."""
+        return self.process.communicate(timeout=timeout)[0]
+
+
+@pytest.fixture(scope="module")
+def paths(tiny_checkpoint, train_file, dev_file) -> tuple[Path, Path, Path]:
+    return tiny_checkpoint, train_file, dev_file
+
+
+@pytest.fixture(scope="module")
+def two_processes(paths, tmp_path_factory) -> Path:
+    """The output of two processes with 4 samples each in a step."""
+    folder = tmp_path_factory.mktemp("two")
+    args_json = write_json(folder / "args.json", folder / "out", gradient_accumulation_steps=1, **SETTINGS)
+    with Job(flags_of(args_json, *paths, "--lora_dropout", 0)) as job:
+        printed = job.end()
+    assert job.process.returncode == 0, printed
+    assert printed.count("The adapter is in") == 1
+    return folder / "out"
+
+
+def test_two_processes_learn_what_one_does(two_processes, paths, tmp_path):
+    args_json = write_json(tmp_path / "args.json", tmp_path / "out", **SETTINGS)
+    run_main(train_qlora, *flags_of(args_json, *paths, "--lora_dropout", 0))
+    # 11 rows are evaluated, which two processes cannot share evenly.
+    for key in ("loss", "grad_norm", "eval_loss"):
+        expected = history(tmp_path / "out", key)
+        assert history(two_processes, key) == pytest.approx(expected, rel=1e-4) and expected
+    one, two = adapter(tmp_path / "out"), adapter(two_processes)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-4, rtol=0)
+
+
+def test_job_ends_when_a_process_is_killed_and_can_be_resumed(two_processes, paths, tmp_path):
+    output = tmp_path / "out"
+    args_json = write_json(tmp_path / "args.json", output, gradient_accumulation_steps=1, **SETTINGS)
+    flags = flags_of(args_json, *paths, "--lora_dropout", 0)
+    with Job(flags) as job:
+        deadline = time.monotonic() + 200
+        while not checkpoints(output):
+            assert job.process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        job.rank(1).kill()
+        killed = time.monotonic()
+        printed = job.end(timeout=MOST_SECONDS)
+    assert job.process.returncode != 0 and time.monotonic() - killed < MOST_SECONDS
+    assert "rank      : 1" in printed and "SIGKILL" in printed
+    present = checkpoints(output)
+    assert present and not any(map(defect, present)) and not (output / "adapter_config.json").exists()
+    with Job([*flags, "--resume_from_checkpoint", "last"]) as job:
+        printed = job.end()
+    assert job.process.returncode == 0, printed
+    for key in ("loss", "grad_norm", "eval_loss"):
+        assert history(output, key) == history(two_processes, key)
+    name = "adapter_model.safetensors"
+    assert (output / name).read_bytes() == (two_processes / name).read_bytes()
+
+
+def test_bad_number_ends_all_processes_with_one_message(paths, tmp_path):
+    values = SETTINGS | {"gradient_accumulation_steps": 1, "learning_rate": 1e30, "warmup_ratio": 0}
+    args_json = write_json(tmp_path / "args.json", tmp_path / "out", **values)
+    with Job(flags_of(args_json, *paths)) as job:
+        printed = job.end()
+    assert job.process.returncode != 0
+    (message,) = [line for line in printed.splitlines() if "error: step 2" in line]
+    lines = message.split("on lines ")[1].split(" of the training data")[0].split(", ")
+    assert len(set(lines)) == 8  # of both processes
+    assert checkpoints(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 11, 24, 25])
+def test_every_row_is_evaluated_once(processes, rows):
+    batch_size, evaluated = 4, []
+    for rank in range(processes):
+        sampler = BatchSampler(SequentialSampler(range(rows)), batch_size, drop_last=False)
+        for number, batch in enumerate(BatchSamplerShard(sampler, processes, rank)):
+            evaluated += own_samples(batch, number * processes + rank, batch_size, rows)
+    assert sorted(evaluated) == list(range(rows))

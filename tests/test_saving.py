@@ -1,0 +1,329 @@
+"""qlora/saving.py: what is on the disk is whole, whatever happens while it is written."""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, write_json
+from peft import get_peft_model_state_dict
+from transformers import Trainer
+
+import train_qlora
+from qlora.errors import TrainingStopped
+from qlora.loading import add_lora, load_quantized_model
+from qlora.saving import CHECKPOINT_FILES, STAGING, check_saved_adapter, checkpoints, defect, find_checkpoint
+
+KILLS = 6  # in each of the two ways
+LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
+
+
+# A run that is killed again and again.
+
+
+def train(flags: list[str], log: Path, kill_at: int | None, counted: Path | None):
+    """Trains in a process of its own, which sends itself SIGKILL before its N-th access to a file in the output."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(2, 1)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    output_dir, accesses = json.loads(Path(flags[1]).read_text())["output_dir"], 0
+
+    def hook(event: str, arguments: tuple):
+        nonlocal accesses
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and output_dir in str(arguments[0]):
+            accesses += 1
+            if accesses == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    run_main(train_qlora, *flags)
+    if counted:
+        counted.write_text(str(accesses))
+
+
+@pytest.fixture(scope="session")
+def processes() -> multiprocessing.context.BaseContext:
+    """Starts processes quickly: they are forked from one that has done the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_qlora", "test_saving"])
+    first = context.Process(target=time.perf_counter)
+    first.start()
+    first.join()
+    return context
+
+
+class Run:
+    """A training that ends within its second epoch; checkpoints, evaluations and logs are at different steps."""
+
+    def __init__(self, folder: Path, processes: multiprocessing.context.BaseContext, *paths: Path):
+        folder.mkdir()
+        self.output, self.log, self.processes = folder / "out", folder / "log.txt", processes
+        values = {"max_steps": 10, "save_steps": 2, "eval_steps": 3, "logging_steps": 5}
+        values["lr_scheduler_type"] = "constant_with_warmup"  # to the end no step is without effect
+        self.flags = flags_of(write_json(folder / "args.json", self.output, **values), *paths)
+
+    def start(self, kill_at: int | None = None, counted: Path | None = None) -> multiprocessing.process.BaseProcess:
+        resume = ["--resume_from_checkpoint", "last"] if checkpoints(self.output) else []
+        process = self.processes.Process(target=train, args=(self.flags + resume, self.log, kill_at, counted))
+        process.start()
+        return process
+
+    def finish(self):
+        process = self.start()
+        process.join()
+        assert process.exitcode == 0, self.log.read_text()
+
+    def results(self) -> tuple[list[dict], bytes]:
+        """What must not depend on interruptions: the log, times apart, and the adapter's file."""
+        state = json.loads((self.output / "trainer_state.json").read_text())
+        entries = [{key: entry[key] for key in LOGGED if key in entry} for entry in state["log_history"]]
+        entries = [entry for entry in entries if "loss" in entry or "eval_loss" in entry]
+        return entries, (self.output / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(processes, tiny_checkpoint, train_file, dev_file, tmp_path_factory) -> tuple[tuple, float, int]:
+    """Results, seconds, and accesses to files in its output of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = Run(folder / "run", processes, tiny_checkpoint, train_file, dev_file)
+    started = time.perf_counter()
+    process = run.start(counted=folder / "accesses")
+    process.join()
+    assert process.exitcode == 0, run.log.read_text()
+    return run.results(), time.perf_counter() - started, int((folder / "accesses").read_text())
+
+
+@pytest.mark.parametrize("way", ["at any time", "at an access to a file"])
+def test_killed_again_and_again_ends_alike(
+    way, uninterrupted, processes, tiny_checkpoint, train_file, dev_file, tmp_path
+):
+    expected, seconds, accesses = uninterrupted
+    draw, killed = random.Random(way), 0
+    run = Run(tmp_path / "run", processes, tiny_checkpoint, train_file, dev_file)
+    while killed < KILLS:
+        if way == "at any time":
+            process = run.start()
+            process.join(draw.uniform(0.2, 1.0) * seconds)
+            process.kill()
+        else:
+            process = run.start(kill_at=draw.randint(1, accesses // 2))
+        process.join()
+        if process.exitcode == 0:  # it came to its end before
+            assert run.results() == expected
+            shutil.rmtree(run.output)
+            continue
+        assert process.exitcode == -signal.SIGKILL, run.log.read_text()
+        killed += 1
+        assert [defect(path) for path in checkpoints(run.output)] == [None] * len(checkpoints(run.output))
+    run.finish()
+    assert run.results() == expected
+    assert not (run.output / STAGING).exists()
+
+
+# Which checkpoint to go on from, and where to write.
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_checkpoint, train_file, dev_file, tmp_path_factory) -> Path:
+    """The output of a run of 8 steps with checkpoints after 4 and 8. Do not change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    args_json = write_json(folder / "args.json", folder / "out", lr_scheduler_type="constant")
+    run_main(train_qlora, *flags_of(args_json, tiny_checkpoint, train_file, dev_file))
+    return folder / "out"
+
+
+@pytest.fixture
+def output(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoints of `trained`, as if its end had not been reached."""
+    for step in (SAVE_STEPS, STEPS):
+        shutil.copytree(trained / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
+    return tmp_path / "out"
+
+
+def cut_off(path: Path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def fill_with_zeros(path: Path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut_off, fill_with_zeros, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("pattern", CHECKPOINT_FILES)
+def test_half_written_checkpoint_is_passed_over(output, caplog, pattern, damage):
+    newest = output / f"checkpoint-{STEPS}"
+    (file,) = newest.glob(pattern)
+    damage(file)
+    assert find_checkpoint("last", str(output)) == str(output / f"checkpoint-{SAVE_STEPS}")
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert line.startswith(f"{newest} is passed over: ") and file.stem.removesuffix("_state") in line
+    with pytest.raises(FileNotFoundError, match=f"--resume_from_checkpoint {newest}: not a whole checkpoint"):
+        find_checkpoint(str(newest), str(output))
+
+
+def test_flipped_byte_in_the_optimizer_is_noticed(output):
+    path = output / f"checkpoint-{STEPS}" / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert "optimizer.pt is damaged" in defect(path.parent)
+
+
+def test_folders_that_are_no_checkpoints_are_not_taken_for_one(output):
+    for name in ("checkpoint-99.old", "checkpoint-best", STAGING):
+        shutil.copytree(output / f"checkpoint-{STEPS}", output / name)
+    shutil.copytree(output / f"checkpoint-{STEPS}", output / STAGING / "checkpoint-100")
+    assert find_checkpoint("last", str(output)) == str(output / f"checkpoint-{STEPS}")
+
+
+def test_finished_run_is_not_overwritten(trained, train_file, dev_file, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    # It is said before anything is loaded: there is no model here.
+    flags = flags_of(write_json(tmp_path / "args.json", trained), tmp_path / "no model", train_file, dev_file)
+    elsewhere = tmp_path / "elsewhere" / "checkpoint-4"
+    shutil.copytree(trained / "checkpoint-4", elsewhere)
+    for resume in ((), ("--resume_from_checkpoint", elsewhere)):
+        message = error_of(train_qlora, *flags, *resume)
+        assert f"{trained} holds a finished adapter and checkpoint-{STEPS} of an earlier run" in message
+        assert "another output_dir" in message and "--resume_from_checkpoint last" in message
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+@pytest.mark.parametrize("resume", [None, SAVE_STEPS])
+def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(output, train_file, tmp_path, resume):
+    flags = flags_of(write_json(tmp_path / "args.json", output), tmp_path / "no model", train_file, "none")
+    if resume:
+        flags += ["--resume_from_checkpoint", str(output / f"checkpoint-{resume}")]
+    assert f"{output} holds checkpoint-{STEPS}" in error_of(train_qlora, *flags)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_finished_run_can_be_resumed(trained, tiny_checkpoint, train_file, dev_file, tmp_path, damaged):
+    output = shutil.copytree(trained, tmp_path / "out")
+    if damaged:  # the checkpoint that is passed over is replaced
+        cut_off(output / f"checkpoint-{STEPS}" / "optimizer.pt")
+    args_json = write_json(tmp_path / "args.json", output, lr_scheduler_type="constant")
+    flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file)
+    run_main(train_qlora, *flags, "--resume_from_checkpoint", "last")
+    name = "adapter_model.safetensors"
+    assert (output / name).read_bytes() == (trained / name).read_bytes()
+    assert history(output, "loss") == history(trained, "loss")
+    assert defect(output / f"checkpoint-{STEPS}") is None
+
+
+def test_best_checkpoint_is_named_by_where_it_is_and_old_ones_go(tiny_checkpoint, train_file, dev_file, tmp_path):
+    output = tmp_path / "out"
+    values = {"load_best_model_at_end": True, "save_total_limit": 2, "save_steps": 2, "eval_steps": 2}
+    args_json = write_json(tmp_path / "args.json", output, **values)
+    run_main(train_qlora, *flags_of(args_json, tiny_checkpoint, train_file, dev_file))
+    state = json.loads((output / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = output / f"checkpoint-{min(losses, key=losses.get)}"
+    assert state["best_model_checkpoint"] == str(best) and defect(best) is None
+    assert len(checkpoints(output)) == 2
+
+
+# A full disk.
+
+
+@contextlib.contextmanager
+def small_files() -> None:
+    """Within, the system lets this process write no file of more than 7 kB; the adapter has 9."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (7_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def failing(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> Callable[[str, str, str], str]:
+    """Trains on a disk that is full once a folder and a file in it are written by a method of the Trainer."""
+
+    def run(method: str, folder: str, file: str) -> str:
+        write, target = getattr(Trainer, method), tmp_path / "out" / STAGING / folder
+
+        def write_on_full_disk(self, *args):
+            if target.name not in (f"checkpoint-{self.state.global_step}", Path(str(args[0])).name):
+                return write(self, *args)
+            if file == "any":
+                with small_files():
+                    return write(self, *args)
+            target.mkdir(parents=True)
+            (target / file).symlink_to("/dev/full")
+            return write(self, *args)
+
+        monkeypatch.setattr(Trainer, method, write_on_full_disk)
+        args_json = write_json(tmp_path / "args.json", tmp_path / "out")
+        return error_of(train_qlora, *flags_of(args_json, tiny_checkpoint, train_file, "none"))
+
+    return run
+
+
+@pytest.mark.parametrize("file", ["any", "training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_full_disk_while_a_checkpoint_is_written(failing, tmp_path, file):
+    output = tmp_path / "out"
+    message = failing("_save_checkpoint", f"checkpoint-{STEPS}", file)
+    assert f"saving in {output} failed" in message and "MiB are free" in message
+    assert f"checkpoint-{SAVE_STEPS} is whole: go on from it with --resume_from_checkpoint last" in message
+    assert [path.name for path in output.iterdir()] == [f"checkpoint-{SAVE_STEPS}"]
+    assert defect(output / f"checkpoint-{SAVE_STEPS}") is None
+
+
+@pytest.mark.parametrize("file", ["any", "ice_text.model"])
+def test_full_disk_while_the_result_is_written(failing, tmp_path, file):
+    message = failing("_save", "", file)
+    assert f"checkpoint-{STEPS} is whole" in message
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"checkpoint-{s}" for s in (SAVE_STEPS, STEPS)}
+
+
+# What was saved is what was trained.
+
+
+@pytest.fixture
+def peft_model(tiny_checkpoint):
+    return add_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.0, ["query_key_value"])
+
+
+def test_saved_adapter_is_compared_with_the_one_in_memory(peft_model, tmp_path):
+    peft_model.save_pretrained(tmp_path)
+    check_saved_adapter(peft_model, str(tmp_path))
+    with torch.no_grad():
+        next(p for p in peft_model.parameters() if p.requires_grad)[0, 0] += 1e-6
+    with pytest.raises(TrainingStopped, match="was read back differently"):
+        check_saved_adapter(peft_model, str(tmp_path))
+
+
+def test_adapter_with_values_that_are_not_finite_is_refused(peft_model, tmp_path):
+    with torch.no_grad():
+        next(p for p in peft_model.parameters() if p.requires_grad)[0, 0] = float("nan")
+    peft_model.save_pretrained(tmp_path)
+    with pytest.raises(TrainingStopped, match="is not finite"):
+        check_saved_adapter(peft_model, str(tmp_path))
+
+
+def test_untrained_adapter_is_reported(peft_model, tmp_path, caplog):
+    peft_model.save_pretrained(tmp_path)
+    check_saved_adapter(peft_model, str(tmp_path))
+    assert "is untrained: every lora_B is zero" in caplog.text
+    caplog.clear()
+    with torch.no_grad():
+        for name, tensor in get_peft_model_state_dict(peft_model).items():
+            if "lora_B" in name:
+                tensor[0, 0] = 1.0
+                break
+    peft_model.save_pretrained(tmp_path)
+    check_saved_adapter(peft_model, str(tmp_path))
+    assert caplog.text == ""
