@@ -174,7 +174,8 @@ def test_unknown_target_module(flags):
 
 
 def test_nothing_to_resume_from(flags):
-    assert "--resume_from_checkpoint last: there is no whole checkpoint" in problem_of(flags, resume_from_checkpoint="last")
+    problem = problem_of(flags, resume_from_checkpoint="last")
+    assert "--resume_from_checkpoint last: there is no whole checkpoint" in problem
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
