@@ -284,6 +284,11 @@ def mix_samples(parts: list[tuple[Dataset, float]], seed: int) -> Dataset:
     return concatenate_datasets(shares)
 
 
+def with_file(samples: Dataset, path: str) -> Dataset:
+    """The samples with the name of their file in every row, so that a row can be found again."""
+    return samples.add_column("file", [path] * len(samples))
+
+
 def take_share(samples: Dataset, weight: float, seed: int) -> Dataset:
     """`weight` times as many samples: all of them as often as it goes, and a random part of them."""
     if weight == 1:

@@ -18,7 +18,7 @@ from chatglm import ChatGLMConfig
 from chatglm.rotary import kernel_runs_on
 from qlora.arguments import FinetuneArguments, choose_compute_dtype
 from qlora.checkpoint import check_checkpoint, check_training_state
-from qlora.data import SampleEncoder, column, load_rows, load_samples, mix_samples
+from qlora.data import SampleEncoder, column, load_rows, load_samples, mix_samples, with_file
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
     add_lora,
@@ -136,7 +136,8 @@ def check_rows(run: Run):
     if run.tokenizer and all(path in loaded for path, _ in files):
         with run.noting_problems():
             seed = run.setup.training_args.seed if run.setup else 0
-            run.train_samples = mix_samples([(loaded[path], weight) for path, weight in files], seed)
+            parts = [(with_file(loaded[path], path) if len(files) > 1 else loaded[path], w) for path, w in files]
+            run.train_samples = mix_samples(parts, seed)
     if run.tokenizer:
         run.eval_samples = loaded.get(args.eval_data_path)
 

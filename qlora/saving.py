@@ -109,9 +109,10 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
         step = step_of(Path(checkpoint)) or 0
         present = [path.name for path in checkpoints(output_dir) if step_of(path) > step and not defect(path)]
     if present:
+        resume = ", or go on with --resume_from_checkpoint last" if checkpoints(output_dir) else ""
         raise ValueError(
-            f"{output_dir} holds {' and '.join(present[:2])} of an earlier run, which are not overwritten. Name "
-            "another output_dir in the JSON, move or delete this one, or go on with --resume_from_checkpoint last."
+            f"{output_dir} holds an earlier run ({', '.join(present[:2])}), which is not overwritten. Name another "
+            f"output_dir in the JSON, move or delete this one{resume}."
         )
 
 

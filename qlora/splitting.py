@@ -19,9 +19,9 @@ class Samples:
         return count_tokens(self.items)
 
     @property
-    def lines(self) -> list[int]:
-        """Where the samples stand in the data file, if they come from one."""
-        return [item["line"] for item in self.items if "line" in item]
+    def rows(self) -> list[tuple[str, int]]:
+        """File and line of the samples that come from files; no name where there is only one file."""
+        return [(item.get("file", ""), item["line"]) for item in self.items if "line" in item]
 
 
 def count_tokens(samples: list[dict]) -> int:

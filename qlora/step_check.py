@@ -1,6 +1,7 @@
 """Losses and gradients that went bad: found where the Trainer looks at numbers anyway, named by step and rows."""
 
 import itertools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,11 +16,11 @@ MOST_SKIPPED = 32  # steps in a row that loss scaling may skip: from 65536 it ha
 
 @dataclass
 class Step:
-    """An optimizer step: where it stands, the lines of its rows, and its numbers, still on the device."""
+    """An optimizer step: where it stands, file and line of its rows, and its numbers, still on the device."""
 
     number: int
     learning_rate: float
-    lines: list[int]
+    rows: list[tuple[str, int]]
     loss: torch.Tensor
     gradient_norm: torch.Tensor | None = None
 
@@ -73,15 +74,19 @@ class StepCheck:
 
     def stop(self, step: Step, problem: str, suspects: torch.Tensor):
         """Ends the run, naming the rows of the suspects, the processes whose loss is bad, or else of all."""
-        lines = gather_object([step.lines])
-        lines = [share for share, suspect in zip(lines, suspects, strict=True) if suspect] or lines
+        shares = gather_object([step.rows])
+        shares = [share for share, suspect in zip(shares, suspects, strict=True) if suspect] or shares
         stop_all_processes(
-            f"{step}: {problem}. {rows(itertools.chain(*lines))} Look at them, or lower learning_rate in the JSON; "
-            "the checkpoints from before this step are kept.",
+            f"{step}: {problem}. {name_rows(itertools.chain(*shares))} Look at them, or lower learning_rate in the "
+            "JSON; the checkpoints from before this step are kept.",
             self.accelerator.is_main_process,
         )
 
 
-def rows(lines: Iterable[int]) -> str:
-    """A sentence that names rows of the data file."""
-    return f"Its rows are on lines {', '.join(map(str, sorted(lines)))} of the training data."
+def name_rows(rows: Iterable[tuple[str, int]]) -> str:
+    """A sentence that names rows of the data files."""
+    by_file = itertools.groupby(sorted(rows), key=operator.itemgetter(0))
+    named = [
+        f"{', '.join(str(line) for _, line in group)} of {file or 'the training data'}" for file, group in by_file
+    ]
+    return f"Its rows are on lines {'; '.join(named)}."

@@ -25,7 +25,7 @@ from qlora.collation import ConcatenatingCollator, PaddingCollator
 from qlora.errors import TrainingStopped, stop_all_processes
 from qlora.saving import check_saved_adapter, publish_files, publish_folder, written_aside
 from qlora.splitting import Samples, count_tokens, label_count, own_samples, split_evenly
-from qlora.step_check import Step, StepCheck, rows
+from qlora.step_check import Step, StepCheck, name_rows
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class QLoRATrainer(Trainer):
 
         loss = self.in_groups(inputs.items, forward_backward)
         self.tokens_since_log += inputs.num_tokens
-        self.step_check.steps.append(Step(self.state.global_step + 1, self._get_learning_rate(), inputs.lines, loss))
+        self.step_check.steps.append(Step(self.state.global_step + 1, self._get_learning_rate(), inputs.rows, loss))
         return loss
 
     def in_groups(self, samples: list[dict], run: Callable[[list[list[dict]]], Result]) -> Result:
@@ -175,7 +175,7 @@ class QLoRATrainer(Trainer):
         """Label tokens of a step, over all processes; DDP averages gradients, so the mean over processes."""
         count = label_count(inputs.items)
         if count == 0:
-            raise TrainingStopped(f"step {self.state.global_step + 1} has no label tokens. {rows(inputs.lines)}")
+            raise TrainingStopped(f"step {self.state.global_step + 1} has no label tokens. {name_rows(inputs.rows)}")
         if self.args.world_size > 1:
             counts = self.accelerator.gather(torch.tensor([count], device=self.args.device))
             return counts.sum() / self.args.world_size

@@ -319,3 +319,11 @@ def test_histogram_counts_every_sample_once(lengths):
     ranges = [(int(first), int(last), int(count.replace(",", ""))) for first, last, count in found]
     assert all(sum(first <= n <= last for n in lengths) == count for first, last, count in ranges)
     assert sum(count for _, _, count in ranges) == len(lengths) and len(lines) <= 8
+
+
+def test_rows_of_several_files_know_their_file(flags, sample_rows, tmp_path):
+    second = str(write_rows(tmp_path / "second.jsonl", sample_rows[48:60]))
+    first = flags["train_data_path"][0]
+    run = check_run(FinetuneArguments(**flags | {"train_data_path": [first, f"{second}:0.5"]}))
+    assert not run.problems
+    assert run.train_samples["file"][:] == [first] * 48 + [second] * 6

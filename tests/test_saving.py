@@ -6,11 +6,13 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,35 +23,44 @@ from peft import get_peft_model_state_dict
 from transformers import Trainer
 
 import train_qlora
+from chatglm import ChatGLMForConditionalGeneration
 from qlora.errors import TrainingStopped
 from qlora.loading import add_lora, load_quantized_model
 from qlora.saving import CHECKPOINT_FILES, STAGING, check_saved_adapter, checkpoints, defect, find_checkpoint
 
-KILLS = 6  # in each of the two ways
+KILLS = 6  # at random times, at random accesses to files, in random passes of the model
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
 
 
 # A run that is killed again and again.
 
 
-def train(flags: list[str], log: Path, kill_at: int | None, counted: Path | None):
-    """Trains in a process of its own, which sends itself SIGKILL before its N-th access to a file in the output."""
+def train(flags: list[str], log: Path, kind: str, kill_at: int | None, counts: Path | None):
+    """Trains in a process of its own, which sends itself SIGKILL at the N-th moment of a kind: 'access' or 'pass'."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    output_dir, accesses = json.loads(Path(flags[1]).read_text())["output_dir"], 0
+    output_dir, counted = json.loads(Path(flags[1]).read_text())["output_dir"], Counter()
 
-    def hook(event: str, arguments: tuple):
-        nonlocal accesses
+    def moment(this: str, description: str):
+        counted[this] += 1
+        if this == kind and counted[this] == kill_at:
+            print(f"killed: {description}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def access(event: str, arguments: tuple):
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and output_dir in str(arguments[0]):
-            accesses += 1
-            if accesses == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+            moment("access", f"{event} {arguments[0]}")
 
-    sys.addaudithook(hook)
+    def model_pass(self, *args, **kwargs):
+        moment("pass", "training" if self.training else "evaluation")
+        return forward(self, *args, **kwargs)
+
+    forward, ChatGLMForConditionalGeneration.forward = ChatGLMForConditionalGeneration.forward, model_pass
+    sys.addaudithook(access)
     run_main(train_qlora, *flags)
-    if counted:
-        counted.write_text(str(accesses))
+    if counts:
+        counts.write_text(json.dumps(counted))
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +84,11 @@ class Run:
         values["lr_scheduler_type"] = "constant_with_warmup"  # to the end no step is without effect
         self.flags = flags_of(write_json(folder / "args.json", self.output, **values), *paths)
 
-    def start(self, kill_at: int | None = None, counted: Path | None = None) -> multiprocessing.process.BaseProcess:
+    def start(
+        self, kind: str = "", kill_at: int | None = None, counts: Path | None = None
+    ) -> multiprocessing.process.BaseProcess:
         resume = ["--resume_from_checkpoint", "last"] if checkpoints(self.output) else []
-        process = self.processes.Process(target=train, args=(self.flags + resume, self.log, kill_at, counted))
+        process = self.processes.Process(target=train, args=(self.flags + resume, self.log, kind, kill_at, counts))
         process.start()
         return process
 
@@ -93,31 +106,31 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(processes, tiny_checkpoint, train_file, dev_file, tmp_path_factory) -> tuple[tuple, float, int]:
-    """Results, seconds, and accesses to files in its output of a run that nobody disturbs."""
+def uninterrupted(processes, tiny_checkpoint, train_file, dev_file, tmp_path_factory) -> tuple[tuple, float, dict]:
+    """Results, seconds, and the number of accesses to files in its output and of passes of an undisturbed run."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run = Run(folder / "run", processes, tiny_checkpoint, train_file, dev_file)
     started = time.perf_counter()
-    process = run.start(counted=folder / "accesses")
+    process = run.start(counts=folder / "counts")
     process.join()
     assert process.exitcode == 0, run.log.read_text()
-    return run.results(), time.perf_counter() - started, int((folder / "accesses").read_text())
+    return run.results(), time.perf_counter() - started, json.loads((folder / "counts").read_text())
 
 
-@pytest.mark.parametrize("way", ["at any time", "at an access to a file"])
+@pytest.mark.parametrize("kind", ["time", "access", "pass"])
 def test_killed_again_and_again_ends_alike(
-    way, uninterrupted, processes, tiny_checkpoint, train_file, dev_file, tmp_path
+    kind, uninterrupted, processes, tiny_checkpoint, train_file, dev_file, tmp_path
 ):
-    expected, seconds, accesses = uninterrupted
-    draw, killed = random.Random(way), 0
+    expected, seconds, counts = uninterrupted
+    draw, killed = random.Random(kind), 0
     run = Run(tmp_path / "run", processes, tiny_checkpoint, train_file, dev_file)
     while killed < KILLS:
-        if way == "at any time":
+        if kind == "time":
             process = run.start()
             process.join(draw.uniform(0.2, 1.0) * seconds)
             process.kill()
         else:
-            process = run.start(kill_at=draw.randint(1, accesses // 2))
+            process = run.start(kind, kill_at=draw.randint(1, counts[kind] // 2))
         process.join()
         if process.exitcode == 0:  # it came to its end before
             assert run.results() == expected
@@ -129,6 +142,8 @@ def test_killed_again_and_again_ends_alike(
     run.finish()
     assert run.results() == expected
     assert not (run.output / STAGING).exists()
+    if kind == "pass":
+        assert set(re.findall(r"killed: (\w+)", run.log.read_text())) == {"training", "evaluation"}
 
 
 # Which checkpoint to go on from, and where to write.
@@ -187,25 +202,26 @@ def test_folders_that_are_no_checkpoints_are_not_taken_for_one(output):
     assert find_checkpoint("last", str(output)) == str(output / f"checkpoint-{STEPS}")
 
 
-def test_finished_run_is_not_overwritten(trained, train_file, dev_file, tmp_path):
+def test_finished_run_is_not_overwritten(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    # It is said before anything is loaded: there is no model here.
-    flags = flags_of(write_json(tmp_path / "args.json", trained), tmp_path / "no model", train_file, dev_file)
+    flags = flags_of(write_json(tmp_path / "args.json", trained), tiny_checkpoint, train_file, dev_file)
     elsewhere = tmp_path / "elsewhere" / "checkpoint-4"
     shutil.copytree(trained / "checkpoint-4", elsewhere)
     for resume in ((), ("--resume_from_checkpoint", elsewhere)):
         message = error_of(train_qlora, *flags, *resume)
-        assert f"{trained} holds a finished adapter and checkpoint-{STEPS} of an earlier run" in message
+        assert f"{trained} holds an earlier run (a finished adapter, checkpoint-{STEPS})" in message
         assert "another output_dir" in message and "--resume_from_checkpoint last" in message
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
 @pytest.mark.parametrize("resume", [None, SAVE_STEPS])
-def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(output, train_file, tmp_path, resume):
-    flags = flags_of(write_json(tmp_path / "args.json", output), tmp_path / "no model", train_file, "none")
+def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(
+    output, tiny_checkpoint, train_file, tmp_path, resume
+):
+    flags = flags_of(write_json(tmp_path / "args.json", output), tiny_checkpoint, train_file, "none")
     if resume:
         flags += ["--resume_from_checkpoint", str(output / f"checkpoint-{resume}")]
-    assert f"{output} holds checkpoint-{STEPS}" in error_of(train_qlora, *flags)
+    assert f"{output} holds an earlier run (checkpoint-{STEPS}" in error_of(train_qlora, *flags)
 
 
 @pytest.mark.parametrize("damaged", [False, True])

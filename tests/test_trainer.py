@@ -17,7 +17,7 @@ from chatglm import ChatGLMForConditionalGeneration
 from qlora.errors import TrainingStopped
 from qlora.saving import checkpoints
 from qlora.splitting import Samples
-from qlora.step_check import MOST_SKIPPED, Step, StepCheck
+from qlora.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
 from qlora.trainer import QLoRATrainer
 
 LINE = 12  # of the row with which things go wrong
@@ -147,7 +147,7 @@ def test_training_without_effect_is_reported(flags, caplog):
 def step_check(*gradient_norms: float, scaler: object | None) -> StepCheck:
     check = StepCheck(SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor, is_main_process=True))
     for number, norm in enumerate(gradient_norms, 1):
-        check.steps.append(Step(number, 0.1, [number], torch.tensor(2.5), torch.tensor(norm)))
+        check.steps.append(Step(number, 0.1, [("", number)], torch.tensor(2.5), torch.tensor(norm)))
     return check
 
 
@@ -166,6 +166,11 @@ def test_skipped_steps_are_counted_over_looks():
     check.steps += step_check(float("inf"), scaler=object()).steps
     with pytest.raises(TrainingStopped, match="steps in a row"):
         check.look()
+
+
+def test_rows_of_several_files_are_named_by_file():
+    rows = [("b.jsonl", 30), ("a.jsonl", 7), ("a.jsonl", 2)]
+    assert name_rows(rows) == "Its rows are on lines 2, 7 of a.jsonl; 30 of b.jsonl."
 
 
 # Memory that runs out.
