@@ -223,7 +223,8 @@ def error_of(module, *flags: object) -> str:
         run_main(module, *flags)
     # Python prints a string to stderr and ends with status 1.
     message = raised.value.code
-    assert isinstance(message, str) and message.startswith("error: ") and len(message.splitlines()) == 1
+    assert isinstance(message, str) and message.startswith("error: ")
+    assert all(line.startswith("- ") for line in message.splitlines()[1:])  # several mistakes are listed
     return message
 
 

@@ -17,6 +17,7 @@ from chatglm import ChatGLMConfig
 from qlora import preflight
 from qlora.arguments import FinetuneArguments
 from qlora.data import SampleEncoder, load_samples
+from qlora.export import write_quantized
 from qlora.loading import add_lora, load_quantized_model
 from qlora.memory_plan import GIB
 from qlora.preflight import Run, Steps, check_memory, check_run, count_steps
@@ -91,6 +92,15 @@ def test_run_is_as_foreseen(flags, values):
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     state = foreseen.steps.saves * preflight.STATE_BYTES
     assert foreseen.disk.needed - state < written < foreseen.disk.needed
+
+
+def test_folder_of_4_bit_weights_has_no_problems(flags, tiny_checkpoint, tokenizer, tmp_path):
+    write_quantized(load_quantized_model(str(tiny_checkpoint), torch.float32), tokenizer, str(tmp_path / "nf4"))
+    run, other = (
+        check_run(FinetuneArguments(**flags | {"model_name_or_path": str(folder)}))
+        for folder in (tmp_path / "nf4", tiny_checkpoint)
+    )
+    assert run.problems == [] and run.trainable == other.trainable
 
 
 def test_check_prints_and_leaves_nothing(flags, values, capsys):
