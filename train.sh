@@ -25,7 +25,7 @@ done
 
 if $demo; then
   echo "Demo: a tiny ChatGLM made on the spot, fine-tuned by the same code as the real one. No weights, no GPU needed."
-  rm -rf saved_files/chatglm_tiny_demo  # of an earlier demo
+  $check || rm -rf saved_files/chatglm_tiny_demo  # of an earlier demo
   python scripts/make_tiny_checkpoint.py --output_dir THUDM/chatglm-tiny
   "${launch[@]}" train_qlora.py --train_args_json scripts/demo.json --model_name_or_path THUDM/chatglm-tiny \
     --eval_data_path none "${flags[@]}"
