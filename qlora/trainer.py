@@ -98,8 +98,7 @@ class QLoRATrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: Samples, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward for all samples of an optimizer step, a group at a time."""
-        if not model.training:  # else it would walk through all modules in every step
-            model.train()
+        model.train()  # not only if `model.training` is False: that says nothing of the modules inside
         num_labels, random_state = self.count_labels(inputs), random_states()
 
         def forward_backward(groups: list[list[dict]]) -> torch.Tensor:
