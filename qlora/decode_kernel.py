@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK, STAGES = 32, 3  # keys at once, and loads in flight
+BLOCK, STAGES = 64, 3  # keys at once, and loads in flight
 
 
 @triton.jit

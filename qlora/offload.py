@@ -4,6 +4,8 @@ The copies run on a stream of their own beside the computation, and on the way b
 """
 
 import contextlib
+import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -42,7 +44,8 @@ class HostOffload:
 
     def __init__(self):
         self.stream = torch.cuda.Stream()
-        self.last: Kept | None = None
+        # The graph of autograd keeps what was packed alive: what a failed attempt left is gone with its graph.
+        self.last: Callable[[], Kept | None] = lambda: None
 
     def saved(self) -> contextlib.AbstractContextManager:
         """The context in which to call `checkpoint`."""
@@ -51,10 +54,12 @@ class HostOffload:
     def pack(self, tensor: torch.Tensor) -> Kept | torch.Tensor:
         if not tensor.is_cuda or tensor.numel() == 0:
             return tensor
-        if self.last is not None:
-            self.last.leave()
-        self.last = Kept(tensor, self.stream, self.last)
-        return self.last
+        before = self.last()
+        if before is not None:
+            before.leave()
+        kept = Kept(tensor, self.stream, before)
+        self.last = weakref.ref(kept)
+        return kept
 
     def unpack(self, kept: Kept | torch.Tensor) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
@@ -64,6 +69,4 @@ class HostOffload:
         if kept.before is not None:
             kept.before.come_back(self.stream)  # needed next
         tensor, kept.device_tensor = kept.device_tensor, None
-        if self.last is kept:
-            self.last = None
         return tensor
