@@ -43,8 +43,9 @@ def main():
 
         serve(Page(Answerer(model, tokenizer), args), prompts)
     elif args.chat:
-        converse(model, tokenizer, args.max_new_tokens, choose)
+        converse(model, tokenizer, args.prompt_text, args.max_new_tokens, choose)
     else:
+        prompts = [args.prompt_text + prompt for prompt in prompts]
         compare(model, tokenizer, prompts, args.max_new_tokens, choose, args.batch_size)
 
 
@@ -71,7 +72,9 @@ def compare(
         print(f"\n输入 Input:  {prompt}\n微调前 Before: {base_answer}\n微调后 After:  {tuned_answer}")
 
 
-def converse(model: torch.nn.Module, tokenizer: PreTrainedTokenizer, max_new_tokens: int, choose: Choice):
+def converse(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizer, prompt_text: str, max_new_tokens: int, choose: Choice
+):
     """A conversation on the terminal, the reply shown as it comes."""
     print("清空历史 clear history: clear   结束 leave: exit")
     history = []
@@ -79,8 +82,8 @@ def converse(model: torch.nn.Module, tokenizer: PreTrainedTokenizer, max_new_tok
         if query == "clear":
             history = []
         elif query:
-            reply = ""
-            for longer in stream_answer(model, tokenizer, build_prompt(query, history), max_new_tokens, choose):
+            prompt, reply = prompt_text + build_prompt(query, history), ""
+            for longer in stream_answer(model, tokenizer, prompt, max_new_tokens, choose):
                 # Punctuation on the screen may still change its width with the next character: never mind it.
                 print(longer[len(reply) :], end="", flush=True)
                 reply = longer

@@ -151,6 +151,7 @@ class InferenceArguments:
         default=None, metadata={"help": "Prompts from a file: .jsonl rows with instruction, else one text a line."}
     )
     max_prompts: int | None = field(default=None, metadata={"help": "Answer only the first so many prompts."})
+    prompt_text: str = field(default="", metadata={"help": "Text put before every prompt, as in training."})
     do_sample: bool = field(
         default=False, metadata={"help": "Sample with top_p and temperature instead of taking the likeliest token."}
     )

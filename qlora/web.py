@@ -45,7 +45,8 @@ class Answerer:
         Raises:
             ValueError: an empty prompt, or one too long for the model.
         """
-        self.check_prompt(prompt, args.max_new_tokens)
+        self.check_prompt(prompt, args)
+        prompt = args.prompt_text + prompt
         choose = token_choice(args.do_sample, args.top_p, args.temperature)
         streams = [stream_answer(self.model, self.tokenizer, prompt, args.max_new_tokens, choose) for _ in tuned]
         answers = [""] * len(tuned)
@@ -68,17 +69,17 @@ class Answerer:
                 text = longer
         return text
 
-    def check_prompt(self, prompt: str, max_new_tokens: int):
+    def check_prompt(self, prompt: str, args: InferenceArguments):
         """ValueError for a prompt with nothing in it, or with no room for an answer."""
         if not prompt.strip():
             raise ValueError("请先输入内容。 Type a prompt first.")
         limit = self.model.config.max_sequence_length
-        length = len(self.tokenizer(prompt, split_special_tokens=True)["input_ids"])
-        if length + max_new_tokens > limit:
+        length = len(self.tokenizer(args.prompt_text + prompt, split_special_tokens=True)["input_ids"])
+        if length + args.max_new_tokens > limit:
             raise ValueError(
-                f"输入（含对话历史）有 {length} 个 token，加上最多 {max_new_tokens} 个新 token，超过模型的上限 "
+                f"输入（含对话历史）有 {length} 个 token，加上最多 {args.max_new_tokens} 个新 token，超过模型的上限 "
                 f"{limit}：请缩短输入、清空对话，或减小最大长度。 The prompt, with the conversation before it, has "
-                f"{length} tokens; with up to {max_new_tokens} new ones that is over the model's {limit}: shorten it, "
+                f"{length} tokens; with up to {args.max_new_tokens} new ones that is over the model's {limit}: shorten it, "
                 "clear the conversation, or lower Max tokens."
             )
 
@@ -96,7 +97,7 @@ class Page:
     def chat(self, message: str, history: History, tuned: bool, *settings) -> Iterator[tuple[str, History, list]]:
         """Yields an emptied message box, the history with the reply so far, and the same as messages."""
         args = with_settings(self.args, settings)
-        self.answerer.check_prompt(message, args.max_new_tokens)  # with a history the prompt is never empty
+        self.answerer.check_prompt(message, args)  # with a history the prompt is never empty
         for (reply,) in self.answerer.stream(build_prompt(message, history), (tuned,), args):
             rounds = [*history, (message, reply)]
             yield "", rounds, messages(rounds)

@@ -252,6 +252,8 @@ def test_prompts_from_a_file(trained, tmp_path, capsys, name):
     assert [prompt for prompt, _, _ in found] == list(PROMPTS)
     run_main(inference_qlora, *flags, "--max_prompts", 1, "--batch_size", 1)
     assert answers(capsys.readouterr().out) == found[:1]
+    run_main(inference_qlora, *flags, "--max_prompts", 1, "--prompt_text", "写广告：")
+    assert answers(capsys.readouterr().out)[0][0] == f"写广告：{PROMPTS[0]}"
 
 
 def test_sampling_follows_the_seed(trained, capsys):

@@ -1,6 +1,7 @@
 """The compare page: what its buttons do, without gradio, and the page itself in a real browser where there is one."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -168,17 +169,22 @@ def test_prompt_without_room_for_an_answer_is_refused(answerer):
     with pytest.raises(ValueError, match=f"over the model's {limit}"):
         next(answerer.stream("裙" * limit, (True,), ARGS))
     length = len(answerer.tokenizer(PROMPT)["input_ids"])
-    answerer.check_prompt(PROMPT, limit - length)
+    answerer.check_prompt(PROMPT, dataclasses.replace(ARGS, max_new_tokens=limit - length))
     with pytest.raises(ValueError, match=f"has {length} tokens"):
-        answerer.check_prompt(PROMPT, limit - length + 1)
+        answerer.check_prompt(PROMPT, dataclasses.replace(ARGS, max_new_tokens=limit - length + 1))
+
+
+def test_prompt_text_stands_before_the_prompt(answerer):
+    *_, last = answerer.stream(PROMPT, (False, True), dataclasses.replace(ARGS, prompt_text="写广告："))
+    assert last == expected_answers(answerer, f"写广告：{PROMPT}") != expected_answers(answerer, PROMPT)
 
 
 def test_control_tokens_in_a_prompt_stay_text(answerer):
     short = len(answerer.tokenizer("裙")["input_ids"])
-    answerer.check_prompt("裙<eop>", 1)
+    answerer.check_prompt("裙<eop>", dataclasses.replace(ARGS, max_new_tokens=1))
     limit = answerer.model.config.max_sequence_length
     with pytest.raises(ValueError):  # as a control token it would be one token, and fit
-        answerer.check_prompt("裙<eop>", limit - short - 1)
+        answerer.check_prompt("裙<eop>", dataclasses.replace(ARGS, max_new_tokens=limit - short - 1))
 
 
 # The buttons.
