@@ -79,8 +79,8 @@ class Answerer:
             raise ValueError(
                 f"输入（含对话历史）有 {length} 个 token，加上最多 {args.max_new_tokens} 个新 token，超过模型的上限 "
                 f"{limit}：请缩短输入、清空对话，或减小最大长度。 The prompt, with the conversation before it, has "
-                f"{length} tokens; with up to {args.max_new_tokens} new ones that is over the model's {limit}: shorten it, "
-                "clear the conversation, or lower Max tokens."
+                f"{length} tokens; with up to {args.max_new_tokens} new ones that is over the model's {limit}: "
+                "shorten it, clear the conversation, or lower Max tokens."
             )
 
 
