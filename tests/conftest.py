@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -20,10 +21,13 @@ import datasets
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from peft import PeftModel
 from peft.utils import load_peft_weights
+from transformers import PreTrainedModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from qlora.export import write_checkpoint
+from qlora.loading import add_lora
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -208,6 +212,21 @@ def run_script(name: str, *flags: object) -> subprocess.CompletedProcess:
         env=os.environ | {"PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)},
         timeout=300,
     )
+
+
+def add_random_lora(
+    model: PreTrainedModel,
+    target_modules: Sequence[str] = ("query_key_value",),
+    std: float = 0.02,
+    dropout: float = 0.0,
+) -> PeftModel:
+    """The model with a LoRA adapter that is not zero, as if it had been trained."""
+    torch.manual_seed(0)
+    model = add_lora(model, rank=4, alpha=32, dropout=dropout, target_modules=list(target_modules))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model
 
 
 def run_main(module, *flags: object):

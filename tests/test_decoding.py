@@ -4,12 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from conftest import GOLDEN_CHECKPOINT
+from conftest import GOLDEN_CHECKPOINT, add_random_lora
 
 from chatglm import ChatGLMForConditionalGeneration
 from qlora import decoding
 from qlora.decoding import Decoder, decode, token_choice, use_inference_kernels
-from qlora.loading import add_lora, load_quantized_model
+from qlora.loading import load_quantized_model
 
 PAD = 3
 
@@ -101,12 +101,8 @@ def test_forwards_for_inference_give_what_the_layers_give(golden_folder, cases, 
     if kernels:
         pytest.importorskip("triton")
         monkeypatch.setattr(decoding, "kernel_runs_on", lambda tensor: True)
-    torch.manual_seed(0)
     model = load_quantized_model(str(golden_folder), torch.float32)
-    model = add_lora(model, 4, 32, 0.0, ["query_key_value", "dense"]).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+    model = add_random_lora(model, ["query_key_value", "dense"]).eval()
     ids, mask = left_padded([case["prompt"] for case in cases["generate"][:2]] + [[5, 6, 507, 508]])
 
     def logits(adapter: bool) -> torch.Tensor:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, import_script, write_rows
+from conftest import ROOT, add_random_lora, import_script, write_rows
 
 from qlora import evaluation
 from qlora.evaluation_page import render_page
-from qlora.loading import add_lora, load_quantized_model
+from qlora.loading import load_quantized_model
 from qlora.metrics import METRICS, mean_scores, score
 
 for library in ("jieba", "rouge_chinese", "nltk"):
@@ -22,14 +22,8 @@ ROWS, BATCH = 11, 4
 @pytest.fixture(scope="module")
 def adapter(tiny_checkpoint, tmp_path_factory) -> Path:
     """An adapter that changes the answers."""
-    torch.manual_seed(1)
-    base = load_quantized_model(str(tiny_checkpoint), torch.float32)
-    tuned = add_lora(base, 4, 32, 0.0, ["query_key_value"])
-    for name, parameter in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("adapter")
-    tuned.save_pretrained(folder)
+    add_random_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), std=0.1).save_pretrained(folder)
     return folder
 
 

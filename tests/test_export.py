@@ -6,6 +6,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
+from conftest import add_random_lora
 from peft import get_peft_model_state_dict
 
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
@@ -81,11 +82,7 @@ def test_training_on_it_is_the_same(golden_folder, tokenizer, tmp_path, dtype):
     batch = ConcatenatingCollator(original.config)([{"input_ids": IDS, "labels": [-100] * 5 + IDS[5:]}])
     results = []
     for base in (original, load_quantized_model(str(tmp_path / "nf4"), dtype)):
-        torch.manual_seed(0)
-        tuned = add_lora(base, rank=4, alpha=32, dropout=0.0, target_modules=["query_key_value", "dense"])
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
+        tuned = add_random_lora(base, ["query_key_value", "dense"])
         use_training_kernels(tuned)
         loss = tuned.train()(**batch).loss
         loss.backward()

@@ -5,26 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import add_random_lora
 from peft import PeftModel
 from transformers import set_seed
 
 from qlora import linear
 from qlora.linear import use_training_kernels
-from qlora.loading import add_lora, load_quantized_model
+from qlora.loading import load_quantized_model
 
 TARGETS = ["query_key_value", "dense_4h_to_h"]
 
 
 def make_model(folder: Path, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> PeftModel:
     """A 4-bit model with a LoRA adapter that is not zero, as peft runs it."""
-    set_seed(0)
-    model = add_lora(
-        load_quantized_model(str(folder), dtype), rank=4, alpha=32, dropout=dropout, target_modules=TARGETS
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    return model
+    return add_random_lora(load_quantized_model(str(folder), dtype), TARGETS, dropout=dropout)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, copy_tokenizer
+from conftest import ROOT, add_random_lora, copy_tokenizer
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
@@ -31,7 +31,7 @@ from qlora.data import read_prompts
 from qlora.decoding import token_choice, use_inference_kernels
 from qlora.export import write_checkpoint
 from qlora.generation import generate_answers
-from qlora.loading import add_lora, load_adapter, load_quantized_model
+from qlora.loading import load_adapter, load_quantized_model
 from qlora.web import Answerer, Page, check_web, with_settings
 
 PROMPT = "类型#裤*风格#简约"
@@ -57,13 +57,8 @@ def checkpoint(tiny_config, tokenizer, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def adapter_path(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that changes the answers of `checkpoint`."""
-    torch.manual_seed(1)
-    model = add_lora(load_quantized_model(str(checkpoint), torch.float32), 4, 32, 0.0, ["query_key_value"])
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
     folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
+    add_random_lora(load_quantized_model(str(checkpoint), torch.float32), std=0.3).save_pretrained(folder)
     return folder
 
 
