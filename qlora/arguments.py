@@ -17,7 +17,8 @@ COMPUTE_DTYPE = {
 }
 DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
 
-PLAN_FLAGS = ("max_tokens", "kept_mlp", "kept_attention", "dense_layers", "offload")
+LAYER_COUNTS = ("kept_mlp", "kept_attention", "dense_layers")
+PLAN_FLAGS = ("max_tokens", *LAYER_COUNTS, "offload")
 
 
 @dataclass
@@ -89,11 +90,18 @@ class FinetuneArguments:
     )
 
     def fixed_plan(self, recompute: bool | None, num_layers: int) -> dict[str, int]:
-        """The parts of the memory plan that were given, by flags or by the JSON's gradient checkpointing."""
+        """The parts of the memory plan that were given, by flags or by the JSON's gradient checkpointing.
+
+        Raises:
+            ValueError: more layers than the model has.
+        """
         kept = (
             {} if recompute is None else dict.fromkeys(("kept_mlp", "kept_attention"), 0 if recompute else num_layers)
         )
         given = {name: getattr(self, name) for name in PLAN_FLAGS if getattr(self, name) is not None}
+        for name in LAYER_COUNTS:
+            if given.get(name, 0) > num_layers:
+                raise ValueError(f"--{name} is {given[name]}; the model has {num_layers} layers.")
         return kept | {{"dense_layers": "dense"}.get(name, name): value for name, value in given.items()}
 
     def train_files(self) -> list[tuple[str, float]]:
@@ -101,15 +109,41 @@ class FinetuneArguments:
         return list(map(split_weight, self.train_data_path))
 
     def __post_init__(self):
-        problems = check_positive(self, "max_tokens")
-        for name in ("kept_mlp", "kept_attention", "dense_layers", "check"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                problems.append(f"--{name} is {getattr(self, name)}; it must not be negative")
-        problems += [
+        problems = [*self.data_problems(), *self.adapter_problems(), *self.plan_problems()]
+        if self.check is not None and self.check < 0:
+            problems.append(f"--check is {self.check}; it must not be negative")
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
+        if self.eval_data_path in ("none", ""):
+            self.eval_data_path = None
+
+    def data_problems(self) -> list[str]:
+        """What is wrong with the flags of the data."""
+        problems = [
             f"--train_data_path {text}: the weight must be a positive number"
             for text, (_, weight) in zip(self.train_data_path, self.train_files(), strict=True)
             if not 0 < weight < math.inf
         ]
+        if self.max_input_length < 3:
+            problems.append(f"--max_input_length is {self.max_input_length}; a prompt needs at least 3 tokens")
+        if self.max_output_length < 2:
+            problems.append(f"--max_output_length is {self.max_output_length}; an answer needs at least 2 tokens")
+        return problems
+
+    def adapter_problems(self) -> list[str]:
+        """What is wrong with the flags of the adapter."""
+        problems = check_positive(self, "lora_rank")
+        if not 0 < self.lora_alpha < math.inf:
+            problems.append(f"--lora_alpha is {self.lora_alpha}; it must be a positive number")
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        return problems
+
+    def plan_problems(self) -> list[str]:
+        """What is wrong with the flags of the memory plan."""
+        problems = check_positive(self, "max_tokens")
+        values = {name: getattr(self, name) for name in LAYER_COUNTS}
+        problems += [f"--{name} is {v}; it must not be negative" for name, v in values.items() if v and v < 0]
         if self.memory_budget is not None:
             try:
                 parse_size(self.memory_budget)
@@ -118,20 +152,7 @@ class FinetuneArguments:
         ignored = [f"--{name}" for name in ("memory_budget", *PLAN_FLAGS) if getattr(self, name) is not None]
         if self.plain and ignored:
             problems.append(f"--plain plans nothing, and does not heed {', '.join(ignored)}")
-        if self.max_input_length < 3:
-            problems.append(f"--max_input_length is {self.max_input_length}; a prompt needs at least 3 tokens")
-        if self.max_output_length < 2:
-            problems.append(f"--max_output_length is {self.max_output_length}; an answer needs at least 2 tokens")
-        if self.lora_rank < 1:
-            problems.append(f"--lora_rank is {self.lora_rank}; it must be at least 1")
-        if not 0 < self.lora_alpha < math.inf:
-            problems.append(f"--lora_alpha is {self.lora_alpha}; it must be a positive number")
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
-        if problems:
-            raise ValueError("; ".join(problems) + ".")
-        if self.eval_data_path in ("none", ""):
-            self.eval_data_path = None
+        return problems
 
 
 @dataclass

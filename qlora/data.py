@@ -271,22 +271,23 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
     return samples
 
 
-def mix_samples(parts: list[tuple[Dataset, float]], seed: int) -> Dataset:
-    """Several data sets as one, in which a weight says how often the rows of its data set stand: 2 is twice, 0.5 is
-    a half of them, drawn by the seed.
+def mix_samples(parts: list[tuple[str, Dataset, float]], seed: int) -> Dataset:
+    """Several files as one data set; where there are several, each sample names its `file`.
 
+    Args:
+        parts: name of the file, its samples, and a weight that says how often its rows stand: 2 is twice, 0.5 is a
+            half of them, drawn by the seed.
+        seed: of the draw.
     Raises:
         ValueError: a weight that leaves no row.
     """
-    shares = [share for samples, weight in parts if len(share := take_share(samples, weight, seed))]
-    if len(shares) < len(parts):
-        raise ValueError("a weight of --train_data_path is so small that no row of its file is left.")
+    shares = []
+    for path, samples, weight in parts:
+        share = take_share(samples, weight, seed)
+        if not len(share):
+            raise ValueError(f"--train_data_path {path}:{weight:g}: so small a weight leaves none of its rows.")
+        shares.append(share.add_column("file", [path] * len(share)) if len(parts) > 1 else share)
     return concatenate_datasets(shares)
-
-
-def with_file(samples: Dataset, path: str) -> Dataset:
-    """The samples with the name of their file in every row, so that a row can be found again."""
-    return samples.add_column("file", [path] * len(samples))
 
 
 def take_share(samples: Dataset, weight: float, seed: int) -> Dataset:

@@ -18,9 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import StaticCache
 
-from chatglm.modeling_chatglm import RESIDUAL_SCALE, ChatGLMAttention, ResidualNorm, prefix_lm_position_ids
+from chatglm.modeling_chatglm import ChatGLMAttention, ResidualNorm, prefix_lm_position_ids
 from chatglm.rotary import kernel_runs_on
 from qlora.nf4 import linear
+from qlora.residual import residual_norm
 
 # Without cuDNN's, which plans for a second whenever it meets a new shape.
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -150,14 +151,6 @@ def use_inference_kernels(model: torch.nn.Module):
             layer.forward = functools.partial(residual_norm, layer)
         elif isinstance(layer, ChatGLMAttention) and kernel_runs_on(layer.query_key_value.bias):
             layer.forward = functools.partial(attention, layer)
-
-
-def residual_norm(norm: ResidualNorm, hidden_states: torch.Tensor, branch: Callable) -> torch.Tensor:
-    """The norm by a kernel that is quick for few rows."""
-    from qlora.norm_kernels import layer_norm
-
-    normed = layer_norm(hidden_states, norm)
-    return torch.add(branch(normed), normed, alpha=RESIDUAL_SCALE)
 
 
 def attention(layer: ChatGLMAttention, hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs):

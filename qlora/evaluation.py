@@ -79,7 +79,12 @@ def check_settings(folder: Path, settings: dict):
         earlier = {}
     differ = [name for name in settings if earlier.get(name) != settings[name]]
     if differ:
-        changes = ", ".join(f"{name} {earlier.get(name)}, now {settings[name]}" for name in differ)
+        changes = ", ".join(
+            f"the {name.removesuffix('_digest')} {'is' if name.startswith('adapter') else 'are'} not the same"
+            if name.endswith("_digest")
+            else f"{name} {earlier.get(name)}, now {settings[name]}"
+            for name in differ
+        )
         raise ValueError(
             f"{folder} holds predictions made in another way: {changes}. Give another --output_dir, or delete that "
             "folder to start anew."

@@ -63,6 +63,9 @@ def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedMod
     """
     config = check_checkpoint(path)
     check_device(config, compute_dtype)
+    if torch.cuda.is_available():
+        check_bitsandbytes()
+        check_compiler()
     return quantize_checkpoint(path, config, compute_dtype)
 
 
@@ -106,20 +109,16 @@ def use_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype):
             parameter.data = parameter.to(compute_dtype)
 
 
-def check_gpu_is_there(config: ChatGLMConfig):
-    """ValueError for a model that is too large for a machine without a GPU; a GPU is not touched."""
-    weights = config.multiplied_weights
-    if not torch.cuda.is_available() and weights > LARGEST_CPU_MODEL:
-        raise ValueError(
-            f"no CUDA GPU was found (torch {torch.__version__}), and {weights / 1e9:.1f} billion parameters need one. "
-            "Check `nvidia-smi` and that torch is a CUDA build, or try `bash train.sh --demo`, which runs on a CPU."
-        )
-
-
 def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
-    """ValueError unless the model can be trained on this machine."""
-    check_gpu_is_there(config)
+    """ValueError unless there is a GPU with room for the model, or the model is small enough for a CPU."""
     if not torch.cuda.is_available():
+        weights = config.multiplied_weights
+        if weights > LARGEST_CPU_MODEL:
+            raise ValueError(
+                f"no CUDA GPU was found (torch {torch.__version__}), and {weights / 1e9:.1f} billion parameters need "
+                "one. Check `nvidia-smi` and that torch is a CUDA build, or try `bash train.sh --demo`, which runs on "
+                "a CPU."
+            )
         return
     quantized = config.num_layers * config.weights_per_layer * BITS_PER_QUANTIZED_WEIGHT / 8
     needed = quantized + config.embedding_weights * compute_dtype.itemsize + WORKING_MEMORY
@@ -130,8 +129,6 @@ def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
             f"least {needed / GIB:.1f} GiB. Stop other programs on this GPU (`nvidia-smi`), or choose another one "
             "with CUDA_VISIBLE_DEVICES."
         )
-    check_bitsandbytes()
-    check_compiler()
 
 
 def check_compiler():

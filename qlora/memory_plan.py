@@ -217,6 +217,15 @@ def memory_budget(requested: str | None) -> int:
     return budget
 
 
+def plan_and_table(
+    sizes: Sizes, lengths: list[int], samples_per_step: int, budget: int, fixed: dict[str, int]
+) -> tuple[MemoryPlan, str]:
+    """The plan for samples of these lengths, and its table; arguments and errors as for `choose_plan`."""
+    step_tokens = longest_step(lengths, samples_per_step)
+    plan = choose_plan(sizes, step_tokens, max(lengths), budget, fixed)
+    return plan, plan.table(step_tokens, sizes.layers)
+
+
 def plan_memory(
     model: PeftModel, lengths: list[int], samples_per_step: int, budget: str | None, fixed: dict[str, int]
 ) -> int:
@@ -247,12 +256,11 @@ def plan_memory(
         frozenset(model.peft_config["default"].target_modules),
         kernel_runs_on(model.get_base_model().transformer.word_embeddings.weight),
     )
-    step_tokens = longest_step(lengths, samples_per_step)
     available = memory_budget(budget)
-    plan = choose_plan(sizes, step_tokens, max(lengths), available, fixed)
+    plan, table = plan_and_table(sizes, lengths, samples_per_step, available, fixed)
     if budget is not None:
         torch.cuda.set_per_process_memory_fraction(available / torch.cuda.mem_get_info()[1])
-    logger.info("Memory plan for %s\n%s", torch.cuda.get_device_name(), plan.table(step_tokens, config.num_layers))
+    logger.info("Memory plan for %s\n%s", torch.cuda.get_device_name(), table)
     apply_plan(model, plan)
     torch.cuda.reset_peak_memory_stats()
     return plan.max_tokens

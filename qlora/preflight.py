@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from chatglm import ChatGLMConfig
 from chatglm.rotary import kernel_runs_on
 from qlora.arguments import FinetuneArguments, choose_compute_dtype
 from qlora.checkpoint import check_checkpoint, check_training_state
-from qlora.data import SampleEncoder, column, load_rows, load_samples, mix_samples, with_file
+from qlora.data import SampleEncoder, column, load_rows, load_samples, mix_samples
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
     add_lora,
@@ -27,7 +28,7 @@ from qlora.loading import (
     check_device,
     load_tokenizer,
 )
-from qlora.memory_plan import Sizes, choose_plan, longest_step, memory_budget
+from qlora.memory_plan import Sizes, memory_budget, plan_and_table
 from qlora.saving import check_output_dir, find_checkpoint
 from qlora.training_json import TrainingSetup, read_training_arguments
 
@@ -85,7 +86,9 @@ class Run:
                 self.problems.append(str(error))
 
     def raise_problems(self):
-        """ValueError with all that is wrong, if anything is."""
+        """ValueError with all that is wrong, if anything is; only the main process says it."""
+        if self.problems and os.environ.get("RANK", "0") != "0":
+            raise SystemExit(1)
         if len(self.problems) == 1:
             raise ValueError(self.problems[0])
         if self.problems:
@@ -102,8 +105,8 @@ def check_run(args: FinetuneArguments) -> Run:
     with run.noting_problems():
         run.config = check_checkpoint(args.model_name_or_path)
         run.tokenizer = load_tokenizer(args.model_name_or_path)
+    check_rows(run)  # by processes that had better begin before this one uses the GPU
     check_gpu(run)
-    check_rows(run)
     if run.config:
         check_memory(run)
     if run.setup:
@@ -116,7 +119,7 @@ def check_gpu(run: Run):
     config = run.config or ChatGLMConfig()  # where no model can be read: the 6B one was meant
     with run.noting_problems():
         check_device(config, run.compute_dtype)
-    if torch.cuda.is_available():  # the same once more, since the check above ends with the first problem
+    if torch.cuda.is_available():
         with run.noting_problems():
             check_compiler()
         with run.noting_problems():
@@ -136,8 +139,7 @@ def check_rows(run: Run):
     if run.tokenizer and all(path in loaded for path, _ in files):
         with run.noting_problems():
             seed = run.setup.training_args.seed if run.setup else 0
-            parts = [(with_file(loaded[path], path) if len(files) > 1 else loaded[path], w) for path, w in files]
-            run.train_samples = mix_samples(parts, seed)
+            run.train_samples = mix_samples([(path, loaded[path], weight) for path, weight in files], seed)
     if run.tokenizer:
         run.eval_samples = loaded.get(args.eval_data_path)
 
@@ -151,17 +153,19 @@ def check_memory(run: Run):
             model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
         run.trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         budget = memory_budget(args.memory_budget) if planned or args.memory_budget else None
+        fixed = args.fixed_plan(run.setup.recompute if run.setup else None, run.config.num_layers)
         if planned and run.setup and run.train_samples:
-            run.plan = plan_ahead(run, sum(weight.nbytes for weight in model.parameters()), budget)
+            run.plan = plan_ahead(run, sum(weight.nbytes for weight in model.parameters()), budget, fixed)
 
 
-def plan_ahead(run: Run, unquantized: int, budget: int) -> str:
+def plan_ahead(run: Run, unquantized: int, budget: int, fixed: dict[str, int]) -> str:
     """The memory plan as `plan_memory` will make it when the model is loaded.
 
     Args:
         run: with its samples.
         unquantized: bytes of the model in its compute type, with the adapter.
         budget: bytes that may be allocated.
+        fixed: fields of the plan that the user has chosen.
     Raises:
         ValueError: even the longest sample alone does not fit.
     """
@@ -172,9 +176,7 @@ def plan_ahead(run: Run, unquantized: int, budget: int) -> str:
     sizes = Sizes(config, dtype.itemsize, resident, run.trainable, targets, attention_kernel_runs(dtype))
     lengths = column(run.train_samples, "length").tolist()
     samples_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    step_tokens = longest_step(lengths, samples_per_step)
-    fixed = run.args.fixed_plan(run.setup.recompute, config.num_layers)
-    return choose_plan(sizes, step_tokens, max(lengths), budget, fixed).table(step_tokens, config.num_layers)
+    return plan_and_table(sizes, lengths, samples_per_step, budget, fixed)[1]
 
 
 def attention_kernel_runs(dtype: torch.dtype) -> bool:
@@ -190,8 +192,9 @@ def check_output(run: Run):
         if run.resume_from:
             check_training_state(run.resume_from)
         check_output_dir(training_args.output_dir, run.resume_from)
-    if run.train_samples:
-        run.steps = count_steps(training_args, len(run.train_samples))
+    with run.noting_problems():
+        if run.train_samples:
+            run.steps = count_steps(training_args, len(run.train_samples))
     with run.noting_problems():
         check_disk(run, training_args.output_dir)
 
@@ -219,10 +222,19 @@ def existing_parent(path: Path) -> Path:
 
 
 def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
-    """Optimizer steps, evaluations and checkpoints of a run, as the Trainer's own control flow has them."""
+    """Optimizer steps, evaluations and checkpoints of a run, as the Trainer's own control flow has them.
+
+    Raises:
+        ValueError: there would be no step at all.
+    """
     samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if args.dataloader_drop_last and num_samples < samples_per_step:
+        raise ValueError(
+            f"a step takes {samples_per_step} samples, there are {num_samples}, and dataloader_drop_last drops the "
+            "last step of an epoch if it is not full: there is nothing to train. Set it to false in the JSON."
+        )
     rounded = math.floor if args.dataloader_drop_last else math.ceil
-    steps_per_epoch = max(rounded(num_samples / samples_per_step), 1)
+    steps_per_epoch = rounded(num_samples / samples_per_step)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     state, flow = TrainerState(max_steps=steps), DefaultFlowCallback()
     state.compute_steps(args, steps)
@@ -235,6 +247,8 @@ def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
             control = TrainerControl()
             flow.on_epoch_end(args, state, control)
             evaluations, saves = evaluations + control.should_evaluate, saves + control.should_save
+    if args.save_strategy == "best":
+        saves = evaluations  # at most
     return Steps(steps, evaluations, saves)
 
 
@@ -243,6 +257,6 @@ def disk_needed(run: Run) -> int:
     args, saves, folder = run.setup.training_args, run.steps.saves, Path(run.args.model_name_or_path)
     tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES)
     adapter = run.trainable * ADAPTER_BYTES + tokenizer
-    kept = saves if args.save_total_limit is None else min(saves, args.save_total_limit + 1)  # the old one goes last
+    kept = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves  # the old one goes last
     optimizer = 0 if args.save_only_model else run.trainable * OPTIMIZER_BYTES
     return kept * (adapter + optimizer + STATE_BYTES) + adapter

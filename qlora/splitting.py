@@ -40,8 +40,7 @@ def split_evenly(samples: list[dict], max_tokens: int) -> list[list[dict]]:
     A sample that is longer than `max_tokens` has a group to itself.
     """
     by_length = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
-    total = sum(len(sample["input_ids"]) for sample in samples)
-    for count in range(min(len(samples), -(-total // max_tokens)), len(samples) + 1):
+    for count in range(min(len(samples), -(-count_tokens(samples) // max_tokens)), len(samples) + 1):
         groups, sizes = [[] for _ in range(count)], [0] * count
         for sample in by_length:
             smallest = sizes.index(min(sizes))

@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from qlora.collation import ConcatenatingCollator, PaddingCollator
 from qlora.errors import TrainingStopped, stop_all_processes
+from qlora.loading import GIB
 from qlora.saving import check_saved_adapter, publish_files, publish_folder, written_aside
 from qlora.splitting import Samples, count_tokens, label_count, own_samples, split_evenly
 from qlora.step_check import Step, StepCheck, name_rows
@@ -196,7 +197,7 @@ class QLoRATrainer(Trainer):
         if "loss" in logs:
             logs["tokens_per_second"] = round(self.args.world_size * self.tokens_since_log / (now - self.log_started))
             if torch.cuda.is_available():
-                logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
             self.tokens_since_log, self.log_started = 0, now
         super().log(logs, start_time)
 
@@ -214,6 +215,7 @@ class QLoRATrainer(Trainer):
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model).eval()
         num_samples = len(dataloader.dataset)
+        self.callback_handler.eval_dataloader = dataloader  # the progress bar's length
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
         def loss_and_labels(groups: list[list[dict]]) -> torch.Tensor:

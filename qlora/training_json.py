@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # Settings that would be passed over in silence, or change the mathematics with the split of a step: loss, steps and
 # evaluation are this project's own. Switched off, they may stand in the JSON.
 NOT_FOR_THIS_TRAINER = (
+    "accelerator_config",
     "activation_checkpointing_kwargs",
     "auto_find_batch_size",
     "average_tokens_across_devices",
@@ -51,6 +52,9 @@ POSITIVE_KEYS = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
 )
 RECOMPUTE_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
 
@@ -96,7 +100,7 @@ def read_training_arguments(
     values = translate_renamed_keys(read_json_object(path), path)
     if seed is not None:
         values["seed"] = seed
-    problems = check_keys(values)
+    problems = check_keys(values) + ([] if evaluate else check_no_evaluation(values))
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}.")
     dtype = choose_compute_dtype(compute_dtype, values)
@@ -140,7 +144,18 @@ def check_keys(values: dict) -> list[str]:
         problems.append(f"optim is {values['optim']}, which needs a training step of its own; choose another one")
     if values.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
         problems.append(f"metric_for_best_model is {values['metric_for_best_model']}; only eval_loss is computed")
+    if values.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
+        problems.append(f"hub_strategy is {values['hub_strategy']}; checkpoints are not uploaded, only the adapter is")
+    if values.get("use_cpu") and torch.cuda.is_available():
+        problems.append("use_cpu is true and there is a GPU; hide it with CUDA_VISIBLE_DEVICES= instead")
     return problems
+
+
+def check_no_evaluation(values: dict) -> list[str]:
+    """A problem for every setting that needs evaluations where there are none."""
+    asked = [key for key in ("eval_on_start", "load_best_model_at_end") if values.get(key)]
+    asked += ["save_strategy"] * (values.get("save_strategy") == "best")
+    return [f"{', '.join(asked)} cannot be had with --eval_data_path none"] if asked else []
 
 
 def is_in_use(value: object, default: object) -> bool:

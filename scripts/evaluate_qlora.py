@@ -69,7 +69,8 @@ def main():
         check_metric_libraries()
         protocol = evaluation.PROTOCOLS[args.protocol]
         folder = Path(args.output_dir or f"{args.adapter_path}/evaluation_{args.protocol}")
-        base_path = args.model_name_or_path or adapter_config(args.adapter_path).base_model_name_or_path
+        adapter = adapter_config(args.adapter_path)
+        base_path = args.model_name_or_path or adapter.base_model_name_or_path
         compute_dtype = choose_compute_dtype(args.compute_dtype, {})
         tokenizer = load_tokenizer(base_path)
         rows = read_samples(args, tokenizer, protocol.max_reference_tokens)

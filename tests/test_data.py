@@ -293,7 +293,7 @@ def texts_of(samples: Dataset, tokenizer: ChatGLMTokenizer) -> Counter:
     ("weights", "counts"), [((1, 1), (10, 4)), ((0.5, 1), (5, 4)), ((1, 2), (10, 8)), ((0.25, 2.5), (2, 10))]
 )
 def test_weight_says_how_often_the_rows_of_a_file_stand(parts, tokenizer, weights, counts):
-    mixed = texts_of(mix_samples(list(zip(parts, weights, strict=True)), 0), tokenizer)
+    mixed = texts_of(mix_samples(list(zip("ab", parts, weights, strict=True)), 0), tokenizer)
     for name, part, weight, count in zip("ab", parts, weights, counts, strict=True):
         found = {text: times for text, times in mixed.items() if text.startswith(name)}
         assert sum(found.values()) == count
@@ -302,17 +302,17 @@ def test_weight_says_how_often_the_rows_of_a_file_stand(parts, tokenizer, weight
 
 
 def test_part_of_a_file_follows_the_seed(parts, tokenizer):
-    first, again, other = (texts_of(mix_samples([(parts[0], 0.5)], seed), tokenizer) for seed in (0, 0, 1))
+    first, again, other = (texts_of(mix_samples([("a", parts[0], 0.5)], seed), tokenizer) for seed in (0, 0, 1))
     assert first == again != other
 
 
 def test_weight_that_leaves_no_row_is_refused(parts):
-    with pytest.raises(ValueError, match=r"a weight of --train_data_path is so small"):
-        mix_samples([(parts[0], 1), (parts[1], 0.1)], 0)
+    with pytest.raises(ValueError, match=r"--train_data_path b\.jsonl:0\.1: so small a weight leaves none"):
+        mix_samples([("a.jsonl", parts[0], 1), ("b.jsonl", parts[1], 0.1)], 0)
 
 
 def test_column_of_a_mixture(parts):
-    mixed = mix_samples([(parts[0], 0.5), (parts[1], 2)], 0)
+    mixed = mix_samples([("a", parts[0], 0.5), ("b", parts[1], 2)], 0)
     assert column(mixed, "length").tolist() == [len(ids) for ids in mixed["input_ids"]]
 
 

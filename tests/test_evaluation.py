@@ -114,8 +114,8 @@ def test_predictions_of_other_settings_are_not_mixed(run, tmp_path):
     for flags, named in (
         (("--seed", 7), "seed 42, now 7"),
         (("--protocol", "published"), "protocol greedy, now published"),
-        (("--max_prompts", 5), "rows_digest"),
-        (("--prompt_text", "写广告："), "rows_digest"),
+        (("--max_prompts", 5), "the rows are not the same"),
+        (("--prompt_text", "写广告："), "the rows are not the same"),
         (("--compute_dtype", "bf16"), "now bfloat16"),
     ):
         with pytest.raises(SystemExit, match=rf"error: .*made in another way: .*{named}.*--output_dir"):

@@ -327,3 +327,22 @@ def test_rows_of_several_files_know_their_file(flags, sample_rows, tmp_path):
     run = check_run(FinetuneArguments(**flags | {"train_data_path": [first, f"{second}:0.5"]}))
     assert not run.problems
     assert run.train_samples["file"][:] == [first] * 48 + [second] * 6
+    run.args.check = 49
+    assert f"trained on of {first}\n" in describe(run) and f"trained on of {second}\n" in describe(run)
+
+
+def test_data_too_small_for_a_step_that_is_not_dropped(flags, values):
+    edit_json(flags, values, dataloader_drop_last=True, gradient_accumulation_steps=1000)
+    assert re.search(r"a step takes \d+ samples, there are 48, .* there is nothing to train", problem_of(flags))
+
+
+def test_more_layers_than_there_are(flags):
+    assert problem_of(flags, kept_mlp=99) == "--kept_mlp is 99; the model has 2 layers."
+
+
+def test_one_process_of_many_says_what_is_wrong(flags, tmp_path, monkeypatch):
+    run = check_run(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path / "nowhere")}))
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as raised:
+        run.raise_problems()
+    assert raised.value.code == 1

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from transformers import TrainingArguments
 
@@ -164,6 +165,9 @@ def test_refused_settings_are_those_of_transformers(name):
         ("seed", -1, "is -1; it must be at least 0 and below 2**32"),
         ("optim", "schedule_free_adamw", "is schedule_free_adamw, which needs a training step of its own"),
         ("metric_for_best_model", "rouge", "is rouge; only eval_loss is computed"),
+        ("save_steps", 0, "is 0; it must be positive"),
+        ("eval_steps", -5, "is -5; it must be positive"),
+        ("hub_strategy", "checkpoint", "is checkpoint; checkpoints are not uploaded"),
     ],
 )
 def test_value_of_another_kind_is_refused(write_json, key, value, expected):
@@ -242,6 +246,24 @@ def test_byte_order_mark_is_read(tmp_path):
 def test_value_that_transformers_refuses_names_the_file(write_json, values):
     with pytest.raises(ValueError, match=r"args\.json"):
         read_training_arguments(write_json(**values))
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"eval_on_start": True, "load_best_model_at_end": True}, "eval_on_start, load_best_model_at_end"),
+        ({"save_strategy": "best"}, "save_strategy"),
+    ],
+)
+def test_what_needs_evaluations_is_refused_without_them(write_json, values, named):
+    with pytest.raises(ValueError, match=rf"args\.json: {named} cannot be had with --eval_data_path none"):
+        read_training_arguments(write_json(**values), evaluate=False)
+
+
+def test_cpu_is_not_chosen_where_there_is_a_gpu(write_json, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="hide it with CUDA_VISIBLE_DEVICES= instead"):
+        read_training_arguments(write_json(use_cpu=True), compute_dtype="fp32")
 
 
 def test_seed_of_the_command_line_takes_the_place_of_the_json(write_json):
