@@ -14,6 +14,7 @@ from chatglm import ChatGLMConfig
 
 HOW_TO_GET = 'Download all files of THUDM/chatglm-6b into it (README, "Weights"), or try `bash train.sh --demo`.'
 NF4 = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -38,7 +39,7 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {path}. {HOW_TO_GET}")
-    for name in ("config.json", "tokenizer_config.json", "ice_text.model"):
+    for name in ("config.json", *TOKENIZER_FILES):
         check_file(folder / name)
     config = read_config(folder)
     for shard in weight_files(folder):

@@ -16,10 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chatglm import ChatGLMConfig
 from qlora.arguments import parse_command_line
+from qlora.checkpoint import TOKENIZER_FILES
 from qlora.errors import message_instead_of_traceback
 from qlora.export import write_checkpoint
-
-TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 
 
 @dataclass

@@ -15,13 +15,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qlora.arguments import COMPUTE_DTYPES, parse_command_line
+from qlora.checkpoint import TOKENIZER_FILES
 from qlora.errors import message_instead_of_traceback
 from qlora.export import whole_folder, write_checkpoint
 from qlora.loading import adapter_config
 from qlora.merging import merged_tensors
 
 # The tokenizer's, and the official code that a config.json may point to.
-COPIED = ("ice_text.model", "tokenizer_config.json", "generation_config.json", "*.py", "*LICENSE*")
+COPIED = (*TOKENIZER_FILES, "generation_config.json", "*.py", "*LICENSE*")
 WEIGHTS = {
     "nf4": "the 4-bit weights that the adapter was trained against, dequantised",
     "original": "the original 16-bit weights",

@@ -26,6 +26,7 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from qlora.checkpoint import TOKENIZER_FILES
 from qlora.export import write_checkpoint
 from qlora.loading import add_lora
 
@@ -34,7 +35,6 @@ GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_CHECKPOINT = GOLDEN / "tiny" / "checkpoint"
 GOLDEN_ADAPTER = GOLDEN / "tiny" / "adapter"
 STEPS, SAVE_STEPS = 8, 4
-TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 
 
 def import_script(path: Path) -> ModuleType:

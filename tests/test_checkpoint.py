@@ -8,7 +8,7 @@ import torch
 from conftest import GOLDEN_CHECKPOINT, copy_tokenizer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from qlora.checkpoint import check_checkpoint
+from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
 from qlora.export import write_checkpoint
 
 INDEX = "pytorch_model.bin.index.json"
@@ -72,7 +72,7 @@ def test_missing_folder(tmp_path):
         check_checkpoint(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "ice_text.model", *SHARDS])
+@pytest.mark.parametrize("name", ["config.json", *TOKENIZER_FILES, *SHARDS])
 def test_missing_file(golden_folder, name):
     (golden_folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):

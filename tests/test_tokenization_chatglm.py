@@ -10,10 +10,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, TOKENIZER_FILES
+from conftest import GOLDEN
 from transformers import AutoTokenizer
 
 from chatglm import ChatGLMTokenizer
+from qlora.checkpoint import TOKENIZER_FILES
 
 EXPECTED = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
 CONTROL_TOKENS = ("<sop>", "<eop>", "<pad>", "<unk>", "[MASK]", "[gMASK]", "[sMASK]", "<s>", "</s>")
