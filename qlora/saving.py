@@ -1,12 +1,10 @@
 """What a run leaves on the disk appears whole or not at all; and which folders a run may go on from or write to."""
 
 import contextlib
-import json
 import logging
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
-from qlora.checkpoint import safetensors_size
+from qlora.checkpoint import defect_of
 from qlora.errors import TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -29,6 +27,7 @@ CHECKPOINT_FILES = (
     "rng_state*.pth",  # with several processes, one for each
     "trainer_state.json",
 )
+SCALER = "scaler.pt"  # only of a run in fp16
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -47,27 +46,15 @@ def defect(checkpoint: Path) -> str | None:
     """Why a run cannot go on from a checkpoint; None for a whole one."""
     if not checkpoint.is_dir():
         return "there is no such folder"
-    for pattern in CHECKPOINT_FILES:
+    for pattern in (*CHECKPOINT_FILES, SCALER):
         found = sorted(checkpoint.glob(pattern))
-        if not found:
+        if not found and pattern != SCALER:
             return f"{pattern} is missing"
         for path in found:
-            if not is_whole(path):
-                return f"{path.name} is damaged or was not written to its end"
+            reason = defect_of(path, check_sums=True)
+            if reason:
+                return f"{path.name} {reason}"
     return None
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file of a checkpoint can be read to its end: JSON, safetensors, or torch's zip with its check sums."""
-    try:
-        if path.suffix == ".json":
-            return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-        if path.suffix == ".safetensors":
-            return path.stat().st_size == safetensors_size(path)
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (ValueError, zipfile.BadZipFile):
-        return False
 
 
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:

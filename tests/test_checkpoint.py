@@ -1,6 +1,7 @@
 """qlora/checkpoint.py: every way in which a folder can be no ChatGLM-6B; qlora/export.py: writing one."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,22 @@ def test_broken_safetensors_header(safetensors_folder, header):
     (safetensors_folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or incomplete"):
         check_checkpoint(str(safetensors_folder))
+
+
+def test_no_flipped_bits_let_another_exception_escape(golden_folder):
+    path, draw, refused = golden_folder / SHARDS[1], random.Random(0), 0
+    content = path.read_bytes()
+    for _ in range(100):
+        damaged = bytearray(content)
+        for place in draw.sample(range(len(content) - 2000, len(content)), 3):  # the directory of the archive
+            damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            check_checkpoint(str(golden_folder))
+        except ValueError as error:
+            assert f"{path} is damaged or incomplete" in str(error) or f"{path} holds more than" in str(error)
+            refused += 1
+    assert refused > 50
 
 
 def test_chatglm2_is_refused(golden_folder):

@@ -19,6 +19,7 @@ from chatglm.chat import build_prompt
 from qlora.checkpoint import check_checkpoint
 from qlora.data import IGNORE_INDEX, SampleEncoder, load_samples, read_rows
 from qlora.loading import load_adapter
+from qlora.saving import find_checkpoint
 
 GOOD_LINE = json.dumps({"instruction": "类型#裙", "output": "白色的裙。"}).encode()
 
@@ -229,11 +230,21 @@ def test_code_in_a_checkpoint_is_not_run(
     checkpoint = shutil.copytree(interrupted, tmp_path / "checkpoint-1")
     arm(checkpoint / name, mark)
     if not checked:  # the libraries beneath must hold too
-        monkeypatch.setattr("qlora.preflight.check_training_state", lambda folder: None)
+        monkeypatch.setattr("qlora.saving.defect", lambda folder: None)
+        monkeypatch.setattr("qlora.preflight.check_training_state", lambda folder: None, raising=False)
     flags = flags_of(tmp_path, tiny_checkpoint, sample_rows[:8], "--resume_from_checkpoint", str(checkpoint))
     with pytest.raises((SystemExit, pickle.UnpicklingError)) as raised:
         train(*flags)
     assert not checked or f"{name} holds more than numbers" in str(raised.value.code)
+    assert not mark.exists()
+
+
+def test_checkpoint_with_code_is_passed_over(interrupted, tmp_path, mark, caplog):
+    for step in (1, 2):
+        shutil.copytree(interrupted, tmp_path / f"checkpoint-{step}")
+    arm(tmp_path / "checkpoint-2" / "scheduler.pt", mark)
+    assert find_checkpoint("last", str(tmp_path)) == str(tmp_path / "checkpoint-1")
+    assert "checkpoint-2 is passed over: scheduler.pt holds more than numbers" in caplog.text
     assert not mark.exists()
 
 

@@ -195,6 +195,35 @@ def test_flipped_byte_in_the_optimizer_is_noticed(output):
     assert "optimizer.pt is damaged" in defect(path.parent)
 
 
+@pytest.mark.parametrize("pattern", CHECKPOINT_FILES)
+def test_no_flipped_bits_let_an_exception_escape(output, pattern):
+    draw, (path,) = random.Random(pattern), (output / f"checkpoint-{STEPS}").glob(pattern)
+    content, found = path.read_bytes(), []
+    ends = [*range(min(len(content), 100)), *range(max(len(content) - 500, 0), len(content))]  # where headers are
+    for _ in range(150):
+        damaged = bytearray(content)
+        for place in (*draw.choices(ends, k=draw.randint(0, 3)), draw.randrange(len(content))):
+            damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        found.append(defect(path.parent))
+    assert all(reason is None or reason.startswith(f"{path.name} ") for reason in found)
+    assert sum(reason is not None for reason in found) > 5  # safetensors has no check sums
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", '"'])
+def test_strange_json_is_a_defect(output, content):
+    (output / f"checkpoint-{STEPS}" / "trainer_state.json").write_text(content)
+    assert "trainer_state.json is damaged" in defect(output / f"checkpoint-{STEPS}")
+
+
+def test_scaler_need_not_be_there_and_must_be_whole(output):
+    scaler = output / f"checkpoint-{STEPS}" / "scaler.pt"
+    torch.save({"scale": 1.0}, scaler)
+    assert defect(scaler.parent) is None
+    cut_off(scaler)
+    assert "scaler.pt is damaged" in defect(scaler.parent)
+
+
 def test_folders_that_are_no_checkpoints_are_not_taken_for_one(output):
     for name in ("checkpoint-99.old", "checkpoint-best", STAGING):
         shutil.copytree(output / f"checkpoint-{STEPS}", output / name)
