@@ -1,6 +1,7 @@
 """What a run leaves on the disk appears whole or not at all; and which folders a run may go on from or write to."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -81,6 +82,31 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
     raise FileNotFoundError(
         f"--resume_from_checkpoint last: there is no whole checkpoint in {output_dir}. Start without this flag."
     )
+
+
+def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules: list[str]):
+    """Checks that a run goes on with the adapter of its checkpoint; only the dropout may be another.
+
+    Args:
+        checkpoint: a folder in which `defect` finds nothing.
+        rank, alpha, target_modules: of the adapter that is asked for.
+    Raises:
+        ValueError: the checkpoint's adapter has other values.
+    """
+    config = json.loads((Path(checkpoint) / "adapter_config.json").read_text(encoding="utf-8"))
+    values = {
+        "--lora_rank": (config.get("r"), rank),
+        "--lora_alpha": (config.get("lora_alpha"), alpha),
+        "--lora_target_modules": tuple(
+            " ".join(sorted(map(str, names))) for names in (config.get("target_modules") or [], set(target_modules))
+        ),
+    }
+    different = [f"{flag} {saved} (not {given})" for flag, (saved, given) in values.items() if saved != given]
+    if different:
+        raise ValueError(
+            f"{checkpoint} holds an adapter of {', '.join(different)}, and a run goes on with the adapter that it "
+            "has. Give these values, or start another run without --resume_from_checkpoint."
+        )
 
 
 def check_output_dir(output_dir: str, checkpoint: str | None):

@@ -19,14 +19,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, write_json
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from transformers import Trainer
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.errors import TrainingStopped
 from qlora.loading import add_lora, load_quantized_model
-from qlora.saving import CHECKPOINT_FILES, STAGING, check_saved_adapter, checkpoints, defect, find_checkpoint
+from qlora.saving import (
+    CHECKPOINT_FILES,
+    STAGING,
+    check_same_adapter,
+    check_saved_adapter,
+    checkpoints,
+    defect,
+    find_checkpoint,
+)
 
 KILLS = 6  # at random times, at random accesses to files, in random passes of the model
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
@@ -229,6 +237,30 @@ def test_folders_that_are_no_checkpoints_are_not_taken_for_one(output):
         shutil.copytree(output / f"checkpoint-{STEPS}", output / name)
     shutil.copytree(output / f"checkpoint-{STEPS}", output / STAGING / "checkpoint-100")
     assert find_checkpoint("last", str(output)) == str(output / f"checkpoint-{STEPS}")
+
+
+def test_only_the_adapter_of_the_checkpoint_is_gone_on_with(output):
+    checkpoint = str(output / f"checkpoint-{STEPS}")
+    saved = LoraConfig.from_pretrained(checkpoint)
+    given = {"rank": saved.r, "alpha": float(saved.lora_alpha), "target_modules": sorted(saved.target_modules)}
+    check_same_adapter(checkpoint, **given)
+    check_same_adapter(checkpoint, **given | {"target_modules": given["target_modules"] * 2})
+    for flag, was, change in [
+        ("--lora_rank", saved.r, {"rank": 16}),
+        ("--lora_alpha", saved.lora_alpha, {"alpha": 16}),
+        ("--lora_target_modules", "query_key_value", {"target_modules": ["query_key_value", "dense"]}),
+    ]:
+        now = " ".join(sorted(value)) if isinstance(value := next(iter(change.values())), list) else value
+        with pytest.raises(ValueError, match=re.escape(f"an adapter of {flag} {was} (not {now}), and")):
+            check_same_adapter(checkpoint, **given | change)
+
+
+@pytest.mark.parametrize("config", [{}, {"target_modules": None}, {"r": "4", "target_modules": "all-linear"}])
+def test_strange_adapter_config_is_another_adapter(output, config):
+    checkpoint = output / f"checkpoint-{STEPS}"
+    (checkpoint / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"--lora_rank .* --lora_target_modules"):
+        check_same_adapter(str(checkpoint), 4, 32, ["query_key_value"])
 
 
 def test_finished_run_is_not_overwritten(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
