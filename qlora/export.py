@@ -21,20 +21,22 @@ NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_
 
 @contextlib.contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `path` once all is in it, and is gone where that fails.
+    """A folder to write into, which gets the name `path` once all is in it, and is gone where writing fails.
 
     Raises:
         ValueError: there is something of this name.
     """
-    if Path(path).exists():
+    target = Path(path)
+    if target.exists():
         raise ValueError(f"--output_dir {path} exists already: name another folder, or delete it.")
-    aside = Path(f"{path}.partial")
+    aside = target.with_name(f"{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
     try:
         yield aside
-        publish_folder(aside, Path(path))
-    finally:
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        raise
+    publish_folder(aside, target)
 
 
 def write_checkpoint(

@@ -164,11 +164,15 @@ def what_is_kept(output_dir: str) -> str:
     return f"{newest} is whole: go on from it with --resume_from_checkpoint last."
 
 
-def publish_folder(source: Path, target: Path):
-    """Gives a folder its final name, once it is on the disk; what has this name is replaced."""
+def publish_folder(source: Path, target: Path, replaced: Path | None = None):
+    """Gives a folder its final name, once it is on the disk.
+
+    Args:
+        replaced: new name of what has the final name; by default there may be nothing of this name.
+    """
     flush(*source.rglob("*"), source)
-    if target.exists():
-        os.rename(target, source.with_name("replaced"))
+    if replaced and target.exists():
+        os.rename(target, replaced)
     os.rename(source, target)
     flush(target.parent)
 

@@ -258,7 +258,7 @@ class QLoRATrainer(Trainer):
                 self.state.best_model_checkpoint = str(output_dir / name)
             if self.args.should_save:
                 self.state.save_to_json(str(self.run_dir / name / "trainer_state.json"))
-                publish_folder(self.run_dir / name, output_dir / name)
+                publish_folder(self.run_dir / name, output_dir / name, replaced=self.run_dir / "replaced")
                 rotate_checkpoints(
                     output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
                 )

@@ -245,14 +245,32 @@ def test_an_existing_folder_is_not_overwritten(run, golden_folder, tmp_path, nam
     assert not list((tmp_path / "there").iterdir())
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "merged"
-    with pytest.raises(OSError, match="disk full"), whole_folder(str(target)) as folder:
+def write_folder(path: str, *, appears: Path | None = None):
+    """Writes a folder of one file, during which another folder appears."""
+    with whole_folder(path) as folder:
+        folder.mkdir()
+        (folder / "all").write_text("ours")
+        if appears:
+            appears.mkdir()
+            (appears / "all").write_text("another's")
+
+
+@pytest.mark.parametrize("name", ["merged", "merged/", "merged//", "v1.0"])
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, name):
+    target = f"{tmp_path}/{name}"
+    with pytest.raises(OSError, match="disk full"), whole_folder(target) as folder:
         folder.mkdir()
         (folder / "half").write_text("")
         raise OSError("disk full")
     assert not list(tmp_path.iterdir())
-    with whole_folder(str(target)) as folder:
-        folder.mkdir()
-        (folder / "all").write_text("")
-    assert [path.name for path in tmp_path.rglob("*")] == ["merged", "all"]
+    write_folder(target)
+    assert [path.name for path in tmp_path.rglob("*")] == [name.strip("/"), "all"]
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced_and_nothing_is_lost(tmp_path):
+    target = tmp_path / "merged"
+    with pytest.raises(OSError, match=r"merged\.partial"):
+        write_folder(str(target), appears=target)
+    assert (target / "all").read_text() == "another's"
+    assert (tmp_path / "merged.partial" / "all").read_text() == "ours"
+    assert len(list(tmp_path.iterdir())) == 2
