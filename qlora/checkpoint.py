@@ -32,12 +32,13 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
         Its configuration.
     Raises:
         FileNotFoundError: the folder, a file, or a shard named by the index is missing.
-        ValueError: another architecture, a truncated file, a Git LFS pointer in place of a file, or a file that would
-            run code when it is loaded.
+        ValueError: an adapter, another architecture, a truncated file, a Git LFS pointer in place of a file, or a file
+            that would run code when it is loaded.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {path}. {HOW_TO_GET}")
+    check_no_adapter(folder)
     for name in ("config.json", *TOKENIZER_FILES):
         check_file(folder / name)
     config = read_config(folder)
@@ -47,6 +48,14 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
         if defect:
             raise ValueError(f"{shard} {defect}. Download it again, from a source that you trust.")
     return config
+
+
+def check_no_adapter(folder: Path):
+    """ValueError for a folder with an adapter, which transformers would load into the base model unasked."""
+    if (folder / "adapter_config.json").exists():
+        is_base = (folder / "config.json").exists()
+        advice = "move adapter_config.json and adapter_model.* into another one" if is_base else "name that one"
+        raise ValueError(f"{folder} holds an adapter; the base model belongs in a folder of its own: {advice}.")
 
 
 def read_config(folder: Path) -> ChatGLMConfig:

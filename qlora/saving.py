@@ -113,8 +113,13 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
     """A run starts in a folder without an earlier one, or goes on from the newest checkpoint in its folder.
 
     Raises:
-        ValueError: another run's results would be overwritten or mixed with this one's.
+        ValueError: a model's files, or another run's results, would be overwritten or mixed with this run's.
     """
+    if (Path(output_dir) / "config.json").exists():
+        raise ValueError(
+            f"output_dir {output_dir} holds a model (config.json), whose README.md and tokenizer files would be "
+            "overwritten. Name another output_dir in the JSON."
+        )
     present = [path.name for path in checkpoints(output_dir)]
     if (Path(output_dir) / "adapter_config.json").exists():
         present.insert(0, "a finished adapter")
@@ -122,7 +127,8 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
         step = step_of(Path(checkpoint)) or 0
         present = [path.name for path in checkpoints(output_dir) if step_of(path) > step and not defect(path)]
     if present:
-        resume = ", or go on with --resume_from_checkpoint last" if checkpoints(output_dir) else ""
+        whole = any(not defect(path) for path in checkpoints(output_dir))
+        resume = ", or go on with --resume_from_checkpoint last" if whole else ""
         raise ValueError(
             f"{output_dir} holds an earlier run ({', '.join(present[:2])}), which is not overwritten. Name another "
             f"output_dir in the JSON, move or delete this one{resume}."

@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN_CHECKPOINT, copy_tokenizer
+from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, copy_tokenizer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
@@ -144,6 +146,15 @@ def test_quantised_checkpoint_is_refused(golden_folder):
     edit_json(golden_folder / "config.json", quantization_bit=4)
     with pytest.raises(ValueError, match="quantization_bit=4"):
         check_checkpoint(str(golden_folder))
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_folder_with_an_adapter_is_no_base(golden_folder, tmp_path, with_base):
+    folder = shutil.copytree(GOLDEN_ADAPTER, golden_folder if with_base else tmp_path / "adapter", dirs_exist_ok=True)
+    advice = "move adapter_config.json and adapter_model.* into another one" if with_base else "name that one"
+    with pytest.raises(ValueError, match=re.escape(f"{folder} holds an adapter")) as raised:
+        check_checkpoint(str(folder))
+    assert str(raised.value).endswith(f"a folder of its own: {advice}.")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "", None])

@@ -29,6 +29,7 @@ from qlora.loading import add_lora, load_quantized_model
 from qlora.saving import (
     CHECKPOINT_FILES,
     STAGING,
+    check_output_dir,
     check_same_adapter,
     check_saved_adapter,
     checkpoints,
@@ -273,6 +274,23 @@ def test_finished_run_is_not_overwritten(trained, tiny_checkpoint, train_file, d
         assert f"{trained} holds an earlier run (a finished adapter, checkpoint-{STEPS})" in message
         assert "another output_dir" in message and "--resume_from_checkpoint last" in message
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+def test_folder_of_a_model_is_no_output_dir(tiny_checkpoint, train_file, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    flags = flags_of(write_json(tmp_path / "args.json", folder), folder, train_file, "none")
+    assert f"output_dir {folder} holds a model (config.json)" in error_of(train_qlora, *flags)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_resuming_is_advised_only_where_it_is_possible(output):
+    with pytest.raises(ValueError, match="or go on with --resume_from_checkpoint last"):
+        check_output_dir(str(output), None)
+    for checkpoint in checkpoints(output):  # as with save_only_model
+        (checkpoint / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=rf"earlier run \(checkpoint-{STEPS}, .*move or delete this one\.$"):
+        check_output_dir(str(output), None)
 
 
 @pytest.mark.parametrize("resume", [None, SAVE_STEPS])
