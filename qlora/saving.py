@@ -183,6 +183,21 @@ def publish_folder(source: Path, target: Path, replaced: Path | None = None):
     flush(target.parent)
 
 
+def delete_old_checkpoints(newest: Path, limit: int | None, best: str | None):
+    """Deletes a run's oldest checkpoints, but never the one just written, nor the best.
+
+    Args:
+        newest: the one just written; others of a later step are not of this run.
+        limit: how many may be there, `save_total_limit`; None or 0 for any number.
+        best: the one with the lowest evaluation loss so far, if the run looks for it.
+    """
+    present = [path for path in checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
+    kept = {newest.name, Path(best).name if best else None}
+    excess = len(present) - limit if limit else 0
+    for path in [path for path in reversed(present) if path.name not in kept][: max(excess, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def publish_files(source: Path, target: Path):
     """Moves files into a folder, once they are on the disk; the one that makes it an adapter comes last."""
     files = sorted(source.iterdir(), key=lambda path: path.name == "adapter_config.json")

@@ -19,12 +19,18 @@ import torch
 from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from qlora.collation import ConcatenatingCollator, PaddingCollator
 from qlora.errors import TrainingStopped, stop_all_processes
 from qlora.loading import GIB
-from qlora.saving import check_saved_adapter, publish_files, publish_folder, written_aside
+from qlora.saving import (
+    check_saved_adapter,
+    delete_old_checkpoints,
+    publish_files,
+    publish_folder,
+    written_aside,
+)
 from qlora.splitting import Samples, count_tokens, label_count, own_samples, split_evenly
 from qlora.step_check import Step, StepCheck, name_rows
 
@@ -259,9 +265,7 @@ class QLoRATrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(str(self.run_dir / name / "trainer_state.json"))
                 publish_folder(self.run_dir / name, output_dir / name, replaced=self.run_dir / "replaced")
-                rotate_checkpoints(
-                    output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-                )
+                delete_old_checkpoints(output_dir / name, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.run_dir = output_dir
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):

@@ -34,6 +34,7 @@ from qlora.saving import (
     check_saved_adapter,
     checkpoints,
     defect,
+    delete_old_checkpoints,
     find_checkpoint,
 )
 
@@ -327,6 +328,35 @@ def test_best_checkpoint_is_named_by_where_it_is_and_old_ones_go(tiny_checkpoint
     best = output / f"checkpoint-{min(losses, key=losses.get)}"
     assert state["best_model_checkpoint"] == str(best) and defect(best) is None
     assert len(checkpoints(output)) == 2
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [
+        (None, None, {2, 4, 6, 8, 10}),
+        (0, None, {2, 4, 6, 8, 10}),
+        (1, None, {8, 10}),
+        (2, None, {6, 8, 10}),
+        (2, "elsewhere/checkpoint-2", {2, 8, 10}),
+        (1, "checkpoint-4", {4, 8, 10}),
+        (9, "checkpoint-4", {2, 4, 6, 8, 10}),
+    ],
+)
+def test_old_checkpoints_go_and_nothing_else(tmp_path, limit, best, left):
+    # checkpoint-10 is of another run, damaged or not; names of the user's own are not touched, however old.
+    others = {"checkpoint-best", "checkpoint-4-copy", "checkpoint-", "my-checkpoint-2"}
+    for name in (*others, *(f"checkpoint-{step}" for step in (2, 4, 6, 8, 10))):
+        (tmp_path / name).mkdir()
+    delete_old_checkpoints(tmp_path / "checkpoint-8", limit, best)
+    assert {path.name for path in tmp_path.iterdir()} == others | {f"checkpoint-{step}" for step in left}
+
+
+def test_a_run_leaves_the_folders_of_the_user(tiny_checkpoint, train_file, tmp_path):
+    output = tmp_path / "out"
+    (output / "checkpoint-best").mkdir(parents=True)
+    args_json = write_json(tmp_path / "args.json", output, save_total_limit=1, save_steps=2)
+    run_main(train_qlora, *flags_of(args_json, tiny_checkpoint, train_file, "none"))
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-best", f"checkpoint-{STEPS}"}
 
 
 # A full disk.
