@@ -1,6 +1,7 @@
 """What a run leaves on the disk appears whole or not at all; and which folders a run may go on from or write to."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ CHECKPOINT_FILES = (
     "rng_state*.pth",  # with several processes, one for each
     "trainer_state.json",
 )
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SCALER = "scaler.pt"  # only of a run in fp16
 
 
@@ -152,14 +154,20 @@ def written_aside(output_dir: str, owner: bool) -> Iterator[Path]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):
             raise  # not torch.save's way to say that it could not write
-        free = shutil.disk_usage(output_dir).free / 2**20
-        raise TrainingStopped(
-            f"saving in {output_dir} failed: {str(error).splitlines()[0]} ({free:,.0f} MiB are free there). Make "
-            f"room. {what_is_kept(output_dir)}"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        if is_for_want_of_room(error):
+            reason += f" ({shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB are free there). Make room"
+        raise TrainingStopped(f"saving in {output_dir} failed: {reason}. {what_is_kept(output_dir)}") from error
     finally:
         if owner:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def is_for_want_of_room(error: OSError | SafetensorError | RuntimeError) -> bool:
+    """Whether a failure to write comes of a full disk, a quota, or a limit; torch does not say, and so it may be."""
+    in_words = re.search(r"os error (\d+)", str(error))  # as safetensors has it
+    number = int(in_words[1]) if in_words else getattr(error, "errno", None)
+    return isinstance(error, RuntimeError) or number in NO_ROOM
 
 
 def what_is_kept(output_dir: str) -> str:
@@ -218,9 +226,13 @@ def flush(*paths: Path):
                 os.close(descriptor)
 
 
-def check_saved_adapter(model: PeftModel, folder: str):
+def check_saved_adapter(model: PeftModel, folder: Path, final: Path):
     """Reads an adapter back; warns if nothing was learnt.
 
+    Args:
+        model: the model whose adapter was saved.
+        folder: where it is now.
+        final: where it will be, which the messages name.
     Raises:
         TrainingStopped: it is not the one in memory, or holds values that are not finite.
     """
@@ -229,6 +241,6 @@ def check_saved_adapter(model: PeftModel, folder: str):
     strange = [name for name, tensor in held.items() if not tensor.isfinite().all()]
     if different or strange:
         found = f"{strange[0]} is not finite" if strange else f"{different[0]} was read back differently"
-        raise TrainingStopped(f"the adapter cannot be trusted as it was saved in {folder}: {found}.")
+        raise TrainingStopped(f"the adapter cannot be trusted as it was saved for {final}: {found}.")
     if not any(tensor.any() for name, tensor in held.items() if "lora_B" in name):
-        logger.warning("The adapter in %s is untrained: every lora_B is zero.", folder)
+        logger.warning("The adapter in %s is untrained: every lora_B is zero.", final)

@@ -263,6 +263,7 @@ class QLoRATrainer(Trainer):
             if self.state.best_model_checkpoint == str(self.run_dir / name):  # as the Trainer found it there
                 self.state.best_model_checkpoint = str(output_dir / name)
             if self.args.should_save:
+                check_saved_adapter(self.model, self.run_dir / name, output_dir / name)
                 self.state.save_to_json(str(self.run_dir / name / "trainer_state.json"))
                 publish_folder(self.run_dir / name, output_dir / name, replaced=self.run_dir / "replaced")
                 delete_old_checkpoints(output_dir / name, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -276,13 +277,8 @@ class QLoRATrainer(Trainer):
         with written_aside(target, owner=self.args.should_save) as staging:
             super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
+                check_saved_adapter(self.model, staging, target)
                 self.state.save_to_json(str(staging / "trainer_state.json"))
                 publish_files(staging, target)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
-        """Writes adapter and tokenizer, and reads the adapter back."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            check_saved_adapter(self.model, output_dir)

@@ -1,6 +1,7 @@
 """qlora/saving.py: what is on the disk is whole, whatever happens while it is written."""
 
 import contextlib
+import errno
 import json
 import logging
 import multiprocessing
@@ -20,6 +21,7 @@ import pytest
 import torch
 from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, write_json
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import Trainer
 
 import train_qlora
@@ -36,6 +38,7 @@ from qlora.saving import (
     defect,
     delete_old_checkpoints,
     find_checkpoint,
+    written_aside,
 )
 
 KILLS = 6  # at random times, at random accesses to files, in random passes of the model
@@ -414,6 +417,29 @@ def test_full_disk_while_the_result_is_written(failing, tmp_path, file):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"checkpoint-{s}" for s in (SAVE_STEPS, STEPS)}
 
 
+@pytest.mark.parametrize(
+    ("error", "room"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), True),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), True),
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nframe #0: ..."), True),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out"), False),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), False),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), False),
+        (OSError(), False),
+    ],
+)
+def test_room_is_asked_for_only_where_it_is_wanting(tmp_path, error, room):
+    with pytest.raises(TrainingStopped) as raised, written_aside(str(tmp_path), owner=True):
+        raise error
+    ending = r" \([\d,]+ MiB are free there\)\. Make room" if room else ""
+    first_line = re.escape(str(error).partition("\n")[0])
+    pattern = rf"saving in \S+ failed: {first_line}{ending}\. There is no checkpoint yet\."
+    assert re.fullmatch(pattern, str(raised.value))
+
+
 # What was saved is what was trained.
 
 
@@ -424,11 +450,11 @@ def peft_model(tiny_checkpoint):
 
 def test_saved_adapter_is_compared_with_the_one_in_memory(peft_model, tmp_path):
     peft_model.save_pretrained(tmp_path)
-    check_saved_adapter(peft_model, str(tmp_path))
+    check_saved_adapter(peft_model, tmp_path, Path("out"))
     with torch.no_grad():
         next(p for p in peft_model.parameters() if p.requires_grad)[0, 0] += 1e-6
-    with pytest.raises(TrainingStopped, match="was read back differently"):
-        check_saved_adapter(peft_model, str(tmp_path))
+    with pytest.raises(TrainingStopped, match=r"as it was saved for out: .* was read back differently"):
+        check_saved_adapter(peft_model, tmp_path, Path("out"))
 
 
 def test_adapter_with_values_that_are_not_finite_is_refused(peft_model, tmp_path):
@@ -436,13 +462,13 @@ def test_adapter_with_values_that_are_not_finite_is_refused(peft_model, tmp_path
         next(p for p in peft_model.parameters() if p.requires_grad)[0, 0] = float("nan")
     peft_model.save_pretrained(tmp_path)
     with pytest.raises(TrainingStopped, match="is not finite"):
-        check_saved_adapter(peft_model, str(tmp_path))
+        check_saved_adapter(peft_model, tmp_path, Path("out"))
 
 
 def test_untrained_adapter_is_reported(peft_model, tmp_path, caplog):
     peft_model.save_pretrained(tmp_path)
-    check_saved_adapter(peft_model, str(tmp_path))
-    assert "is untrained: every lora_B is zero" in caplog.text
+    check_saved_adapter(peft_model, tmp_path, Path("out"))
+    assert "The adapter in out is untrained: every lora_B is zero" in caplog.text
     caplog.clear()
     with torch.no_grad():
         for name, tensor in get_peft_model_state_dict(peft_model).items():
@@ -450,5 +476,5 @@ def test_untrained_adapter_is_reported(peft_model, tmp_path, caplog):
                 tensor[0, 0] = 1.0
                 break
     peft_model.save_pretrained(tmp_path)
-    check_saved_adapter(peft_model, str(tmp_path))
+    check_saved_adapter(peft_model, tmp_path, Path("out"))
     assert caplog.text == ""

@@ -15,7 +15,7 @@ import qlora.trainer
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.errors import TrainingStopped
-from qlora.saving import checkpoints
+from qlora.saving import STAGING, checkpoints
 from qlora.splitting import Samples
 from qlora.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
 from qlora.trainer import QLoRATrainer
@@ -139,9 +139,11 @@ def test_evaluation_that_is_not_finite_is_an_error(flags, change_output, factor)
     assert f"the evaluation after step {SAVE_STEPS} has no loss: its sum is {factor}" in message
 
 
-def test_training_without_effect_is_reported(flags, caplog):
+def test_training_without_effect_is_reported(flags, tmp_path, caplog):
     run_main(train_qlora, *flags(evaluate=False, learning_rate=0.0, max_steps=1))
-    assert "is untrained: every lora_B is zero" in caplog.text
+    warnings = [record.message for record in caplog.records if "is untrained" in record.message]
+    assert warnings[-1] == f"The adapter in {tmp_path / 'out'} is untrained: every lora_B is zero."
+    assert all(STAGING not in message for message in warnings)
 
 
 def step_check(*gradient_norms: float, scaler: object | None) -> StepCheck:
