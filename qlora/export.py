@@ -49,7 +49,8 @@ def write_checkpoint(
     """Writes weights and configuration; one shard is in memory at a time, so the model may be larger than it.
 
     Args:
-        folder: created if need be; the tokenizer's files are not written.
+        folder: created if need be. The tokenizer's files are not written, nor the official code: config.json points
+            to it if it is there already.
         config: the model's configuration.
         tensor: gives the weight of a name and shape; the head is asked for under the embedding's name.
         shard_size: largest size of a file.
@@ -74,7 +75,10 @@ def write_checkpoint(
     if plan.is_sharded:
         index = {"metadata": {"total_size": plan.metadata["total_size"]}, "weight_map": plan.tensor_to_filename}
         write_json(target / "pytorch_model.bin.index.json", index)
-    write_json(target / "config.json", official_config(config, dtype))
+    values = official_config(config, dtype)
+    if not (target / "modeling_chatglm.py").is_file():
+        del values["auto_map"]
+    write_json(target / "config.json", values)
 
 
 def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str | Path):

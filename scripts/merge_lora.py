@@ -3,7 +3,8 @@
     python scripts/merge_lora.py --output_dir THUDM/chatglm-6b-merged
     python scripts/merge_lora.py --output_dir THUDM/chatglm-6b-merged --onto original --dtype bf16
 
-The folder needs no adapter any more: this project loads it as it loads the original, and so does the official code.
+The folder needs no adapter any more: this project loads it as it loads the original, and so does the official code,
+which is copied if its *.py files are in the base model's folder.
 """
 
 import logging
@@ -21,7 +22,7 @@ from qlora.export import whole_folder, write_checkpoint
 from qlora.loading import adapter_config
 from qlora.merging import merged_tensors
 
-# The tokenizer's, and the official code that a config.json may point to.
+# The tokenizer's, and the official code, to which config.json then points.
 COPIED = (*TOKENIZER_FILES, "generation_config.json", "*.py", "*LICENSE*")
 WEIGHTS = {
     "nf4": "the 4-bit weights that the adapter was trained against, dequantised",
@@ -63,9 +64,10 @@ def main():
         base_path = args.model_name_or_path or adapter_config(args.adapter_path).base_model_name_or_path
         config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, COMPUTE_DTYPES[args.compute_dtype])
         with whole_folder(args.output_dir) as folder:
-            write_checkpoint(folder, config, tensor, dtype=COMPUTE_DTYPES[args.dtype])
+            folder.mkdir(parents=True)
             for file in [file for pattern in COPIED for file in Path(base_path).glob(pattern)]:
                 shutil.copyfile(file, folder / file.name)
+            write_checkpoint(folder, config, tensor, dtype=COMPUTE_DTYPES[args.dtype])
     print(
         f"Merged {args.adapter_path} into {WEIGHTS[args.onto]} ({base_path}); wrote {args.output_dir} in {args.dtype}"
     )

@@ -163,6 +163,19 @@ def test_written_folder_is_official_and_has_the_same_logits(golden_folder, tmp_p
     load_quantized_model(str(output), torch.float32)
 
 
+def test_config_points_to_the_official_code_only_if_it_is_there(golden_folder, tokenizer, tmp_path, run):
+    adapter, nf4, merged = make_adapter(tmp_path / "adapter"), tmp_path / "nf4", tmp_path / "merged"
+    assert "auto_map" in json.loads((golden_folder / "config.json").read_text())
+    write_quantized(load_quantized_model(str(golden_folder), torch.float32), tokenizer, nf4)
+    for base in (golden_folder, nf4):
+        output = merged / base.name
+        run("merge_lora", model_name_or_path=base, adapter_path=adapter, output_dir=output, compute_dtype="fp32")
+        assert "auto_map" not in json.loads((output / "config.json").read_text())
+        assert not list(output.glob("*.py"))
+        assert check_checkpoint(str(output)).num_layers == 3
+        load_quantized_model(str(output), torch.float32)
+
+
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for file in weight_files(folder) for n, t in torch.load(file, weights_only=True).items()}
 
