@@ -46,7 +46,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def defect(checkpoint: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint; None for a whole one."""
+    """Why a run cannot go on from a checkpoint: a file is missing, damaged, or holds code; None for a whole one."""
     if not checkpoint.is_dir():
         return "there is no such folder"
     for pattern in (*CHECKPOINT_FILES, SCALER):
@@ -66,7 +66,7 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
     Args:
         requested: a folder, or 'last' for the newest whole one in `output_dir`; None for none.
     Raises:
-        FileNotFoundError: there is none, or it is not whole.
+        FileNotFoundError: there is none, or it has a `defect`.
     """
     if requested is None:
         return None
@@ -96,12 +96,11 @@ def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules:
         ValueError: the checkpoint's adapter has other values.
     """
     config = json.loads((Path(checkpoint) / "adapter_config.json").read_text(encoding="utf-8"))
+    modules = (config.get("target_modules") or [], target_modules)
     values = {
         "--lora_rank": (config.get("r"), rank),
         "--lora_alpha": (config.get("lora_alpha"), alpha),
-        "--lora_target_modules": tuple(
-            " ".join(sorted(map(str, names))) for names in (config.get("target_modules") or [], set(target_modules))
-        ),
+        "--lora_target_modules": tuple(" ".join(sorted(set(map(str, names)))) for names in modules),
     }
     different = [f"{flag} {saved} (not {given})" for flag, (saved, given) in values.items() if saved != given]
     if different:
@@ -196,13 +195,15 @@ def delete_old_checkpoints(newest: Path, limit: int | None, best: str | None):
 
     Args:
         newest: the one just written; others of a later step are not of this run.
-        limit: how many may be there, `save_total_limit`; None or 0 for any number.
+        limit: how many may be there, `save_total_limit`; None, 0 or less for any number.
         best: the one with the lowest evaluation loss so far, if the run looks for it.
     """
+    if not limit or limit < 0:
+        return
     present = [path for path in checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
     kept = {newest.name, Path(best).name if best else None}
-    excess = len(present) - limit if limit else 0
-    for path in [path for path in reversed(present) if path.name not in kept][: max(excess, 0)]:
+    old = [path for path in reversed(present) if path.name not in kept]
+    for path in old[: max(len(present) - limit, 0)]:
         shutil.rmtree(path, ignore_errors=True)
 
 

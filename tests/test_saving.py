@@ -338,6 +338,7 @@ def test_best_checkpoint_is_named_by_where_it_is_and_old_ones_go(tiny_checkpoint
     [
         (None, None, {2, 4, 6, 8, 10}),
         (0, None, {2, 4, 6, 8, 10}),
+        (-1, None, {2, 4, 6, 8, 10}),
         (1, None, {8, 10}),
         (2, None, {6, 8, 10}),
         (2, "elsewhere/checkpoint-2", {2, 8, 10}),
