@@ -146,12 +146,3 @@ def functions_called(path: Path) -> list[str]:
     """What loading a file of torch.save would run beyond making tensors and numpy's arrays."""
     with safe_globals():  # numpy's, in which the Trainer keeps the state of numpy's random numbers
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-
-
-def check_training_state(folder: str):
-    """ValueError for a file, of those a run resumes from, that is damaged or would run code when it is loaded."""
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".bin", ".pt", ".pth", ".safetensors") and path.name != "training_args.bin":
-            reason = defect_of(path)
-            if reason:
-                raise ValueError(f"{path} {reason}: resume from another checkpoint.")

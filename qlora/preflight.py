@@ -18,7 +18,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from chatglm import ChatGLMConfig
 from chatglm.rotary import kernel_runs_on
 from qlora.arguments import FinetuneArguments, choose_compute_dtype
-from qlora.checkpoint import check_checkpoint, check_training_state
+from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
 from qlora.data import SampleEncoder, column, load_rows, load_samples, mix_samples
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
@@ -29,10 +29,9 @@ from qlora.loading import (
     load_tokenizer,
 )
 from qlora.memory_plan import Sizes, memory_budget, plan_and_table
-from qlora.saving import check_output_dir, find_checkpoint
+from qlora.saving import check_output_dir, check_same_adapter, find_checkpoint
 from qlora.training_json import TrainingSetup, read_training_arguments
 
-TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")  # copied into every checkpoint
 ADAPTER_BYTES = 4  # for each trained parameter, fp32
 STATE_BYTES = 2**20  # of a checkpoint: the log, the schedule, the state of the random numbers
 OPTIMIZER_BYTES = 8  # the two moments of Adam, fp32: as much as a common optimizer keeps
@@ -190,7 +189,7 @@ def check_output(run: Run):
     with run.noting_problems():
         run.resume_from = find_checkpoint(run.args.resume_from_checkpoint, training_args.output_dir)
         if run.resume_from:
-            check_training_state(run.resume_from)
+            check_same_adapter(run.resume_from, run.args.lora_rank, run.args.lora_alpha, run.args.lora_target_modules)
         check_output_dir(training_args.output_dir, run.resume_from)
     with run.noting_problems():
         if run.train_samples:
