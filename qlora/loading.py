@@ -1,5 +1,6 @@
 """Loading: the tokenizer, the base model in 4 bits, the adapter on top."""
 
+import hashlib
 import logging
 import os
 import pickle
@@ -194,13 +195,18 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
 
     Raises:
         FileNotFoundError: there is no adapter.
-        ValueError: it is damaged, or was made for a model of another shape.
+        ValueError: it is damaged, was made for a model of another shape, or is merged into the model already.
     """
     adapter_config(path)
     try:
         weights = load_peft_weights(path, device="cpu")
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"the adapter's weights in {path} are damaged: {error}") from error
+    if digest_of(weights) == getattr(model.config, "merged_adapter", None):
+        raise ValueError(
+            f"the adapter in {path} is already merged into {model.name_or_path}; with it once more, it would count "
+            "twice. Give the model it was trained on with --model_name_or_path."
+        )
     try:
         model = PeftModel.from_pretrained(model, path)
         fits = shapes(get_peft_model_state_dict(model)) == shapes(weights)
@@ -214,6 +220,14 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
             "--model_name_or_path."
         )
     return model
+
+
+def digest_of(weights: dict[str, torch.Tensor]) -> str:
+    """A fingerprint of an adapter's weights, by which a model knows what was merged into it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name].float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def shapes(state_dict: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

@@ -11,11 +11,12 @@ import torch
 from bitsandbytes.functional import QuantState
 from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
+from peft.utils import load_peft_weights
 from safetensors import safe_open
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qlora.checkpoint import check_checkpoint, weight_files
-from qlora.loading import adapter_config, is_quantized, load_adapter
+from qlora.loading import adapter_config, digest_of, is_quantized, load_adapter
 
 # What a merge allows for, besides settings that have their defaults.
 PLAIN_LORA = (
@@ -49,6 +50,7 @@ def merged_tensors(
         )
     check_plain_lora(adapter_path, adapter_config(adapter_path))
     stored, delta = WeightReader(base_path), weight_deltas(config, adapter_path)
+    config.merged_adapter = digest_of(load_peft_weights(adapter_path, device="cpu"))
     linear = {f"{name}.weight" for name in linear_layers(config)}
     if not delta.keys() <= linear:
         raise ValueError(

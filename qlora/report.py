@@ -87,8 +87,8 @@ def show_sample(sample: dict, tokenizer: PreTrainedTokenizer, colour: bool) -> s
     """A sample's tokens as text, a line for each part: which is prompt, which is trained on."""
     control = {tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     ids, trained = sample["input_ids"], [label != IGNORE_INDEX for label in sample["labels"]]
-    of_file = f" of {sample['file']}" if "file" in sample else ""
-    lines = [f"line {sample['line']:<6} {len(ids)} tokens, {sum(trained)} of them trained on{of_file}"]
+    of_file = f"{sample['file']}, " if "file" in sample else ""
+    lines = [f"line {sample['line']:<6} {of_file}{len(ids)} tokens, {sum(trained)} of them trained on"]
     kinds = [(is_trained, token_id in control) for is_trained, token_id in zip(trained, ids, strict=True)]
     for kind, tokens in itertools.groupby(zip(kinds, ids, strict=True), lambda token: token[0]):
         name, ansi = PARTS[kind]

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -120,7 +119,7 @@ def settings_of(args: EvaluationArguments, base_path: str, compute_dtype: torch.
 
 
 def answer(
-    model: PeftModel,
+    model: torch.nn.Module,
     tokenizer: PreTrainedTokenizer,
     rows: list[dict],
     protocol: evaluation.Protocol,

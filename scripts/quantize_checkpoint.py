@@ -17,7 +17,7 @@ from qlora.arguments import COMPUTE_DTYPES, parse_command_line
 from qlora.checkpoint import check_checkpoint
 from qlora.errors import message_instead_of_traceback
 from qlora.export import whole_folder, write_quantized
-from qlora.loading import load_tokenizer, quantize_checkpoint
+from qlora.loading import is_quantized, load_tokenizer, quantize_checkpoint
 
 
 @dataclass
@@ -38,6 +38,8 @@ def main():
     with message_instead_of_traceback():
         args = parse_command_line(QuantizeArguments)
         config = check_checkpoint(args.model_name_or_path)
+        if is_quantized(config):
+            raise ValueError(f"{args.model_name_or_path} is in 4 bits already: use it as it is.")
         tokenizer = load_tokenizer(args.model_name_or_path)
         with whole_folder(args.output_dir) as folder:
             model = quantize_checkpoint(args.model_name_or_path, config, COMPUTE_DTYPES[args.compute_dtype])

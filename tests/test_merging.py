@@ -204,6 +204,23 @@ def test_merged_model_in_4_bits(golden_folder, tmp_path, run):
 # What is refused.
 
 
+def test_an_adapter_does_not_count_twice(golden_folder, tmp_path, run):
+    adapter, merged, quantized = make_adapter(tmp_path / "adapter"), tmp_path / "merged", tmp_path / "nf4"
+    run("merge_lora", model_name_or_path=golden_folder, adapter_path=adapter, output_dir=merged, onto="original")
+    run("quantize_checkpoint", model_name_or_path=merged, output_dir=quantized)
+    for folder in (merged, quantized):
+        with pytest.raises(ValueError, match="is already merged into"):
+            load_adapter(load_quantized_model(str(folder), torch.float32), adapter)
+    other = make_adapter(tmp_path / "other", r=2)
+    load_adapter(load_quantized_model(str(merged), torch.float32), other)
+
+
+def test_a_folder_in_4_bits_is_not_quantised_again(golden_folder, tmp_path, run):
+    run("quantize_checkpoint", model_name_or_path=golden_folder, output_dir=tmp_path / "nf4")
+    with pytest.raises(SystemExit, match="is in 4 bits already"):
+        run("quantize_checkpoint", model_name_or_path=tmp_path / "nf4", output_dir=tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -328,7 +328,7 @@ def test_rows_of_several_files_know_their_file(flags, sample_rows, tmp_path):
     assert not run.problems
     assert run.train_samples["file"][:] == [first] * 48 + [second] * 6
     run.args.check = 49
-    assert f"trained on of {first}\n" in describe(run) and f"trained on of {second}\n" in describe(run)
+    assert f" {first}, " in describe(run) and f" {second}, " in describe(run)
 
 
 def test_data_too_small_for_a_step_that_is_not_dropped(flags, values):
