@@ -26,6 +26,7 @@ from qlora.memory_plan import keep_or_recompute, plan_memory
 from qlora.preflight import Run, check_run
 from qlora.report import describe
 from qlora.trainer import QLoRATrainer
+from qlora.training_json import samples_per_step
 
 logger = logging.getLogger("train_qlora")
 
@@ -69,9 +70,8 @@ def prepare(run: Run) -> QLoRATrainer:
     else:
         use_training_kernels(model)
         fixed = args.fixed_plan(recompute, model.config.num_layers)
-        samples_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
         lengths = column(run.train_samples, "length").tolist()
-        max_tokens = plan_memory(model, lengths, samples_per_step, args.memory_budget, fixed)
+        max_tokens = plan_memory(model, lengths, samples_per_step(training_args), args.memory_budget, fixed)
 
     return QLoRATrainer(
         model=model,

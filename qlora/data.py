@@ -81,8 +81,11 @@ def read_prompts(path: str) -> list[str]:
 def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[tuple[int, Parsed]]:
     """Parses every line that is not empty, and gives its number; a failure names file, line number and reason."""
     if not Path(path).is_file():
-        hint = " It is a folder: name the file in it." if Path(path).is_dir() else ""
-        hint = hint or (" What follows the colon is no weight." if ":" in path else "")
+        hint = ""
+        if Path(path).is_dir():
+            hint = " It is a folder: name the file in it."
+        elif ":" in path:
+            hint = " What follows the colon is no weight."
         raise FileNotFoundError(f"there is no data file {path}.{hint}")
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):

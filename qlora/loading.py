@@ -202,7 +202,8 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
         weights = load_peft_weights(path, device="cpu")
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"the adapter's weights in {path} are damaged: {error}") from error
-    if digest_of(weights) == getattr(model.config, "merged_adapter", None):
+    merged = getattr(model.config, "merged_adapter", None)
+    if merged and digest_of(weights) == merged:
         raise ValueError(
             f"the adapter in {path} is already merged into {model.name_or_path}; with it once more, it would count "
             "twice. Give the model it was trained on with --model_name_or_path."

@@ -30,7 +30,7 @@ from qlora.loading import (
 )
 from qlora.memory_plan import Sizes, memory_budget, plan_and_table
 from qlora.saving import check_output_dir, check_same_adapter, find_checkpoint
-from qlora.training_json import TrainingSetup, read_training_arguments
+from qlora.training_json import TrainingSetup, read_training_arguments, samples_per_step
 
 ADAPTER_BYTES = 4  # for each trained parameter, fp32
 STATE_BYTES = 2**20  # of a checkpoint: the log, the schedule, the state of the random numbers
@@ -174,8 +174,7 @@ def plan_ahead(run: Run, unquantized: int, budget: int, fixed: dict[str, int]) -
     targets = frozenset(run.args.lora_target_modules)
     sizes = Sizes(config, dtype.itemsize, resident, run.trainable, targets, attention_kernel_runs(dtype))
     lengths = column(run.train_samples, "length").tolist()
-    samples_per_step = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    return plan_and_table(sizes, lengths, samples_per_step, budget, fixed)[1]
+    return plan_and_table(sizes, lengths, samples_per_step(training_args), budget, fixed)[1]
 
 
 def attention_kernel_runs(dtype: torch.dtype) -> bool:
@@ -226,14 +225,14 @@ def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
     Raises:
         ValueError: there would be no step at all.
     """
-    samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if args.dataloader_drop_last and num_samples < samples_per_step:
+    step_samples = samples_per_step(args) * args.world_size
+    if args.dataloader_drop_last and num_samples < step_samples:
         raise ValueError(
-            f"a step takes {samples_per_step} samples, there are {num_samples}, and dataloader_drop_last drops the "
+            f"a step takes {step_samples} samples, there are {num_samples}, and dataloader_drop_last drops the "
             "last step of an epoch if it is not full: there is nothing to train. Set it to false in the JSON."
         )
     rounded = math.floor if args.dataloader_drop_last else math.ceil
-    steps_per_epoch = rounded(num_samples / samples_per_step)
+    steps_per_epoch = rounded(num_samples / step_samples)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     state, flow = TrainerState(max_steps=steps), DefaultFlowCallback()
     state.compute_steps(args, steps)

@@ -33,6 +33,7 @@ from qlora.saving import (
 )
 from qlora.splitting import Samples, count_tokens, label_count, own_samples, split_evenly
 from qlora.step_check import Step, StepCheck, name_rows
+from qlora.training_json import samples_per_step
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class QLoRATrainer(Trainer):
     def __init__(self, model, args: TrainingArguments, max_tokens: int | None, callbacks=(), **kwargs):
         step_args = dataclasses.replace(
             args,
-            per_device_train_batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            per_device_train_batch_size=samples_per_step(args),
             gradient_accumulation_steps=1,
             remove_unused_columns=False,  # samples keep their line in the data file
         )
@@ -109,8 +110,6 @@ class QLoRATrainer(Trainer):
         num_labels, random_state = self.count_labels(inputs), random_states()
 
         def forward_backward(groups: list[list[dict]]) -> torch.Tensor:
-            model.zero_grad()
-            set_random_states(random_state)
             loss = torch.zeros((), device=self.args.device)
             for number, group in enumerate(groups, 1):
                 last = number == len(groups)
@@ -123,13 +122,25 @@ class QLoRATrainer(Trainer):
                 loss += group_loss.detach()
             return loss
 
-        loss = self.in_groups(inputs.items, forward_backward)
+        def undo():
+            model.zero_grad()
+            set_random_states(random_state)
+
+        loss = self.in_groups(inputs.items, forward_backward, undo)
         self.tokens_since_log += inputs.num_tokens
         self.step_check.steps.append(Step(self.state.global_step + 1, self._get_learning_rate(), inputs.rows, loss))
         return loss
 
-    def in_groups(self, samples: list[dict], run: Callable[[list[list[dict]]], Result]) -> Result:
-        """What `run` makes of groups of samples; where memory runs out, of smaller groups, from then on."""
+    def in_groups(
+        self, samples: list[dict], run: Callable[[list[list[dict]]], Result], undo: Callable[[], None] = lambda: None
+    ) -> Result:
+        """What `run` makes of groups of samples; where memory runs out, of smaller groups, from then on.
+
+        Args:
+            samples: to be split into groups.
+            run: what to do with the groups.
+            undo: takes back what an attempt left that ran out of memory.
+        """
         while True:
             groups = self.split(samples)
             try:
@@ -138,6 +149,7 @@ class QLoRATrainer(Trainer):
                 reason = str(error).split(". ")[0]
             # Not in the handler: as long as it lasts, the error holds on to the tensors of the attempt.
             self.make_groups_smaller(groups, reason)
+            undo()
 
     def make_groups_smaller(self, groups: list[list[dict]], reason: str):
         """Halves the most tokens of a group.

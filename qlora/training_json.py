@@ -125,6 +125,11 @@ def read_training_arguments(
     return TrainingSetup(training_args, dtype, recompute[0] if recompute else None)
 
 
+def samples_per_step(args: TrainingArguments) -> int:
+    """Samples of one optimizer step in each process, which the JSON gives as two factors."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps
+
+
 def check_keys(values: dict) -> list[str]:
     """What is wrong with the keys of the JSON and their values, as far as it shows without making the arguments."""
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
