@@ -15,6 +15,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+from accelerate import PartialState
 
 from qlora.arguments import FinetuneArguments, parse_command_line
 from qlora.curves import draw_losses
@@ -87,3 +88,4 @@ if __name__ == "__main__":
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s")
     main()
+    PartialState().destroy_process_group()

@@ -292,5 +292,8 @@ class QLoRATrainer(Trainer):
                 check_saved_adapter(self.model, staging, target)
                 self.state.save_to_json(str(staging / "trainer_state.json"))
                 publish_files(staging, target)
+        # None ends before the adapter is there; and a process that ends right after exchanging tensors may abort:
+        # gloo's threads still let go of them then, which they cannot while the interpreter is being torn down.
+        self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
