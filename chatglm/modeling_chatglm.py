@@ -118,7 +118,7 @@ class ChatGLMAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         packed_row: PackedRow | None = None,
         **kwargs,
     ) -> torch.Tensor:
@@ -127,8 +127,8 @@ class ChatGLMAttention(nn.Module):
             return self.dense(packed_attention(projected, position_embeddings, packed_row, self.head_dim))
         states = split_and_rotate(projected, *position_embeddings, self.head_dim)
         query, key, value = (state.transpose(1, 2) for state in states)  # [B, H, T, D]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.dense(output.flatten(2))
@@ -208,7 +208,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLMBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -243,30 +243,32 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         packed_row: PackedRow | None = None,
         kept: slice | torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """See `ChatGLMForConditionalGeneration.forward`; returns the hidden states after the last norm.
 
         They are [B, T, C], or with `kept`, a slice or a 1-D tensor, those of these positions only.
         """
+        cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds, not both and not neither.")
         if position_ids is None:
-            if input_ids is None or (past_key_values is not None and past_key_values.get_seq_length() > 0):
+            if input_ids is None or (cache is not None and cache.get_seq_length() > 0):
                 raise ValueError("With inputs_embeds or a filled cache, pass position_ids of shape [B, 2, T].")
             position_ids = prefix_lm_position_ids(input_ids, attention_mask, self.config)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and not self.training:
+            cache = DynamicCache(config=self.config)
         if packed_row is None and (attention_mask is None or attention_mask.dim() == 2):
-            attention_mask = self.attention_mask(attention_mask, position_ids, past_key_values)
+            attention_mask = self.attention_mask(attention_mask, position_ids, cache)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
@@ -276,22 +278,22 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 kept=kept if layer is self.layers[-1] else None,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=cache,
                 packed_row=packed_row,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(self.final_layernorm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(self.final_layernorm(hidden_states), cache)
 
     @staticmethod
     def attention_mask(
-        segment_ids: torch.Tensor | None, position_ids: torch.Tensor, past_key_values: Cache | None
+        segment_ids: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor:
         """The boolean mask [B, 1, T, S] for a row of samples and what the cache already holds."""
         T = position_ids.shape[-1]
-        if past_key_values is None:
+        if cache is None:
             past_length, kv_length = 0, T
         else:
-            past_length, kv_length = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(T, 0)[0]
+            past_length, kv_length = cache.get_seq_length(), cache.get_mask_sizes(T, 0)[0]
         return prefix_lm_mask(segment_ids, position_ids[:, 1], past_length, kv_length)
 
 
@@ -330,7 +332,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -338,6 +340,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         shift_labels: torch.Tensor | None = None,
         packed_row: PackedRow | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits and, with labels, the cross-entropy in fp32.
@@ -347,7 +350,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             attention_mask: [B, past + T]: 0 for padding, n for the n-th sample where several are concatenated in a
                 row (so 1 for all where there is one); or a ready bool mask [B, 1, T, S].
             position_ids: [B, 2, T]; derived from `input_ids` where there is one sample a row and no filled cache.
-            past_key_values: cache of earlier keys and values.
+            cache: earlier keys and values.
             inputs_embeds: [B, T, C], instead of `input_ids`.
             labels: [B, T], long, -100 where there is nothing to learn; logits at t predict label t + 1.
             use_cache: whether to return a cache; by default only outside training.
@@ -357,22 +360,22 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             packed_row: where the samples of a single row lie; attention then needs no mask.
             num_items_in_batch: divisor of the summed loss, the labels of all micro-batches of one optimizer step; None
                 gives the mean over this batch.
+            past_key_values: the name of `cache` before transformers 5.24.
         Returns:
-            loss (fp32 scalar or None), logits [B, positions kept, V] (or None), past_key_values.
+            loss (fp32 scalar or None), logits [B, positions kept, V] (or None), the cache (or None).
         """
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        outputs = self.transformer(
+        hidden_states, *present_cache = self.transformer(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            past_key_values if cache is None else cache,
             inputs_embeds,
             use_cache,
             packed_row=packed_row,
             kept=kept,
             **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
+        ).to_tuple()
         loss = logits = None
         if shift_labels is not None:
             loss = linear_cross_entropy(
@@ -382,7 +385,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             logits = self.lm_head(hidden_states)
         if labels is not None and shift_labels is None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss, logits, *present_cache)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, attention_mask=None, **kwargs) -> dict:
         """Adds the positions, which depend on where `[gMASK]` and `<sop>` stand in the whole sequence so far."""
@@ -392,10 +395,12 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         return super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
 
     def create_masks_for_generate(
-        self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+        self, config, inputs_embeds, attention_mask, cache=None, position_ids=None, past_key_values=None, **kwargs
     ) -> torch.Tensor:
         """The mask for a cache of fixed size, called by `generate` before a compiled forward."""
-        return self.transformer.attention_mask(attention_mask, position_ids, past_key_values)
+        return self.transformer.attention_mask(
+            attention_mask, position_ids, past_key_values if cache is None else cache
+        )
 
 
 __all__ = ["ChatGLMForConditionalGeneration", "ChatGLMModel", "ChatGLMPreTrainedModel"]

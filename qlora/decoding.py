@@ -153,19 +153,17 @@ def use_inference_kernels(model: torch.nn.Module):
             layer.forward = functools.partial(attention, layer)
 
 
-def attention(layer: ChatGLMAttention, hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs):
+def attention(layer: ChatGLMAttention, hidden_states, attention_mask, position_embeddings, cache, **kwargs):
     """One token a row goes from projection to output in one kernel; a prompt takes the model's own way."""
-    if hidden_states.shape[1] > 1 or not isinstance(past_key_values, StaticCache):
-        return ChatGLMAttention.forward(
-            layer, hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs
-        )
+    if hidden_states.shape[1] > 1 or not isinstance(cache, StaticCache):
+        return ChatGLMAttention.forward(layer, hidden_states, attention_mask, position_embeddings, cache, **kwargs)
     from qlora.decode_kernel import decode_attention
 
-    cache = past_key_values.layers[layer.layer_idx]
+    past = cache.layers[layer.layer_idx]
     tables = (table.reshape(-1, layer.head_dim) for table in position_embeddings)
     projected, visible = layer.query_key_value(hidden_states)[:, 0], attention_mask[:, 0, 0]
-    output = decode_attention(projected, *tables, cache.keys, cache.values, visible, cache.cumulative_length)
-    cache.cumulative_length += 1
+    output = decode_attention(projected, *tables, past.keys, past.values, visible, past.cumulative_length)
+    past.cumulative_length += 1
     return layer.dense(output[:, None])
 
 

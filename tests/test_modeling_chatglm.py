@@ -284,16 +284,18 @@ def test_static_cache_in_a_left_padded_batch(model, cases):
     assert output[:, 12:].tolist() == [case["new_tokens"] for case in cases["generate"][:2]]
 
 
-def test_decoding_step_by_step_equals_one_pass(model, cases):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_decoding_step_by_step_equals_one_pass(model, cases, name):
     ids = torch.tensor([cases["single"]["input_ids"]])
     context = cases["single"]["input_ids"].index(model.config.bos_token_id)
     whole = model(input_ids=ids).logits
     first = model(input_ids=ids[:, : context + 1], use_cache=True)
-    cache, steps = first.past_key_values, [first.logits]
+    logits, cache = first.to_tuple()
+    steps = [logits]
     for i in range(context + 1, ids.shape[1]):
         # From <sop> on, `position` stays at [gMASK], the token before it, and `block_position` counts 1, 2, 3, ...
         position_ids = torch.tensor([[[context - 1], [i - context + 1]]])
-        step = model(input_ids=ids[:, i : i + 1], position_ids=position_ids, past_key_values=cache, use_cache=True)
+        step = model(input_ids=ids[:, i : i + 1], position_ids=position_ids, use_cache=True, **{name: cache})
         steps.append(step.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, **LOGITS)
 
