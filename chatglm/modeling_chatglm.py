@@ -369,11 +369,12 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values if cache is None else cache,
+            cache,
             inputs_embeds,
             use_cache,
             packed_row=packed_row,
             kept=kept,
+            past_key_values=past_key_values,
             **kwargs,
         ).to_tuple()
         loss = logits = None
