@@ -70,7 +70,7 @@ def visible(query_index, key_index, length, context):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
     projected, output, lse, tiles, scale, tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -103,7 +103,7 @@ def forward_kernel(
     tl.store(lse + head * tokens + start + query_index, best + tl.log2(total), mask=query_index < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def query_grad_kernel(
     projected, output, output_grad, lse, delta, projected_grad, tiles, scale, log2_scale, tokens,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
@@ -135,7 +135,7 @@ def query_grad_kernel(
     store_rows(projected_grad + head * 3 * HEAD_DIM, accumulated * scale, start, query_index, length, stride, HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def key_value_grad_kernel(
     projected, output_grad, lse, delta, projected_grad, tiles, scale, log2_scale, tokens,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,

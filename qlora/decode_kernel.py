@@ -23,7 +23,7 @@ def rotated(base, cos, sin, HEAD_DIM: tl.constexpr):
     return (result + turned * tl.load(sin + dim).to(tl.float32)).to(base.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def decode_attention_kernel(
     projected, cos, sin, keys, values, visible, place, output, scale, capacity,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,

@@ -34,7 +34,7 @@ def load_dropped(base, token, feature, tokens, features, seed, threshold, DROPOU
     return tl.load(base + index, mask=there, other=0.0)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "tokens"])
 def down_kernel(
     rows, thin, output, factor, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
@@ -53,7 +53,7 @@ def down_kernel(
     tl.store(output + at, (accumulated * factor).to(output.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "tokens"])
 def up_kernel(
     low_rank, thin, rows, factor, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
@@ -74,7 +74,7 @@ def up_kernel(
     tl.store(rows + index, value.to(rows.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "tokens"])
 def outer_kernel(
     low_rank, rows, output, factor, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,

@@ -28,6 +28,7 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     Returns:
         [out_features, in_features] in `state.dtype`.
     """
+    packed = packed.data  # as a plain tensor: what is asked of a Params4bit goes through Python
     if not kernels_know(packed, state):
         return bitsandbytes.functional.dequantize_4bit(packed, state)
     from qlora import nf4_kernels

@@ -13,10 +13,13 @@ import torch
 class Kept:
     """One tensor on its way to the host and back."""
 
+    device_tensor: torch.Tensor | None = None  # while it is on the device
+
     def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, before: "Kept | None"):
-        self.before, self.device_tensor = before, tensor
+        self.before = before
         self.host_tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self.done = self.copy(tensor, self.host_tensor, stream)
+        self.device_tensor = tensor
 
     @staticmethod
     def copy(source: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> torch.cuda.Event:
@@ -31,11 +34,14 @@ class Kept:
         torch.cuda.current_stream().wait_event(self.done)
         self.device_tensor = None
 
+    def __del__(self):
+        if self.device_tensor is not None:  # nobody took it, and its memory must not serve others before the copy ends
+            self.leave()
+
     def come_back(self, stream: torch.cuda.Stream):
         """Starts the copy to the device, unless the tensor is there."""
         if self.device_tensor is None:
             self.device_tensor = torch.empty_like(self.host_tensor, device=stream.device)
-            self.device_tensor.record_stream(stream)  # should nobody take it, its memory waits for the copy
             self.done = self.copy(self.host_tensor, self.device_tensor, stream)
 
 

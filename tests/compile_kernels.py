@@ -28,10 +28,14 @@ TYPES = {
     "fp32": "scale log2_scale factor eps residual_scale sign",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
+FROM_STEP_TO_STEP = {"tokens", "seed", "capacity"}  # integers that differ; Triton must not compile for their values
 
 
 def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, **types) -> int:
     """Bytes that a program takes. Integers are 32 bits; pointers are aligned as PyTorch aligns memory."""
+    for parameter in kernel.params:
+        if parameter.name in FROM_STEP_TO_STEP and not parameter.do_not_specialize:
+            raise ValueError(f"{kernel.__name__} is compiled anew when `{parameter.name}` becomes a multiple of 16.")
     types = TYPES | types
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
