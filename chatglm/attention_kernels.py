@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from chatglm.kernel_launch import launch
 from chatglm.packed_attention import TILE
 
 KEYS, QUERIES = 32, 64  # at once, in the loops over keys and over queries
@@ -175,9 +176,8 @@ def rotate_in_place(
     heads = projected.shape[-1] // (3 * head_dim)
     pairs = triton.next_power_of_2(heads * head_dim)
     sign = -1.0 if inverse else 1.0
-    rotate_kernel[(len(projected),)](
-        projected, cos, sin, sign, HEADS=heads, HEAD_DIM=head_dim, PAIRS=pairs, num_warps=8
-    )
+    shape = {"HEADS": heads, "HEAD_DIM": head_dim, "PAIRS": pairs}
+    launch(rotate_kernel, (len(projected),), projected, cos, sin, sign, **shape, num_warps=8)
 
 
 class PackedAttention(torch.autograd.Function):
@@ -190,9 +190,10 @@ class PackedAttention(torch.autograd.Function):
         rotate_in_place(projected, cos, sin, head_dim)
         output = projected.new_empty(len(projected), heads * head_dim)
         lse = torch.empty(heads, len(projected), dtype=torch.float32, device=projected.device)
-        forward_kernel[(len(tiles), heads)](
-            projected, output, lse, tiles, head_dim**-0.5 * LOG2_E, len(projected), **shape, BLOCK=KEYS, num_stages=3
-        )
+        launch(
+            forward_kernel, (len(tiles), heads), projected, output, lse, tiles, head_dim**-0.5 * LOG2_E,
+            len(projected), **shape, BLOCK=KEYS, num_stages=3,
+        )  # fmt: skip
         ctx.save_for_backward(projected, cos, sin, tiles, output, lse)
         ctx.shape = shape
         return output
@@ -204,11 +205,13 @@ class PackedAttention(torch.autograd.Function):
         grad, delta = torch.empty_like(projected), torch.empty_like(lse)
         head_dim, grid = ctx.shape["HEAD_DIM"], (len(tiles), ctx.shape["HEADS"])
         scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E, len(projected))
-        query_grad_kernel[grid](
-            projected, output, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, BLOCK=KEYS, num_stages=2
-        )
-        key_value_grad_kernel[grid](
-            projected, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape, BLOCK=QUERIES, num_stages=2
-        )
+        launch(
+            query_grad_kernel, grid, projected, output, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape,
+            BLOCK=KEYS, num_stages=2,
+        )  # fmt: skip
+        launch(
+            key_value_grad_kernel, grid, projected, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape,
+            BLOCK=QUERIES, num_stages=2,
+        )  # fmt: skip
         rotate_in_place(grad, cos, sin, head_dim, inverse=True)
         return grad, None, None, None, None

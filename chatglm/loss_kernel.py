@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from chatglm.kernel_launch import launch
+
 BLOCK = 8192  # logits of a row at once
 
 
@@ -39,7 +41,6 @@ def cross_entropy_kernel(logits, labels, losses, vocabulary, GRADIENT: tl.conste
 def cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, gradient: bool) -> torch.Tensor:
     """Losses of the rows, [N] fp32; with `gradient`, logits [N, V] become the gradient of their sum."""
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    cross_entropy_kernel[(len(logits),)](
-        logits, labels, losses, logits.shape[1], GRADIENT=gradient, BLOCK=BLOCK, num_warps=16
-    )
+    shape = {"GRADIENT": gradient, "BLOCK": BLOCK, "num_warps": 16}
+    launch(cross_entropy_kernel, (len(logits),), logits, labels, losses, logits.shape[1], **shape)
     return losses

@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from chatglm.kernel_launch import launch
+
 BLOCK, STAGES = 64, 3  # keys at once, and loads in flight
 
 
@@ -86,8 +88,8 @@ def decode_attention(
     """
     B, H, S, D = keys.shape
     output = projected.new_empty(B, H * D)
-    decode_attention_kernel[(B, H)](
-        projected, cos, sin, keys, values, visible, place, output, D**-0.5 * math.log2(math.e), S,
-        HEAD_DIM=D, BLOCK=BLOCK, STAGES=STAGES, num_warps=4,
+    launch(
+        decode_attention_kernel, (B, H), projected, cos, sin, keys, values, visible, place, output,
+        D**-0.5 * math.log2(math.e), S, HEAD_DIM=D, BLOCK=BLOCK, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return output

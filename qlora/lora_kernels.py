@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from chatglm.kernel_launch import launch
+
 TOKENS, SPLITS = 32, 8
 UP_FEATURES, OUTER_FEATURES = 128, 64
 DOWN_TILE = 4096  # numbers of the thin matrix at once: more do not fit the shared memory of consumer GPUs
@@ -105,9 +107,8 @@ def down(rows: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, 
     output = rows.new_empty(len(rows), len(thin))
     values, constants = arguments(rows, len(thin), factor, dropout, seed)
     features = max(16, DOWN_TILE // constants["R"])
-    down_kernel[(triton.cdiv(len(rows), TOKENS),)](
-        rows, thin, output, *values, **constants, FEATURES=features, num_stages=4
-    )
+    grid = (triton.cdiv(len(rows), TOKENS),)
+    launch(down_kernel, grid, rows, thin, output, *values, **constants, FEATURES=features, num_stages=4)
     return output
 
 
@@ -115,7 +116,7 @@ def add_up(rows: torch.Tensor, low_rank: torch.Tensor, thin: torch.Tensor, facto
     """`rows += factor * dropout(low_rank @ thin)`: [T, r] and [r, N] into [T, N]."""
     values, constants = arguments(rows, len(thin), factor, dropout, seed)
     grid = (triton.cdiv(len(rows), TOKENS), triton.cdiv(rows.shape[1], UP_FEATURES))
-    up_kernel[grid](low_rank, thin, rows, *values, **constants, FEATURES=UP_FEATURES)
+    launch(up_kernel, grid, low_rank, thin, rows, *values, **constants, FEATURES=UP_FEATURES)
 
 
 def outer(low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
@@ -123,7 +124,7 @@ def outer(low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: fl
     rank = low_rank.shape[1]
     output = torch.zeros(rank, rows.shape[1], dtype=torch.float32, device=rows.device)
     values, constants = arguments(rows, rank, factor, dropout, seed)
-    outer_kernel[(triton.cdiv(rows.shape[1], OUTER_FEATURES), SPLITS)](
-        low_rank, rows, output, *values, **constants, FEATURES=OUTER_FEATURES, SPLITS=SPLITS, num_stages=4
-    )
+    grid = (triton.cdiv(rows.shape[1], OUTER_FEATURES), SPLITS)
+    constants |= {"FEATURES": OUTER_FEATURES, "SPLITS": SPLITS}
+    launch(outer_kernel, grid, low_rank, rows, output, *values, **constants, num_stages=4)
     return output

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from bitsandbytes.functional import QuantState
 
+from chatglm.kernel_launch import launch
+
 BLOCKS = 32  # of 64 weights that a program dequantises
 
 
@@ -28,5 +30,6 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     weight = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     blocks = weight.numel() // 64
     scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
-    dequantize_kernel[(triton.cdiv(blocks, BLOCKS),)](packed, weight, state.code, *scales, blocks, BLOCKS=BLOCKS)
+    grid = (triton.cdiv(blocks, BLOCKS),)
+    launch(dequantize_kernel, grid, packed, weight, state.code, *scales, blocks, BLOCKS=BLOCKS)
     return weight

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from chatglm.kernel_launch import launch
+
 
 @triton.jit
 def normalize(row, index, columns, eps, BLOCK: tl.constexpr):
@@ -50,9 +52,8 @@ def layer_norm(rows: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
     rows, columns = rows.contiguous(), rows.shape[-1]
     output = torch.empty_like(rows)
     block = triton.next_power_of_2(columns)
-    norm_kernel[(rows.numel() // columns,)](
-        rows, norm.weight, norm.bias, output, norm.eps, columns, BLOCK=block, num_warps=8
-    )
+    grid = (rows.numel() // columns,)
+    launch(norm_kernel, grid, rows, norm.weight, norm.bias, output, norm.eps, columns, BLOCK=block, num_warps=8)
     return output
 
 
@@ -72,7 +73,8 @@ def residual_norm_grad(
     grad = torch.empty_like(rows)
     branch_grad, sum_grad = branch_grad.contiguous(), sum_grad.contiguous()
     block = triton.next_power_of_2(columns)
-    norm_grad_kernel[(rows.numel() // columns,)](
-        rows, norm.weight, branch_grad, sum_grad, grad, norm.eps, scale, columns, BLOCK=block, num_warps=8
-    )
+    launch(
+        norm_grad_kernel, (rows.numel() // columns,), rows, norm.weight, branch_grad, sum_grad, grad, norm.eps, scale,
+        columns, BLOCK=block, num_warps=8,
+    )  # fmt: skip
     return grad
