@@ -52,7 +52,7 @@ class ConcatenatingCollator:
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]
         return {
             "input_ids": padded[real][None],
-            "attention_mask": torch.arange(1, len(ids) + 1).repeat_interleave(lengths)[None],
+            "attention_mask": torch.arange(1, len(ids) + 1)[:, None].expand_as(padded)[real][None],
             "position_ids": position_ids.transpose(1, 2)[real].T[None],
             "packed_row": PackedRow.of(torch.stack((contexts, lengths - contexts), dim=1).tolist()),
             "labels": labels[None],
