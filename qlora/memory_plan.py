@@ -31,6 +31,7 @@ RESERVE = GIB // 2  # of the free memory, for libraries' workspaces
 CPU_TOKENS = 1024  # at once without a GPU
 FLOPS_PER_BYTE = 250  # of current GPUs' matrix units and memory; only relative costs matter here
 PASS_TOKENS = 300  # a pass costs as much as this many tokens, for launching its kernels
+HOST_TOKENS = 2000  # for which an H100 needs as long as its host for a pass; twice as many if all is recomputed
 MARGIN = 0.03  # of the budget, for what fragmentation wastes
 
 
@@ -128,7 +129,9 @@ def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
     reads = (layers - plan.dense) * weights * 2 + recomputed * (1 - plan.dense / layers)
     dequantising = passes * reads * (sizes.bytes_per_number + 0.5) * FLOPS_PER_BYTE
     launching = passes * PASS_TOKENS * 4 * weights * layers
-    return (arithmetic + dequantising + launching) * (1.1 if plan.offload else 1.0)
+    recomputed_halves = 1 - (plan.kept_mlp + plan.kept_attention) / (2 * layers)
+    host = passes * HOST_TOKENS * (1 + recomputed_halves) * 4 * weights * layers
+    return max(arithmetic + dequantising + launching, host) * (1.1 if plan.offload else 1.0)
 
 
 def fill(sizes: Sizes, max_tokens: int, offload: bool, budget: int, fixed: dict[str, int]) -> MemoryPlan | None:
