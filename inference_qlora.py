@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizer
 
 from chatglm.chat import build_prompt
 from qlora.arguments import DEFAULT_PROMPT, InferenceArguments, choose_compute_dtype, parse_command_line
-from qlora.data import read_prompts
 from qlora.decoding import Choice, token_choice, use_inference_kernels
 from qlora.errors import message_instead_of_traceback
 from qlora.generation import generate_answers, stream_answer
 from qlora.loading import adapter_config, load_adapter, load_quantized_model, load_tokenizer
+from qlora.rows import read_prompts
 from qlora.web import Answerer, Page, check_web
 
 EXAMPLES = Path(__file__).parent / "data" / "dev.jsonl"

@@ -22,9 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.tokenization_chatglm import MAX_BLANKS
 from qlora.arguments import parse_command_line
-from qlora.data import SampleEncoder, read_rows
+from qlora.data import SampleEncoder
 from qlora.errors import message_instead_of_traceback
 from qlora.export import write_checkpoint, write_json
+from qlora.rows import read_rows
 from qlora.trainer import QLoRATrainer, TrainingArguments
 
 ASK_FOR_AD = "写一段广告："

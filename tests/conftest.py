@@ -52,6 +52,12 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def write_lines(path: Path, *lines: bytes, end: bytes = b"\n") -> str:
+    """Lines, whatever they hold, as a file; its path as a flag has it."""
+    path.write_bytes(end.join((*lines, b"")))
+    return str(path)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """No network, and a cache of its own for the datasets library, here and in the processes that tests start."""
@@ -80,10 +86,22 @@ def arrays() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="session")
 def genuine_tokenizer() -> ChatGLMTokenizer:
     """The tokenizer of THUDM/chatglm-6b, if its files are here."""
-    for folder in (ROOT / "THUDM" / "chatglm-6b", ROOT / "../shared/chatglm-6b"):
-        if (folder / "ice_text.model").is_file():
-            return ChatGLMTokenizer.from_pretrained(folder)
-    pytest.skip("no genuine ice_text.model in THUDM/chatglm-6b or ../shared/chatglm-6b")
+    folder = ROOT / "THUDM" / "chatglm-6b"
+    if not (folder / "ice_text.model").is_file():
+        pytest.skip("no genuine ice_text.model in THUDM/chatglm-6b")
+    return ChatGLMTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def genuine_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 5,000 training rows of AdvertiseGen, if they were converted as the README says."""
+    source = ROOT / "data" / "adgen" / "train.jsonl"
+    if not source.is_file():
+        pytest.skip("no genuine ADGEN rows in data/adgen/train.jsonl")
+    path = tmp_path_factory.mktemp("adgen") / "train.jsonl"
+    with source.open("rb") as rows:
+        path.write_bytes(b"".join(itertools.islice(rows, 5000)))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,9 @@ import train_qlora
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.chat import build_prompt
 from qlora.checkpoint import check_checkpoint
-from qlora.data import IGNORE_INDEX, SampleEncoder, load_samples, read_rows
+from qlora.data import IGNORE_INDEX, SampleEncoder, load_samples
 from qlora.loading import load_adapter
+from qlora.rows import read_rows
 from qlora.saving import find_checkpoint
 
 GOOD_LINE = json.dumps({"instruction": "类型#裙", "output": "白色的裙。"}).encode()

@@ -199,14 +199,11 @@ def test_rows_are_checked_without_a_tokenizer(flags, tmp_path):
 
 
 @pytest.fixture
-def full_size(genuine_tokenizer, monkeypatch) -> Run:
+def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Run:
     """The shipped JSON in bf16, the 6B model, genuine ADGEN rows."""
-    path = ROOT / "../shared/adgen/train_5000.jsonl"
-    if not path.is_file():
-        pytest.skip("no genuine ADGEN rows in ../shared/adgen")
     run = Run(FinetuneArguments(), config=ChatGLMConfig())
     run.setup = read_training_arguments(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
-    run.train_samples = load_samples(str(path), SampleEncoder(genuine_tokenizer, "", 512, 1536))
+    run.train_samples = load_samples(str(genuine_rows), SampleEncoder(genuine_tokenizer, "", 512, 1536))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(preflight, "attention_kernel_runs", lambda dtype: True)
     return run

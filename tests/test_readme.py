@@ -15,9 +15,10 @@ from transformers import TrainingArguments
 import chatglm.chat
 from qlora.arguments import FinetuneArguments, InferenceArguments, parse_command_line
 from qlora.checkpoint import check_checkpoint
-from qlora.data import SampleEncoder, load_samples, read_rows
+from qlora.data import SampleEncoder, load_samples
 from qlora.loading import add_lora, load_quantized_model
 from qlora.report import show_sample
+from qlora.rows import read_rows
 
 NAMES = ("README.md", "README_zh.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}

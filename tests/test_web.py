@@ -27,11 +27,11 @@ import qlora.web
 from chatglm import ChatGLMForConditionalGeneration
 from chatglm.chat import CJK, build_prompt
 from qlora.arguments import InferenceArguments
-from qlora.data import read_prompts
 from qlora.decoding import token_choice, use_inference_kernels
 from qlora.export import write_checkpoint
 from qlora.generation import generate_answers
 from qlora.loading import load_adapter, load_quantized_model
+from qlora.rows import read_prompts
 from qlora.web import Answerer, Page, check_web, with_settings
 
 PROMPT = "类型#裤*风格#简约"

@@ -1,0 +1,194 @@
+"""qlora/rows.py: what a row may look like, and what is refused and how."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_lines, write_rows
+
+from chatglm import ChatGLMTokenizer
+from chatglm.chat import build_prompt
+from qlora.data import SampleEncoder, load_samples
+from qlora.rows import LONGEST_LINE, read_prompts, read_rows
+
+GOOD = {"instruction": "类型#裙", "output": "白色的裙。"}
+GOOD_LINE = json.dumps(GOOD).encode()
+
+
+def to_json(**fields) -> bytes:
+    return json.dumps(GOOD | fields, ensure_ascii=False).encode()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.fixture
+def encoder(tokenizer: ChatGLMTokenizer) -> SampleEncoder:
+    return SampleEncoder(tokenizer, "", 512, 512)
+
+
+def rows_of(path: str) -> list[tuple]:
+    return [(row["query"], row["history"], row["answer"]) for row in read_rows(path)]
+
+
+# Rows that are accepted.
+
+
+@pytest.mark.parametrize(
+    ("fields", "query", "history"),
+    [
+        ({}, "类型#裙", []),
+        ({"input": "颜色#白色"}, "类型#裙\n颜色#白色", []),
+        ({"input": ""}, "类型#裙", []),
+        ({"input": "  "}, "类型#裙", []),
+        ({"input": None, "history": None}, "类型#裙", []),
+        ({"history": []}, "类型#裙", []),
+        ({"history": [["问", "答"], ["再问", ""]]}, "类型#裙", [["问", "答"], ["再问", ""]]),
+        ({"anything": {"else": [1, None]}}, "类型#裙", []),
+        ({"id": 7, "category": "裙", "system": "", "inputs": [], "input": ""}, "类型#裙", []),
+    ],
+)
+def test_row_is_read(data, fields, query, history):
+    assert rows_of(write_lines(data, to_json(**fields))) == [(query, history, "白色的裙。")]
+
+
+def test_names_of_the_original_download_are_read(data):
+    line = json.dumps({"content": "类型#裤", "summary": "好看的裤。"}).encode()
+    assert rows_of(write_lines(data, line)) == [("类型#裤", [], "好看的裤。")]
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n", b"\n  \t\r\n"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_line_ends_blank_lines_and_byte_order_mark(data, start, end):
+    path = write_lines(data, start + GOOD_LINE, GOOD_LINE, to_json(output="三"), end=end)
+    assert [answer for _, _, answer in rows_of(path)] == ["白色的裙。", "白色的裙。", "三"]
+
+
+def test_last_line_may_lack_its_end(data):
+    data.write_bytes(GOOD_LINE + b"\n" + GOOD_LINE)
+    assert len(rows_of(str(data))) == 2
+
+
+def test_shipped_rows_are_accepted():
+    for name in ("train.jsonl", "dev.jsonl"):
+        assert len(rows_of(str(ROOT / "data" / name))) > 0
+
+
+# Rows that are refused.
+
+BROKEN_ROWS = {
+    "bad JSON": (b'{"instruction": "a", "output": ', "not valid JSON"),
+    "single quotes": (b"{'instruction': 'a', 'output': 'b'}", "not valid JSON"),
+    "two rows on a line": (GOOD_LINE + GOOD_LINE, "not valid JSON"),
+    "list": (b'["a", "b"]', "expected an object with instruction and output, found a list"),
+    "string": (b'"a"', "expected an object with instruction and output, found a str"),
+    "number": (b"1", "expected an object with instruction and output, found a int"),
+    "null": (b"null", "expected an object with instruction and output, found a NoneType"),
+    "no instruction": (b'{"output": "b"}', "field 'instruction' is missing; the row has 'output'"),
+    "no output": (b'{"instruction": "a"}', "field 'output' is missing; the row has 'instruction'"),
+    "no fields": (b"{}", "field 'instruction' is missing; the row has no fields"),
+    "empty instruction": (to_json(instruction=""), "field 'instruction' is empty"),
+    "empty output": (to_json(output=""), "field 'output' is empty"),
+    "blank output": (to_json(output=" \n\t\u3000"), "field 'output' is empty"),
+    "empty summary": (b'{"content": "a", "summary": ""}', "field 'summary' is empty"),
+    "number as output": (to_json(output=3.5), "field 'output' must be a string, found a float"),
+    "null as output": (to_json(output=None), "field 'output' must be a string, found a NoneType"),
+    "NaN as output": (b'{"instruction": "a", "output": NaN}', "not valid JSON (NaN is no JSON number)"),
+    "infinite field": (to_json(score=1)[:-2] + b"-Infinity}", "not valid JSON (-Infinity is no JSON number)"),
+    "field twice": (GOOD_LINE[:-1] + b', "output": "c"}', "'output' stands twice in one object"),
+    "field twice inside": (to_json(x=[{"a": 1}]).replace(b'"a": 1', b'"a": 1, "a": 2'), "'a' stands twice"),
+    "many digits": (b'{"instruction": "a", "output": ' + b"1" * 5000 + b"}", "digits"),
+    "long unknown field": (b'{"' + b"a" * 10_000 + b'": 1}', "field 'instruction' is missing; the row has 'aaa"),
+    "longer than any row": (to_json(output="a" * LONGEST_LINE), "longer than 16,777,216 bytes"),
+    "byte order mark inside the file": (b"\xef\xbb\xbf" + GOOD_LINE, "not valid JSON"),
+    "lines of an old Mac": (GOOD_LINE + b"\r" + GOOD_LINE, "not valid JSON"),
+    "instruction without tokens": (to_json(instruction="\u200b"), "field 'instruction' has nothing but characters"),
+    "output without tokens": (to_json(output="\ufeff\u200b"), "field 'output' has nothing but characters"),
+    "misspelt input": (to_json(inptu="a"), "unknown field 'inptu' (did you mean 'input'?)"),
+    "input in capitals": (to_json(Input="a"), "unknown field 'Input' (did you mean 'input'?)"),
+    "misspelt history": (to_json(histroy=[]), "unknown field 'histroy' (did you mean 'history'?)"),
+    "list as output": (to_json(output=["b"]), "field 'output' must be a string, found a list"),
+    "object as instruction": (to_json(instruction={"a": "b"}), "field 'instruction' must be a string, found a dict"),
+    "number as input": (to_json(input=1), "field 'input' must be a string, found a int"),
+    "bad UTF-8": (b'{"instruction": "\xff", "output": "b"}', "not valid UTF-8 (byte 18 of the line)"),
+    "GBK": ('{"instruction": "类型", "output": "b"}'.encode("gbk"), "not valid UTF-8"),
+    "UTF-16": (GOOD_LINE.decode().encode("utf-16"), "not valid UTF-8"),
+    "half a surrogate pair": (b'{"instruction": "\\ud83d", "output": "b"}', ""),
+    "half a surrogate pair in the history": (to_json(history=[["问", "\\ud83d"]]).replace(b"\\\\", b"\\"), ""),
+    "deep list": (b"[" * 100_000, "nested too deeply"),
+    "deep object": (b'{"a":' * 100_000, "nested too deeply"),
+    **{
+        f"history {history!r}": (
+            to_json(history=history),
+            "field 'history' must be a list of [question, answer] pairs",
+        )
+        for history in (
+            "问答",
+            {"问": "答"},
+            [["问"]],
+            [["问", "答", "问"]],
+            [["问", 1]],
+            [None],
+            ["问答"],
+            [{"问": "答"}],
+        )
+    },
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BROKEN_ROWS.values(), ids=map(ascii, BROKEN_ROWS))
+def test_broken_row_is_refused_with_file_line_and_reason(data, encoder, line, reason):
+    path = write_lines(data, GOOD_LINE, b"", line, GOOD_LINE)
+    with pytest.raises(ValueError) as raised:
+        load_samples(path, encoder)
+    message = str(raised.value)
+    assert message.startswith(f"{path}, line 3: ") and reason in message
+    assert len(message.splitlines()) == 1 and len(message) < 300 + len(path)
+
+
+def test_missing_file_is_named(data, encoder):
+    with pytest.raises(FileNotFoundError, match=r"rows\.jsonl"):
+        load_samples(str(data), encoder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
+def test_file_without_rows_is_refused(data, encoder, content):
+    data.write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows\.jsonl.* no rows"):
+        load_samples(str(data), encoder)
+
+
+# Prompts.
+
+
+def test_prompts_of_a_text(tmp_path):
+    path = write_lines(
+        tmp_path / "prompts.txt", b"\xef\xbb\xbf" + "类型#裙".encode(), b"", " 类型#裤 ".encode(), end=b"\r\n"
+    )
+    assert read_prompts(path) == ["类型#裙", "类型#裤"]
+
+
+def test_prompts_of_rows_need_no_answer(data):
+    rows = [{"instruction": "甲", "input": "乙"}, {"content": "丙", "history": [["问", "答"]]}, GOOD]
+    assert read_prompts(str(write_rows(data, rows))) == [
+        "甲\n乙",
+        build_prompt("丙", [("问", "答")]),
+        GOOD["instruction"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_prompt_file_without_prompts_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"prompts\.\w+ has no prompts"):
+        read_prompts(write_lines(tmp_path / name, b"", b"  "))
+
+
+def test_line_of_wide_blanks_is_no_prompt(tmp_path):
+    assert read_prompts(write_lines(tmp_path / "prompts.txt", "\u3000".encode(), "类型#裙".encode())) == ["类型#裙"]
+
+
+def test_broken_prompt_row_is_refused(data):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: field 'instruction' is missing"):
+        read_prompts(write_lines(data, GOOD_LINE, b'{"output": "b"}'))
