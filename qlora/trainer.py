@@ -29,6 +29,7 @@ from qlora.saving import (
     delete_old_checkpoints,
     publish_files,
     publish_folder,
+    what_is_kept,
     written_aside,
 )
 from qlora.splitting import Samples, count_tokens, label_count, own_samples, split_evenly
@@ -89,6 +90,14 @@ class QLoRATrainer(Trainer):
         self.collate = (ConcatenatingCollator if max_tokens else PaddingCollator)(self.model.config)
         self.tokens_since_log, self.log_started = 0, time.perf_counter()
         self.step_check, self.run_dir = StepCheck(self.accelerator), args.output_dir
+
+    def train(self, *args, **kwargs):
+        """As the Trainer trains; raises TrainingStopped also where Ctrl-C ends it."""
+        try:
+            return super().train(*args, **kwargs)
+        except KeyboardInterrupt:
+            reason = f"interrupted after {self.state.global_step} steps. {what_is_kept(self.args.output_dir)}"
+            stop_all_processes(reason, self.accelerator.is_main_process)
 
     def split(self, samples: list[dict]) -> list[list[dict]]:
         """Groups of samples to go through the model one after the other."""

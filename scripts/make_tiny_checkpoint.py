@@ -23,7 +23,7 @@ from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMToken
 from chatglm.tokenization_chatglm import MAX_BLANKS
 from qlora.arguments import parse_command_line
 from qlora.data import SampleEncoder
-from qlora.errors import message_instead_of_traceback
+from qlora.errors import TrainingStopped, message_instead_of_traceback
 from qlora.export import write_checkpoint, write_json
 from qlora.rows import read_rows
 from qlora.trainer import QLoRATrainer, TrainingArguments
@@ -52,7 +52,8 @@ def main():
     target = Path(args.output_dir)
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(rows, args.vocab_size, target)
-    model = pretrain(rows, tokenizer, args.max_steps, args.seed)
+    with message_instead_of_traceback(TrainingStopped):
+        model = pretrain(rows, tokenizer, args.max_steps, args.seed)
     state = model.state_dict()
     write_checkpoint(args.output_dir, model.config, lambda name, shape: state[name])
     print(f"{target}: a ChatGLM of {model.num_parameters() / 1e6:.1f} million parameters in the official format")

@@ -139,6 +139,21 @@ def test_evaluation_that_is_not_finite_is_an_error(flags, change_output, factor)
     assert f"the evaluation after step {SAVE_STEPS} has no loss: its sum is {factor}" in message
 
 
+@pytest.mark.parametrize(("step", "kept"), [(2, "There is no checkpoint yet"), (6, "checkpoint-4 is whole: go on")])
+def test_interrupted_run_says_what_is_kept(flags, monkeypatch, tmp_path, step, kept):
+    training_step = QLoRATrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(QLoRATrainer, "training_step", interrupted)
+    message = error_of(train_qlora, *flags())
+    assert f"interrupted after {step} steps" in message and kept in message
+    assert not (tmp_path / "out" / STAGING).exists()
+
+
 def test_training_without_effect_is_reported(flags, tmp_path, caplog):
     run_main(train_qlora, *flags(evaluate=False, learning_rate=0.0, max_steps=1))
     warnings = [record.message for record in caplog.records if "is untrained" in record.message]
