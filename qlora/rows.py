@@ -1,5 +1,6 @@
 """Rows of jsonl files: each is checked, and one that cannot be used is named by file, line number and reason."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,9 +118,15 @@ def check_query(row: object) -> tuple[str, list[list[str]]]:
 
 def check_spelling(row: dict, name: str):
     """A field that may be missing must not be so because it is misspelt; other fields are nobody's concern."""
-    near = [] if name in row else [field for field in row if get_close_matches(name, [field.lower()], cutoff=0.8)]
+    near = [] if name in row else [field for field in row if resembles(field, name)]
     if near:
         raise ValueError(f"unknown field '{near[0]}' (did you mean '{name}'?)")
+
+
+@functools.lru_cache  # the rows of a file have the same few fields, and to compare takes longer than to read a row
+def resembles(field: str, name: str) -> bool:
+    """Whether a field looks like a name with a slip in it."""
+    return bool(get_close_matches(name, [field.lower()], cutoff=0.8))
 
 
 def text_field(row: dict, *names: str) -> str:
