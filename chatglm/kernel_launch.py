@@ -23,7 +23,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants):
     if not isinstance(kernel, JITFunction):  # Triton's interpreter
         return kernel[grid](*args, **constants)
     kinds = [kind_of(arg, parameter) for arg, parameter in zip(args, kernel.params, strict=False)]
-    key = (id(kernel), args[0].get_device(), *kinds, *constants.values())
+    key = (id(kernel), args[0].get_device(), *kinds, *constants.items())
     compiled = compiled_kernels.get(key)
     if compiled is None:
         compiled_kernels[key] = kernel[grid](*args, **constants)
