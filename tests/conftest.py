@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from qlora.checkpoint import TOKENIZER_FILES
+from qlora.data import SampleEncoder
 from qlora.export import write_checkpoint
 from qlora.loading import add_lora
 
@@ -35,6 +36,8 @@ GOLDEN = ROOT / "tests" / "golden"
 GOLDEN_CHECKPOINT = GOLDEN / "tiny" / "checkpoint"
 GOLDEN_ADAPTER = GOLDEN / "tiny" / "adapter"
 STEPS, SAVE_STEPS = 8, 4
+GOOD = {"instruction": "类型#裙", "output": "白色的裙。"}
+GOOD_LINE = json.dumps(GOOD).encode()
 
 
 def import_script(path: Path) -> ModuleType:
@@ -46,16 +49,20 @@ def import_script(path: Path) -> ModuleType:
     return module
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    """Rows as a jsonl file."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
+def to_json(**fields) -> bytes:
+    """A row that can be trained on, with these fields in addition or in place of its own."""
+    return json.dumps(GOOD | fields, ensure_ascii=False).encode()
 
 
 def write_lines(path: Path, *lines: bytes, end: bytes = b"\n") -> str:
     """Lines, whatever they hold, as a file; its path as a flag has it."""
     path.write_bytes(end.join((*lines, b"")))
     return str(path)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """Rows as a jsonl file."""
+    return Path(write_lines(path, *(json.dumps(row, ensure_ascii=False).encode() for row in rows)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,6 +97,18 @@ def genuine_tokenizer() -> ChatGLMTokenizer:
     if not (folder / "ice_text.model").is_file():
         pytest.skip("no genuine ice_text.model in THUDM/chatglm-6b")
     return ChatGLMTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Where a test may write its rows."""
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.fixture
+def encoder(tokenizer: ChatGLMTokenizer) -> SampleEncoder:
+    """With the tiny model's tokenizer, and limits that few rows reach."""
+    return SampleEncoder(tokenizer, "", 512, 512)
 
 
 @pytest.fixture(scope="session")

@@ -1,49 +1,32 @@
 """qlora/data.py: what a sample becomes of a row, mixtures, and the cache."""
 
-import json
 import logging
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import write_lines
+from conftest import GOOD, GOOD_LINE, to_json, write_lines
 from datasets import Dataset
 
 from chatglm import ChatGLMTokenizer
 from chatglm.chat import build_prompt
 from qlora.data import SampleEncoder, column, load_samples, mix_samples
 
-GOOD = {"instruction": "类型#裙", "output": "白色的裙。"}
-GOOD_LINE = json.dumps(GOOD).encode()
 CONTROL_TEXT = "前<sop>[gMASK]<eop>[MASK]<pad><unk>后"
 
 
-def to_json(**fields) -> bytes:
-    return json.dumps(GOOD | fields, ensure_ascii=False).encode()
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tmp_path / "rows.jsonl"
-
-
-@pytest.fixture
-def encoder(tokenizer: ChatGLMTokenizer) -> SampleEncoder:
-    return SampleEncoder(tokenizer, "", 512, 512)
-
-
-def test_history_may_first_come_late_in_a_file(data, encoder):
+def test_history_may_first_come_late_in_a_file(rows_file, encoder):
     # The datasets library writes 1,000 rows at a time and would take the type of a column from the first of them.
-    path = write_lines(data, *[GOOD_LINE] * 1001, to_json(history=[["问", "答"]]))
+    path = write_lines(rows_file, *[GOOD_LINE] * 1001, to_json(history=[["问", "答"]]))
     assert len(load_samples(path, encoder)) == 1002
 
 
 # Samples.
 
 
-def test_sample_is_prompt_and_answer_with_labels_on_the_answer(data, encoder, tokenizer):
-    sample = load_samples(write_lines(data, GOOD_LINE), encoder)[0]
+def test_sample_is_prompt_and_answer_with_labels_on_the_answer(rows_file, encoder, tokenizer):
+    sample = load_samples(write_lines(rows_file, GOOD_LINE), encoder)[0]
     prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in GOOD.values())
     learned = [*answer, tokenizer.eos_token_id]
     context = [*prompt, tokenizer.gmask_token_id, tokenizer.bos_token_id]
@@ -51,22 +34,22 @@ def test_sample_is_prompt_and_answer_with_labels_on_the_answer(data, encoder, to
     assert sample["labels"] == [-100] * len(context) + learned
 
 
-def test_prompt_text_comes_before_the_prompt(data, tokenizer):
+def test_prompt_text_comes_before_the_prompt(rows_file, tokenizer):
     encoder = SampleEncoder(tokenizer, "写广告：", 512, 512)
-    sample = load_samples(write_lines(data, to_json(history=[["问", "答"]])), encoder)[0]
+    sample = load_samples(write_lines(rows_file, to_json(history=[["问", "答"]])), encoder)[0]
     prompt = tokenizer.encode("写广告：" + build_prompt(GOOD["instruction"], [("问", "答")]), add_special_tokens=False)
     assert sample["input_ids"][: len(prompt) + 1] == [*prompt, tokenizer.gmask_token_id]
 
 
-def test_training_prompt_is_the_prompt_of_generation(data, encoder, tokenizer):
-    ids = load_samples(write_lines(data, GOOD_LINE), encoder)[0]["input_ids"]
+def test_training_prompt_is_the_prompt_of_generation(rows_file, encoder, tokenizer):
+    ids = load_samples(write_lines(rows_file, GOOD_LINE), encoder)[0]["input_ids"]
     asked = tokenizer(GOOD["instruction"], split_special_tokens=True)["input_ids"]
     assert ids[: len(asked)] == asked
 
 
-def test_control_tokens_in_a_row_stay_text(data, encoder, tokenizer):
+def test_control_tokens_in_a_row_stay_text(rows_file, encoder, tokenizer):
     row = to_json(instruction=CONTROL_TEXT, output=CONTROL_TEXT, history=[[CONTROL_TEXT, CONTROL_TEXT]])
-    ids = load_samples(write_lines(data, row), encoder)[0]["input_ids"]
+    ids = load_samples(write_lines(rows_file, row), encoder)[0]["input_ids"]
     for token, count in {"[gMASK]": 1, "<sop>": 1, "<eop>": 1, "[MASK]": 0, "<pad>": 0}.items():
         assert ids.count(tokenizer.convert_tokens_to_ids(token)) == count, token
     assert ids[-1] == tokenizer.eos_token_id
@@ -84,8 +67,8 @@ def lengths(sample: dict, tokenizer: ChatGLMTokenizer) -> tuple[int, int]:
     return prompt, len(sample["input_ids"]) - prompt
 
 
-def test_lengths_are_cut_to_the_limits_and_counted(data, tokenizer, caplog):
-    path = write_lines(data, GOOD_LINE, to_json(instruction="裙" * 50), to_json(output="白" * 50), GOOD_LINE)
+def test_lengths_are_cut_to_the_limits_and_counted(rows_file, tokenizer, caplog):
+    path = write_lines(rows_file, GOOD_LINE, to_json(instruction="裙" * 50), to_json(output="白" * 50), GOOD_LINE)
     plain = len(tokenizer.encode(GOOD["instruction"])), len(tokenizer.encode(GOOD["output"])) - 1
     limits = max(plain) + 5, max(plain) + 3
     with caplog.at_level(logging.INFO):
@@ -97,32 +80,31 @@ def test_lengths_are_cut_to_the_limits_and_counted(data, tokenizer, caplog):
     assert f"{tokens} tokens" in caplog.text
 
 
-def test_limits_just_large_enough_cut_nothing(data, tokenizer, caplog):
+def test_limits_just_large_enough_cut_nothing(rows_file, tokenizer, caplog):
     limits = len(tokenizer.encode(GOOD["instruction"])), len(tokenizer.encode(GOOD["output"])) - 1
     with caplog.at_level(logging.INFO):
-        samples = load_samples(write_lines(data, GOOD_LINE), SampleEncoder(tokenizer, "", *limits))
+        samples = load_samples(write_lines(rows_file, GOOD_LINE), SampleEncoder(tokenizer, "", *limits))
     assert lengths(samples[0], tokenizer) == limits
     assert "0 prompts, 0 answers" in caplog.text
 
 
-def test_oldest_rounds_go_first(data, tokenizer, caplog):
+def test_oldest_rounds_go_first(rows_file, tokenizer, caplog):
     history = [["问一", "答一"], ["问二", "答二"], ["问三", "答三"]]
     for kept in (3, 2, 1, 0):
         prompt = build_prompt(GOOD["instruction"], [tuple(turn) for turn in history[3 - kept :]])
         ids = tokenizer.encode(prompt)
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            samples = load_samples(
-                write_lines(data, to_json(history=history)), SampleEncoder(tokenizer, "", len(ids), 512)
-            )
+            encoder = SampleEncoder(tokenizer, "", len(ids), 512)
+            samples = load_samples(write_lines(rows_file, to_json(history=history)), encoder)
         assert samples[0]["input_ids"][: len(ids)] == ids
         assert f"{int(kept < 3)} prompts" in caplog.text
 
 
-def test_oldest_of_many_rounds_go_quickly(data, tokenizer, encoded_texts):
+def test_oldest_of_many_rounds_go_quickly(rows_file, tokenizer, encoded_texts):
     # Rounds that are dropped one by one would be tokenised 20,000 times.
     history = [[f"问{n}", "答"] for n in range(20_000)]
-    samples = load_samples(write_lines(data, to_json(history=history)), SampleEncoder(tokenizer, "", 512, 512))
+    samples = load_samples(write_lines(rows_file, to_json(history=history)), SampleEncoder(tokenizer, "", 512, 512))
     assert len(encoded_texts) < 30
     kept = tokenizer.decode(samples[0]["input_ids"][:510]).count("[Round") - 1
     prompts = [build_prompt(GOOD["instruction"], history[len(history) - n :]) for n in (kept, kept + 1)]
@@ -130,11 +112,11 @@ def test_oldest_of_many_rounds_go_quickly(data, tokenizer, encoded_texts):
     assert lengths_of_both[0] <= 512 < lengths_of_both[1]
 
 
-def test_row_of_a_megabyte_is_read_whole_and_cut_by_tokens(data, tokenizer):
+def test_row_of_a_megabyte_is_read_whole_and_cut_by_tokens(rows_file, tokenizer):
     # Its beginning is a single word to the tokenizer, so that cutting the text beforehand would change the ids.
     text = "a" * 100_000 + "裙" * 300_000
     samples = load_samples(
-        write_lines(data, to_json(instruction=text, output=text)), SampleEncoder(tokenizer, "", 512, 1536)
+        write_lines(rows_file, to_json(instruction=text, output=text)), SampleEncoder(tokenizer, "", 512, 1536)
     )
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert samples[0]["input_ids"][:510] == ids[:510]
@@ -209,8 +191,8 @@ def fresh_encoder(tokenizer: ChatGLMTokenizer, *limits: int) -> SampleEncoder:
     return SampleEncoder(loaded, "", *(limits or (512, 512)))
 
 
-def test_second_load_reads_the_cache(data, tokenizer, encoded_texts):
-    path = write_lines(data, GOOD_LINE, GOOD_LINE)
+def test_second_load_reads_the_cache(rows_file, tokenizer, encoded_texts):
+    path = write_lines(rows_file, GOOD_LINE, GOOD_LINE)
     first = load_samples(path, fresh_encoder(tokenizer))
     assert len(encoded_texts) == 4
     encoded_texts.clear()
@@ -219,33 +201,33 @@ def test_second_load_reads_the_cache(data, tokenizer, encoded_texts):
     assert second.to_list() == first.to_list()
 
 
-def test_a_changed_file_is_read_again(data, tokenizer, encoded_texts):
-    load_samples(write_lines(data, GOOD_LINE), fresh_encoder(tokenizer))
-    stat = data.stat()
+def test_a_changed_file_is_read_again(rows_file, tokenizer, encoded_texts):
+    load_samples(write_lines(rows_file, GOOD_LINE), fresh_encoder(tokenizer))
+    stat = rows_file.stat()
     encoded_texts.clear()
-    longer = load_samples(write_lines(data, GOOD_LINE, GOOD_LINE), fresh_encoder(tokenizer))
+    longer = load_samples(write_lines(rows_file, GOOD_LINE, GOOD_LINE), fresh_encoder(tokenizer))
     assert len(longer) == 2 and len(encoded_texts) == 4
     # The same size, another time of change.
     encoded_texts.clear()
-    write_lines(data, GOOD_LINE.replace(b"#", b"*"))
-    os.utime(data, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert data.stat().st_size == stat.st_size
-    load_samples(str(data), fresh_encoder(tokenizer))
+    write_lines(rows_file, GOOD_LINE.replace(b"#", b"*"))
+    os.utime(rows_file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert rows_file.stat().st_size == stat.st_size
+    load_samples(str(rows_file), fresh_encoder(tokenizer))
     assert "类型*裙" in encoded_texts
 
 
-def test_other_limits_are_not_taken_from_the_cache(data, tokenizer):
-    path = write_lines(data, to_json(output="白" * 50))
+def test_other_limits_are_not_taken_from_the_cache(rows_file, tokenizer):
+    path = write_lines(rows_file, to_json(output="白" * 50))
     whole, cut = (load_samples(path, fresh_encoder(tokenizer, 512, limit)) for limit in (512, 10))
     assert len(whole[0]["input_ids"]) > len(cut[0]["input_ids"])
 
 
-def test_failed_load_leaves_nothing_in_the_cache(data, encoder):
+def test_failed_load_leaves_nothing_in_the_cache(rows_file, encoder):
     with pytest.raises(ValueError, match="line 2"):
-        load_samples(write_lines(data, GOOD_LINE, b"{"), encoder)
+        load_samples(write_lines(rows_file, GOOD_LINE, b"{"), encoder)
     with pytest.raises(ValueError, match="line 2"):
-        load_samples(str(data), encoder)
-    assert len(load_samples(write_lines(data, GOOD_LINE), encoder)) == 1
+        load_samples(str(rows_file), encoder)
+    assert len(load_samples(write_lines(rows_file, GOOD_LINE), encoder)) == 1
 
 
 # Genuine rows.

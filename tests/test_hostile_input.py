@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN_ADAPTER, write_rows
+from conftest import GOLDEN_ADAPTER, GOOD_LINE, write_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +21,6 @@ from qlora.data import IGNORE_INDEX, SampleEncoder, load_samples
 from qlora.loading import load_adapter
 from qlora.rows import read_rows
 from qlora.saving import find_checkpoint
-
-GOOD_LINE = json.dumps({"instruction": "类型#裙", "output": "白色的裙。"}).encode()
 
 # Lines at random, thousands of them.
 

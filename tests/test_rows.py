@@ -1,32 +1,13 @@
 """qlora/rows.py: what a row may look like, and what is refused and how."""
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_lines, write_rows
+from conftest import GOOD, GOOD_LINE, ROOT, to_json, write_lines, write_rows
 
-from chatglm import ChatGLMTokenizer
 from chatglm.chat import build_prompt
-from qlora.data import SampleEncoder, load_samples
+from qlora.data import load_samples
 from qlora.rows import LONGEST_LINE, read_prompts, read_rows
-
-GOOD = {"instruction": "类型#裙", "output": "白色的裙。"}
-GOOD_LINE = json.dumps(GOOD).encode()
-
-
-def to_json(**fields) -> bytes:
-    return json.dumps(GOOD | fields, ensure_ascii=False).encode()
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return tmp_path / "rows.jsonl"
-
-
-@pytest.fixture
-def encoder(tokenizer: ChatGLMTokenizer) -> SampleEncoder:
-    return SampleEncoder(tokenizer, "", 512, 512)
 
 
 def rows_of(path: str) -> list[tuple]:
@@ -50,25 +31,25 @@ def rows_of(path: str) -> list[tuple]:
         ({"id": 7, "category": "裙", "system": "", "inputs": [], "input": ""}, "类型#裙", []),
     ],
 )
-def test_row_is_read(data, fields, query, history):
-    assert rows_of(write_lines(data, to_json(**fields))) == [(query, history, "白色的裙。")]
+def test_row_is_read(rows_file, fields, query, history):
+    assert rows_of(write_lines(rows_file, to_json(**fields))) == [(query, history, "白色的裙。")]
 
 
-def test_names_of_the_original_download_are_read(data):
+def test_names_of_the_original_download_are_read(rows_file):
     line = json.dumps({"content": "类型#裤", "summary": "好看的裤。"}).encode()
-    assert rows_of(write_lines(data, line)) == [("类型#裤", [], "好看的裤。")]
+    assert rows_of(write_lines(rows_file, line)) == [("类型#裤", [], "好看的裤。")]
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\n\n", b"\n  \t\r\n"])
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
-def test_line_ends_blank_lines_and_byte_order_mark(data, start, end):
-    path = write_lines(data, start + GOOD_LINE, GOOD_LINE, to_json(output="三"), end=end)
+def test_line_ends_blank_lines_and_byte_order_mark(rows_file, start, end):
+    path = write_lines(rows_file, start + GOOD_LINE, GOOD_LINE, to_json(output="三"), end=end)
     assert [answer for _, _, answer in rows_of(path)] == ["白色的裙。", "白色的裙。", "三"]
 
 
-def test_last_line_may_lack_its_end(data):
-    data.write_bytes(GOOD_LINE + b"\n" + GOOD_LINE)
-    assert len(rows_of(str(data))) == 2
+def test_last_line_may_lack_its_end(rows_file):
+    rows_file.write_bytes(GOOD_LINE + b"\n" + GOOD_LINE)
+    assert len(rows_of(str(rows_file))) == 2
 
 
 def test_shipped_rows_are_accepted():
@@ -139,8 +120,8 @@ BROKEN_ROWS = {
 
 
 @pytest.mark.parametrize(("line", "reason"), BROKEN_ROWS.values(), ids=map(ascii, BROKEN_ROWS))
-def test_broken_row_is_refused_with_file_line_and_reason(data, encoder, line, reason):
-    path = write_lines(data, GOOD_LINE, b"", line, GOOD_LINE)
+def test_broken_row_is_refused_with_file_line_and_reason(rows_file, encoder, line, reason):
+    path = write_lines(rows_file, GOOD_LINE, b"", line, GOOD_LINE)
     with pytest.raises(ValueError) as raised:
         load_samples(path, encoder)
     message = str(raised.value)
@@ -148,16 +129,16 @@ def test_broken_row_is_refused_with_file_line_and_reason(data, encoder, line, re
     assert len(message.splitlines()) == 1 and len(message) < 300 + len(path)
 
 
-def test_missing_file_is_named(data, encoder):
+def test_missing_file_is_named(rows_file, encoder):
     with pytest.raises(FileNotFoundError, match=r"rows\.jsonl"):
-        load_samples(str(data), encoder)
+        load_samples(str(rows_file), encoder)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
-def test_file_without_rows_is_refused(data, encoder, content):
-    data.write_bytes(content)
+def test_file_without_rows_is_refused(rows_file, encoder, content):
+    rows_file.write_bytes(content)
     with pytest.raises(ValueError, match=r"rows\.jsonl.* no rows"):
-        load_samples(str(data), encoder)
+        load_samples(str(rows_file), encoder)
 
 
 # Prompts.
@@ -170,9 +151,9 @@ def test_prompts_of_a_text(tmp_path):
     assert read_prompts(path) == ["类型#裙", "类型#裤"]
 
 
-def test_prompts_of_rows_need_no_answer(data):
+def test_prompts_of_rows_need_no_answer(rows_file):
     rows = [{"instruction": "甲", "input": "乙"}, {"content": "丙", "history": [["问", "答"]]}, GOOD]
-    assert read_prompts(str(write_rows(data, rows))) == [
+    assert read_prompts(str(write_rows(rows_file, rows))) == [
         "甲\n乙",
         build_prompt("丙", [("问", "答")]),
         GOOD["instruction"],
@@ -189,6 +170,6 @@ def test_line_of_wide_blanks_is_no_prompt(tmp_path):
     assert read_prompts(write_lines(tmp_path / "prompts.txt", "\u3000".encode(), "类型#裙".encode())) == ["类型#裙"]
 
 
-def test_broken_prompt_row_is_refused(data):
+def test_broken_prompt_row_is_refused(rows_file):
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: field 'instruction' is missing"):
-        read_prompts(write_lines(data, GOOD_LINE, b'{"output": "b"}'))
+        read_prompts(write_lines(rows_file, GOOD_LINE, b'{"output": "b"}'))
