@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizer
 
 from chatglm.chat import build_prompt
 from qlora.arguments import DEFAULT_PROMPT, InferenceArguments, choose_compute_dtype, parse_command_line
-from qlora.decoding import Choice, token_choice, use_inference_kernels
+from qlora.data.rows import read_prompts
 from qlora.errors import message_instead_of_traceback
-from qlora.generation import generate_answers, stream_answer
+from qlora.inference.decoding import Choice, token_choice, use_inference_kernels
+from qlora.inference.generation import generate_answers, stream_answer
+from qlora.inference.web import Answerer, Page, check_web
 from qlora.loading import adapter_config, load_adapter, load_quantized_model, load_tokenizer
-from qlora.rows import read_prompts
-from qlora.web import Answerer, Page, check_web
 
 EXAMPLES = Path(__file__).parent / "data" / "dev.jsonl"
 
@@ -39,7 +39,7 @@ def main():
     torch.manual_seed(args.seed)
     choose = token_choice(args.do_sample, args.top_p, args.temperature)
     if args.web:
-        from qlora.web_page import serve  # gradio is optional
+        from qlora.inference.web_page import serve  # gradio is optional
 
         serve(Page(Answerer(model, tokenizer), args), prompts)
     elif args.chat:

@@ -18,16 +18,16 @@ import torch
 from accelerate import PartialState
 
 from qlora.arguments import FinetuneArguments, parse_command_line
-from qlora.curves import draw_losses
-from qlora.data import column
+from qlora.data.dataset import column
 from qlora.errors import TrainingStopped, message_instead_of_traceback
-from qlora.linear import use_training_kernels
+from qlora.layers.linear import use_training_kernels
 from qlora.loading import add_lora, load_quantized_model
-from qlora.memory_plan import keep_or_recompute, plan_memory
-from qlora.preflight import Run, check_run
-from qlora.report import describe
-from qlora.trainer import QLoRATrainer
-from qlora.training_json import samples_per_step
+from qlora.training.curves import draw_losses
+from qlora.training.memory_plan import keep_or_recompute, plan_memory
+from qlora.training.preflight import Run, check_run
+from qlora.training.preflight_report import describe
+from qlora.training.trainer import QLoRATrainer
+from qlora.training.training_args import samples_per_step
 
 logger = logging.getLogger("train_qlora")
 

@@ -43,7 +43,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, gradient: bool) -> torch.Tensor:
     """Losses of the rows, [N] fp32; with `gradient`, logits [N, V] become the gradient of their sum."""
     if logits.is_cuda:
-        from chatglm import loss_kernel
+        from glm_kernels import cross_entropy as loss_kernel
 
         return loss_kernel.cross_entropy_in_place(logits, labels, gradient)
     log_probabilities = logits.float().log_softmax(dim=-1)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from chatglm.rotary import kernel_runs_on, split_and_rotate
-
-TILE = 64  # tokens that a program of the kernel works on
+from chatglm.rotary import split_and_rotate
+from glm_kernels import TILE, kernel_runs_on
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def packed_attention(
         [1, T, C].
     """
     if kernel_runs_on(projected):
-        from chatglm.attention_kernels import PackedAttention
+        from glm_kernels.attention import PackedAttention
 
         cos, sin = (table.reshape(-1, head_dim) for table in position_embeddings)
         return PackedAttention.apply(projected.squeeze(0), cos, sin, row.tiles, head_dim).unsqueeze(0)

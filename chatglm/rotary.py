@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from chatglm.configuration_chatglm import ChatGLMConfig
+from glm_kernels import kernel_runs_on
 
 
 class ChatGLMRotaryEmbedding(nn.Module):
@@ -51,15 +52,9 @@ def split_and_rotate(
     return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
 
 
-def kernel_runs_on(projected: torch.Tensor) -> bool:
-    """The Triton kernels are for 16-bit numbers on Ampere GPUs and newer."""
-    is_half = projected.dtype in (torch.bfloat16, torch.float16)
-    return projected.is_cuda and is_half and torch.cuda.get_device_capability(projected.device) >= (8, 0)
-
-
 def rotate_in_place(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int):
     """Rotary positions on the queries and keys in `projected` [B, T, 3C], by the kernel; no gradient."""
-    from chatglm import attention_kernels
+    from glm_kernels import attention as attention_kernels
 
     tables = (table.reshape(-1, head_dim) for table in (cos, sin))
     attention_kernels.rotate_in_place(projected.flatten(0, 1), *tables, head_dim)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import HfArgumentParser
 
-from qlora.memory_plan import parse_size
+from qlora.training.memory_plan import parse_size
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 COMPUTE_DTYPE = {

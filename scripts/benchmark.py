@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chatglm import ChatGLMConfig
 from qlora.arguments import parse_command_line
-from qlora.data import SampleEncoder
-from qlora.decoding import decode, token_choice, use_inference_kernels
+from qlora.data.dataset import SampleEncoder
+from qlora.data.rows import read_rows
 from qlora.errors import message_instead_of_traceback
+from qlora.inference.decoding import decode, token_choice, use_inference_kernels
 from qlora.loading import GIB, add_lora, load_quantized_model, load_tokenizer
-from qlora.rows import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 10  # steps that are not counted

@@ -18,15 +18,15 @@ from transformers import PreTrainedTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from chatglm.chat import build_prompt
-from qlora import evaluation
 from qlora.arguments import COMPUTE_DTYPE, check_positive, choose_compute_dtype, parse_command_line
-from qlora.decoding import use_inference_kernels
+from qlora.data.rows import read_rows
 from qlora.errors import message_instead_of_traceback
-from qlora.evaluation_page import MODELS, render_page
-from qlora.export import write_json
+from qlora.evaluation import predictions as evaluation
+from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
+from qlora.evaluation.page import MODELS, render_page
+from qlora.export.official_folder import write_json
+from qlora.inference.decoding import use_inference_kernels
 from qlora.loading import adapter_config, load_adapter, load_quantized_model, load_tokenizer
-from qlora.metrics import METRICS, check_metric_libraries, mean_scores, score
-from qlora.rows import read_rows
 
 
 @dataclass

@@ -18,7 +18,7 @@ from chatglm import ChatGLMConfig
 from qlora.arguments import parse_command_line
 from qlora.checkpoint import TOKENIZER_FILES
 from qlora.errors import message_instead_of_traceback
-from qlora.export import write_checkpoint
+from qlora.export.official_folder import write_checkpoint
 
 
 @dataclass

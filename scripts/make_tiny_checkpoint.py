@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.tokenization_chatglm import MAX_BLANKS
 from qlora.arguments import parse_command_line
-from qlora.data import SampleEncoder
+from qlora.data.dataset import SampleEncoder
+from qlora.data.rows import read_rows
 from qlora.errors import TrainingStopped, message_instead_of_traceback
-from qlora.export import write_checkpoint, write_json
-from qlora.rows import read_rows
-from qlora.trainer import QLoRATrainer, TrainingArguments
+from qlora.export.official_folder import write_checkpoint, write_json
+from qlora.training.trainer import QLoRATrainer, TrainingArguments
 
 ASK_FOR_AD = "写一段广告："
 CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qlora.arguments import COMPUTE_DTYPES, parse_command_line
 from qlora.checkpoint import TOKENIZER_FILES
 from qlora.errors import message_instead_of_traceback
-from qlora.export import whole_folder, write_checkpoint
+from qlora.export.merging import merged_tensors
+from qlora.export.official_folder import whole_folder, write_checkpoint
 from qlora.loading import adapter_config
-from qlora.merging import merged_tensors
 
 # The tokenizer's, and the official code, to which config.json then points.
 COPIED = (*TOKENIZER_FILES, "generation_config.json", "*.py", "*LICENSE*")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from qlora.curves import draw_losses, read_history
 from qlora.errors import message_instead_of_traceback
+from qlora.training.curves import draw_losses, read_history
 
 
 def main():

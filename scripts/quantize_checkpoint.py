@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qlora.arguments import COMPUTE_DTYPES, parse_command_line
 from qlora.checkpoint import check_checkpoint
 from qlora.errors import message_instead_of_traceback
-from qlora.export import whole_folder, write_quantized
+from qlora.export.official_folder import whole_folder, write_quantized
 from qlora.loading import is_quantized, load_tokenizer, quantize_checkpoint
 
 

@@ -13,8 +13,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chatglm import attention_kernels, loss_kernel
-from qlora import decode_kernel, lora_kernels, nf4_kernels, norm_kernels
+from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4
 
 HEAD = {"HEADS": 32, "HEAD_DIM": 128}
 TYPES = {
@@ -48,20 +47,19 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
 
 def all_kernels(capability: int) -> dict[str, int]:
     """Name -> shared memory of every kernel, as it is launched for the 6B model."""
-    attention, lora = attention_kernels, lora_kernels
     over_keys = HEAD | {"TILE": attention.TILE, "BLOCK": attention.KEYS}
     over_queries = over_keys | {"BLOCK": attention.QUERIES}
-    decode = {"HEAD_DIM": 128, "BLOCK": decode_kernel.BLOCK, "STAGES": decode_kernel.STAGES}
+    decode = {"HEAD_DIM": 128, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
     launches = {
         "rotate": (attention.rotate_kernel, HEAD | {"PAIRS": 4096}, 3),
         "attention": (attention.forward_kernel, over_keys, 3),
         "query gradient": (attention.query_grad_kernel, over_keys, 2),
         "key and value gradient": (attention.key_value_grad_kernel, over_queries, 2),
-        "decoding step": (decode_kernel.decode_attention_kernel, decode, 3),
-        "norm": (norm_kernels.norm_kernel, {"BLOCK": 4096}, 3),
-        "norm gradient": (norm_kernels.norm_grad_kernel, {"BLOCK": 4096}, 3),
-        "loss": (loss_kernel.cross_entropy_kernel, {"GRADIENT": True, "BLOCK": loss_kernel.BLOCK}, 3),
-        "dequantise": (nf4_kernels.dequantize_kernel, {"BLOCKS": nf4_kernels.BLOCKS}, 3),
+        "decoding step": (decode_attention.decode_attention_kernel, decode, 3),
+        "norm": (layer_norm.norm_kernel, {"BLOCK": 4096}, 3),
+        "norm gradient": (layer_norm.norm_grad_kernel, {"BLOCK": 4096}, 3),
+        "loss": (cross_entropy.cross_entropy_kernel, {"GRADIENT": True, "BLOCK": cross_entropy.BLOCK}, 3),
+        "dequantise": (nf4.dequantize_kernel, {"BLOCKS": nf4.BLOCKS}, 3),
     }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
     for rank in (16, 64):

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from qlora.checkpoint import TOKENIZER_FILES
-from qlora.data import SampleEncoder
-from qlora.export import write_checkpoint
+from qlora.data.dataset import SampleEncoder
+from qlora.export.official_folder import write_checkpoint
 from qlora.loading import add_lora
 
 ROOT = Path(__file__).resolve().parents[1]

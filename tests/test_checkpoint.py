@@ -1,4 +1,7 @@
-"""qlora/checkpoint.py: every way in which a folder can be no ChatGLM-6B; qlora/export.py: writing one."""
+"""qlora/checkpoint.py: every way in which a folder can be no ChatGLM-6B.
+
+And qlora/export/official_folder.py, which writes one.
+"""
 
 import json
 import random
@@ -12,7 +15,7 @@ from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, copy_tokenizer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
-from qlora.export import write_checkpoint
+from qlora.export.official_folder import write_checkpoint
 
 INDEX = "pytorch_model.bin.index.json"
 SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")

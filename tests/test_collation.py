@@ -1,10 +1,10 @@
-"""qlora/collation.py: samples one after the other in a row, each with its own positions and labels."""
+"""qlora/data/collator.py: samples one after the other in a row, each with its own positions and labels."""
 
 import pytest
 import torch
 
 from chatglm import ChatGLMConfig
-from qlora.collation import ConcatenatingCollator
+from qlora.data.collator import ConcatenatingCollator
 
 GMASK, SOP, EOP = 507, 508, 509
 CONFIG = ChatGLMConfig(

@@ -1,4 +1,4 @@
-"""qlora/curves.py and scripts/plot_loss.py draw what was logged; the Trainer's reporters log the same."""
+"""qlora/training/curves.py and scripts/plot_loss.py draw what was logged; the Trainer's reporters log the same."""
 
 import json
 import sys
@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT, import_script
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from qlora import training_json
-from qlora.curves import draw_losses, loss_figure, read_history
-from qlora.training_json import read_training_arguments
+from qlora.training import training_args as training_json
+from qlora.training.curves import draw_losses, loss_figure, read_history
+from qlora.training.training_args import read_training_arguments
 
 HISTORY = [
     {"step": 10, "loss": 3.0, "learning_rate": 1e-3},

@@ -1,4 +1,4 @@
-"""qlora/data.py: what a sample becomes of a row, mixtures, and the cache."""
+"""qlora/data/dataset.py: what a sample becomes of a row, mixtures, and the cache."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from chatglm import ChatGLMTokenizer
 from chatglm.chat import build_prompt
-from qlora.data import SampleEncoder, column, load_samples, mix_samples
+from qlora.data.dataset import SampleEncoder, column, load_samples, mix_samples
 
 CONTROL_TEXT = "前<sop>[gMASK]<eop>[MASK]<pad><unk>后"
 

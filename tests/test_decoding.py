@@ -7,8 +7,8 @@ import torch
 from conftest import GOLDEN_CHECKPOINT, add_random_lora
 
 from chatglm import ChatGLMForConditionalGeneration
-from qlora import decoding
-from qlora.decoding import Decoder, decode, token_choice, use_inference_kernels
+from qlora.inference import decoding
+from qlora.inference.decoding import Decoder, decode, token_choice, use_inference_kernels
 from qlora.loading import load_quantized_model
 
 PAD = 3

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, add_random_lora, import_script, write_rows
 
-from qlora import evaluation
-from qlora.evaluation_page import render_page
+from qlora.evaluation import predictions as evaluation
+from qlora.evaluation.metrics import METRICS, mean_scores, score
+from qlora.evaluation.page import render_page
 from qlora.loading import load_quantized_model
-from qlora.metrics import METRICS, mean_scores, score
 
 for library in ("jieba", "rouge_chinese", "nltk"):
     pytest.importorskip(library)

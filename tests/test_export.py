@@ -1,4 +1,4 @@
-"""qlora/export.py: a 4-bit folder gives back the model that was written, to the bit."""
+"""qlora/export/official_folder.py: a 4-bit folder gives back the model that was written, to the bit."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ from peft import get_peft_model_state_dict
 
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from qlora.checkpoint import check_checkpoint
-from qlora.collation import ConcatenatingCollator
-from qlora.export import write_quantized
-from qlora.linear import use_training_kernels
+from qlora.data.collator import ConcatenatingCollator
+from qlora.export.official_folder import write_quantized
+from qlora.layers.linear import use_training_kernels
 from qlora.loading import add_lora, load_quantized_model, load_tokenizer
 
 IDS = [25, 50, 228, 507, 508, 129, 52, 509]

@@ -8,8 +8,8 @@ pytest.importorskip("triton", reason="no Triton here: no kernels are launched")
 
 import torch
 
-from chatglm import kernel_launch
-from chatglm.kernel_launch import launch
+from glm_kernels import launch as kernel_launch
+from glm_kernels.launch import launch
 
 NUMBERS = torch.zeros(64)
 

@@ -11,15 +11,17 @@ import torch
 
 from chatglm import ChatGLMConfig, PackedRow
 from chatglm import loss as plain_loss
-from chatglm.attention_kernels import PackedAttention, rotate_in_place
-from chatglm.loss_kernel import cross_entropy_in_place
 from chatglm.modeling_chatglm import ResidualNorm
 from chatglm.packed_attention import attention_by_sample
 from chatglm.rotary import ChatGLMRotaryEmbedding, apply_rotary, split_and_rotate
-from qlora import lora_kernels, lora_products, nf4_kernels
-from qlora.decode_kernel import decode_attention
-from qlora.norm_kernels import layer_norm, residual_norm_grad
-from qlora.residual import residual_norm
+from glm_kernels import lora as lora_kernels
+from glm_kernels import lora_reference as lora_products
+from glm_kernels import nf4 as nf4_kernels
+from glm_kernels.attention import PackedAttention, rotate_in_place
+from glm_kernels.cross_entropy import cross_entropy_in_place
+from glm_kernels.decode_attention import decode_attention
+from glm_kernels.layer_norm import layer_norm, residual_norm_grad
+from qlora.layers.residual import residual_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [(35, 60), (3, 2), (70, 100), (1, 1), (130, 5), (10, 150), (4, 0)]

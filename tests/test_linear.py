@@ -1,4 +1,4 @@
-"""qlora/linear.py: the forwards for training against those of peft and bitsandbytes."""
+"""qlora/layers/linear.py: the forwards for training against those of peft and bitsandbytes."""
 
 import copy
 from pathlib import Path
@@ -9,8 +9,8 @@ from conftest import add_random_lora
 from peft import PeftModel
 from transformers import set_seed
 
-from qlora import linear
-from qlora.linear import use_training_kernels
+from qlora.layers import linear
+from qlora.layers.linear import use_training_kernels
 from qlora.loading import load_quantized_model
 
 TARGETS = ["query_key_value", "dense_4h_to_h"]

@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict
 from transformers import BitsAndBytesConfig
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from qlora.collation import ConcatenatingCollator
+from qlora.data.collator import ConcatenatingCollator
 from qlora.loading import add_lora, load_adapter, load_quantized_model, load_tokenizer, quantization_config
 
 LINEAR = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")

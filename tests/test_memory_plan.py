@@ -1,9 +1,9 @@
-"""qlora/memory_plan.py: a plan fits its budget, and more memory is never worse."""
+"""qlora/training/memory_plan.py: a plan fits its budget, and more memory is never worse."""
 
 import pytest
 
 from chatglm import ChatGLMConfig
-from qlora.memory_plan import GIB, Sizes, choose_plan, longest_step, parse_size, predict_peak, relative_cost
+from qlora.training.memory_plan import GIB, Sizes, choose_plan, longest_step, parse_size, predict_peak, relative_cost
 
 # The 6B model in NF4 with a bf16 embedding: 4.0 GiB, and an adapter of rank 4.
 SIZES = Sizes(ChatGLMConfig(), bytes_per_number=2, resident=4 * GIB, trainable=1_835_008)

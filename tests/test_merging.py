@@ -12,9 +12,9 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.checkpoint import check_checkpoint, weight_files
-from qlora.export import whole_folder, write_quantized
+from qlora.export.merging import merged_tensors
+from qlora.export.official_folder import whole_folder, write_quantized
 from qlora.loading import load_adapter, load_quantized_model, load_tokenizer
-from qlora.merging import merged_tensors
 
 MODULES = ["query_key_value", "dense_h_to_4h"]
 IDS = [25, 50, 228, 507, 508, 129, 52, 509]

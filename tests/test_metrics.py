@@ -1,4 +1,4 @@
-"""qlora/metrics.py gives what the libraries give on the same strings."""
+"""qlora/evaluation/metrics.py gives what the libraries give on the same strings."""
 
 import importlib.util
 import itertools
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qlora.metrics import METRICS, check_metric_libraries, mean_scores, score
+from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
 
 jieba = pytest.importorskip("jieba")
 rouge_chinese = pytest.importorskip("rouge_chinese")

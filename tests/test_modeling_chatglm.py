@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.modeling_chatglm import prefix_lm_mask, prefix_lm_position_ids
-from qlora.collation import ConcatenatingCollator
+from qlora.data.collator import ConcatenatingCollator
 from qlora.loading import load_quantized_model
 
 LOGITS = {"atol": 1e-4, "rtol": 0}

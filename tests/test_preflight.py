@@ -1,4 +1,4 @@
-"""qlora/preflight.py and qlora/report.py: what is known of a run beforehand, and that all that is wrong is said."""
+"""qlora/training/preflight.py and its report: what is known of a run beforehand; all that is wrong is said."""
 
 import json
 import re
@@ -14,15 +14,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import train_qlora
 from chatglm import ChatGLMConfig
-from qlora import preflight
 from qlora.arguments import FinetuneArguments
-from qlora.data import SampleEncoder, load_samples
-from qlora.export import write_quantized
+from qlora.data.dataset import SampleEncoder, load_samples
+from qlora.export.official_folder import write_quantized
 from qlora.loading import add_lora, load_quantized_model
-from qlora.memory_plan import GIB
-from qlora.preflight import Run, Steps, check_memory, check_run, count_steps
-from qlora.report import describe, histogram, show_sample
-from qlora.training_json import read_training_arguments
+from qlora.training import preflight
+from qlora.training.memory_plan import GIB
+from qlora.training.preflight import Run, Steps, check_memory, check_run, count_steps
+from qlora.training.preflight_report import describe, histogram, show_sample
+from qlora.training.training_args import read_training_arguments
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from conftest import ROOT, adapter, flags_of, history, run_main, write_json
 from torch.utils.data import BatchSampler, SequentialSampler
 
 import train_qlora
-from qlora.saving import checkpoints, defect
-from qlora.splitting import own_samples
+from qlora.data.batching import own_samples
+from qlora.training.saving import checkpoints, defect
 
 SETTINGS = {"max_steps": 24, "save_steps": 4, "eval_steps": 8, "use_cpu": True}
 MOST_SECONDS = 30  # in which a job ends when one of its processes has

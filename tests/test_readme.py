@@ -15,10 +15,10 @@ from transformers import TrainingArguments
 import chatglm.chat
 from qlora.arguments import FinetuneArguments, InferenceArguments, parse_command_line
 from qlora.checkpoint import check_checkpoint
-from qlora.data import SampleEncoder, load_samples
+from qlora.data.dataset import SampleEncoder, load_samples
+from qlora.data.rows import read_rows
 from qlora.loading import add_lora, load_quantized_model
-from qlora.report import show_sample
-from qlora.rows import read_rows
+from qlora.training.preflight_report import show_sample
 
 NAMES = ("README.md", "README_zh.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
@@ -180,7 +180,9 @@ def test_list_of_files_is_complete(name):
     paths = [line.split()[0] for line in listed.splitlines()]
     assert all((ROOT / path).exists() for path in paths)
     modules = {
-        str(path.relative_to(ROOT)) for part in ("chatglm", "qlora", "scripts") for path in ROOT.glob(f"{part}/*.py")
+        str(path.relative_to(ROOT))
+        for part in ("chatglm", "glm_kernels", "qlora", "scripts")
+        for path in ROOT.glob(f"{part}/**/*.py")
     }
     modules |= {path.name for path in ROOT.glob("*.py")}
     assert {path for path in paths if path.endswith(".py")} == {path for path in modules if "__init__" not in path}
@@ -199,7 +201,9 @@ def test_quoted_messages_are_those_of_the_code(name, tmp_path, monkeypatch):
 
 @both
 def test_messages_explained_are_in_the_code(name):
-    sources = [path.read_text(encoding="utf-8") for part in ("chatglm", "qlora") for path in ROOT.glob(f"{part}/*.py")]
+    sources = [
+        path.read_text(encoding="utf-8") for part in ("chatglm", "qlora") for path in ROOT.glob(f"{part}/**/*.py")
+    ]
     code = re.sub(r'"\s*\n\s*f?"', "", "".join(sources))  # strings over several lines
     code += "CUDA out of memory, Failed to find C compiler"  # torch's and Triton's
     table = re.search(r"^\| there is no folder.*?\n\n", TEXTS[name], re.M | re.S).group()

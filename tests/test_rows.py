@@ -1,4 +1,4 @@
-"""qlora/rows.py: what a row may look like, and what is refused and how."""
+"""qlora/data/rows.py: what a row may look like, and what is refused and how."""
 
 import json
 
@@ -6,8 +6,8 @@ import pytest
 from conftest import GOOD, GOOD_LINE, ROOT, to_json, write_lines, write_rows
 
 from chatglm.chat import build_prompt
-from qlora.data import load_samples
-from qlora.rows import LONGEST_LINE, read_prompts, read_rows
+from qlora.data.dataset import load_samples
+from qlora.data.rows import LONGEST_LINE, read_prompts, read_rows
 
 
 def rows_of(path: str) -> list[tuple]:

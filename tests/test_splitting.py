@@ -1,8 +1,8 @@
-"""qlora/splitting.py: how the samples of an optimizer step are split."""
+"""qlora/data/batching.py: how the samples of an optimizer step are split."""
 
 import pytest
 
-from qlora.splitting import split_evenly
+from qlora.data.batching import split_evenly
 
 
 def samples_of(*lengths: int) -> list[dict]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizer
 
 import inference_qlora
 import train_qlora
-from qlora.data import SampleEncoder
+from qlora.data.dataset import SampleEncoder
 from qlora.loading import load_quantized_model
 
 PROMPTS = ("类型#裙*颜色#白色", "类型#裤*风格#简约")

@@ -1,4 +1,4 @@
-"""qlora/trainer.py and qlora/step_check.py: steps that go bad, memory that runs out, evaluation."""
+"""qlora/training/trainer.py and qlora/training/step_check.py: steps that go bad, memory that runs out, evaluation."""
 
 import logging
 import re
@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, write_json
 
-import qlora.trainer
+import qlora.training.trainer
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
+from qlora.data.batching import Samples
 from qlora.errors import TrainingStopped
-from qlora.saving import STAGING, checkpoints
-from qlora.splitting import Samples
-from qlora.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
-from qlora.trainer import QLoRATrainer
+from qlora.training.saving import STAGING, checkpoints
+from qlora.training.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
+from qlora.training.trainer import QLoRATrainer
 
 LINE = 12  # of the row with which things go wrong
 
@@ -123,7 +123,7 @@ def test_loss_of_zero_is_an_error(flags, change_output):
 
 
 def test_batch_without_label_tokens_is_an_error(flags, monkeypatch):
-    monkeypatch.setattr(qlora.trainer, "Samples", without_labels)
+    monkeypatch.setattr(qlora.training.trainer, "Samples", without_labels)
     message = error_of(train_qlora, *flags(evaluate=False))
     assert re.search(r"step 1 has no label tokens\. Its rows are on lines \d+(, \d+){7} of", message)
 

@@ -1,4 +1,4 @@
-"""qlora/training_json.py: the JSON of TrainingArguments, translated and checked."""
+"""qlora/training/training_args.py: the JSON of TrainingArguments, translated and checked."""
 
 import dataclasses
 import importlib.util
@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from transformers import TrainingArguments
 
-from qlora.training_json import NOT_FOR_THIS_TRAINER, read_training_arguments
+from qlora.training.training_args import NOT_FOR_THIS_TRAINER, read_training_arguments
 
 # The JSON that users of the project know; it is shipped as it is.
 SHIPPED = {

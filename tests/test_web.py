@@ -23,16 +23,16 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 import inference_qlora
-import qlora.web
+import qlora.inference.web
 from chatglm import ChatGLMForConditionalGeneration
 from chatglm.chat import CJK, build_prompt
 from qlora.arguments import InferenceArguments
-from qlora.decoding import token_choice, use_inference_kernels
-from qlora.export import write_checkpoint
-from qlora.generation import generate_answers
+from qlora.data.rows import read_prompts
+from qlora.export.official_folder import write_checkpoint
+from qlora.inference.decoding import token_choice, use_inference_kernels
+from qlora.inference.generation import generate_answers
+from qlora.inference.web import Answerer, Page, check_web, with_settings
 from qlora.loading import load_adapter, load_quantized_model
-from qlora.rows import read_prompts
-from qlora.web import Answerer, Page, check_web, with_settings
 
 PROMPT = "类型#裤*风格#简约"
 ARGS = InferenceArguments(max_new_tokens=24)
@@ -105,7 +105,7 @@ def test_answers_grow_side_by_side(answerer):
 
 def test_an_answer_that_has_ended_waits_for_the_other(answerer, monkeypatch):
     streams = iter([iter("a"), iter([f"b{i}" for i in range(9)])])
-    monkeypatch.setattr(qlora.web, "stream_answer", lambda *_: next(streams))
+    monkeypatch.setattr(qlora.inference.web, "stream_answer", lambda *_: next(streams))
     assert list(answerer.stream(PROMPT, (False, True), ARGS)) == [["a", "b3"], ["a", "b7"], ["a", "b8"]]
 
 
@@ -123,7 +123,7 @@ def test_adapter_is_on_after_a_failure(answerer, monkeypatch):
         yield ""
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(qlora.web, "stream_answer", fail)
+    monkeypatch.setattr(qlora.inference.web, "stream_answer", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(answerer.stream(PROMPT, (False,), ARGS))
     assert adapter_counts(answerer.model) and not answerer.lock.locked()
@@ -241,8 +241,8 @@ def gradio_version(monkeypatch) -> Iterator[dict[str, str]]:
             raise PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(qlora.web.importlib.metadata, "version", version)
-    monkeypatch.delenv(qlora.web.PASSWORD_VARIABLE, raising=False)
+    monkeypatch.setattr(qlora.inference.web.importlib.metadata, "version", version)
+    monkeypatch.delenv(qlora.inference.web.PASSWORD_VARIABLE, raising=False)
     return installed
 
 
@@ -270,7 +270,7 @@ def test_old_gradio_is_refused(gradio_version):
 
 
 def test_empty_password_is_refused(gradio_version, monkeypatch):
-    monkeypatch.setenv(qlora.web.PASSWORD_VARIABLE, "")
+    monkeypatch.setenv(qlora.inference.web.PASSWORD_VARIABLE, "")
     with pytest.raises(ValueError, match="QLORA_PASSWORD is empty"):
         check_web(InferenceArguments(web=True))
 
@@ -303,7 +303,11 @@ def server(adapter_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     url = f"http://127.0.0.1:{(port := free_port())}"
     flags = ("--adapter_path", adapter_path, "--port", port, "--max_new_tokens", 24)
     # The proxy is one that nobody answers: showing a page must not need it.
-    settings = {qlora.web.PASSWORD_VARIABLE: PASSWORD, "PYTHONIOENCODING": "utf-8", "http_proxy": "http://127.0.0.1:9"}
+    settings = {
+        qlora.inference.web.PASSWORD_VARIABLE: PASSWORD,
+        "PYTHONIOENCODING": "utf-8",
+        "http_proxy": "http://127.0.0.1:9",
+    }
     log = tmp_path_factory.mktemp("server") / "log"
     with open(log, "w", encoding="utf-8") as lines:
         command = [sys.executable, ROOT / "inference_qlora.py", "--web", *map(str, flags)]

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizer
 
-from qlora.data import IGNORE_INDEX, column, summary
+from qlora.data.dataset import IGNORE_INDEX, column, summary
 from qlora.loading import GIB
-from qlora.preflight import Run
+from qlora.training.preflight import Run
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 LONGEST_BAR, BARS = 40, 8  # characters, lines

@@ -31,7 +31,7 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     packed = packed.data  # as a plain tensor: what is asked of a Params4bit goes through Python
     if not kernels_know(packed, state):
         return bitsandbytes.functional.dequantize_4bit(packed, state)
-    from qlora import nf4_kernels
+    from glm_kernels import nf4 as nf4_kernels
 
     return nf4_kernels.dequantize(packed, state)
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizer
 
 from chatglm.chat import History, build_prompt
 from qlora.arguments import InferenceArguments
-from qlora.decoding import token_choice
-from qlora.generation import stream_answer
+from qlora.inference.decoding import token_choice
+from qlora.inference.generation import stream_answer
 
 PASSWORD_VARIABLE = "QLORA_PASSWORD"  # a flag could be read in the list of processes
 SETTINGS = ("do_sample", "top_p", "temperature", "max_new_tokens", "seed")  # fields of InferenceArguments on the page

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizer
 
 from chatglm.chat import build_prompt
-from qlora.rows import read_rows
+from qlora.data.rows import read_rows
 
 logger = logging.getLogger(__name__)
 

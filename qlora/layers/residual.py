@@ -18,7 +18,7 @@ class FrozenNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, norm):
-        from qlora.norm_kernels import layer_norm
+        from glm_kernels.layer_norm import layer_norm
 
         hidden_states = hidden_states.contiguous()
         ctx.save_for_backward(hidden_states)
@@ -28,7 +28,7 @@ class FrozenNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, branch_grad, sum_grad):
-        from qlora.norm_kernels import residual_norm_grad
+        from glm_kernels.layer_norm import residual_norm_grad
 
         (hidden_states,) = ctx.saved_tensors
         return residual_norm_grad(hidden_states, ctx.norm, branch_grad, sum_grad, RESIDUAL_SCALE), None

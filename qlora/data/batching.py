@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora.data import IGNORE_INDEX
+from qlora.data.dataset import IGNORE_INDEX
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from chatglm.kernel_launch import launch
+from glm_kernels.launch import launch
 
 
 @triton.jit

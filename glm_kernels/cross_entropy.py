@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from chatglm.kernel_launch import launch
+from glm_kernels.launch import launch
 
 BLOCK = 8192  # logits of a row at once
 

@@ -10,7 +10,7 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from qlora.arguments import InferenceArguments
-from qlora.web import PASSWORD_VARIABLE, Page
+from qlora.inference.web import PASSWORD_VARIABLE, Page
 
 logger = logging.getLogger(__name__)
 

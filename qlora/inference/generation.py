@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizer
 
 from chatglm.chat import clean_response
-from qlora.decoding import Choice, decode
+from qlora.inference.decoding import Choice, decode
 
 
 def generate_answers(

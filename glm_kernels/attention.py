@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from chatglm.kernel_launch import launch
-from chatglm.packed_attention import TILE
+from glm_kernels import TILE
+from glm_kernels.launch import launch
 
 KEYS, QUERIES = 32, 64  # at once, in the loops over keys and over queries
 LOG2_E = math.log2(math.e)

@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from qlora.collation import ConcatenatingCollator, PaddingCollator
+from qlora.data.batching import Samples, count_tokens, label_count, own_samples, split_evenly
+from qlora.data.collator import ConcatenatingCollator, PaddingCollator
 from qlora.errors import TrainingStopped, stop_all_processes
 from qlora.loading import GIB
-from qlora.saving import (
+from qlora.training.saving import (
     check_saved_adapter,
     delete_old_checkpoints,
     publish_files,
@@ -32,9 +33,8 @@ from qlora.saving import (
     what_is_kept,
     written_aside,
 )
-from qlora.splitting import Samples, count_tokens, label_count, own_samples, split_evenly
-from qlora.step_check import Step, StepCheck, name_rows
-from qlora.training_json import samples_per_step
+from qlora.training.step_check import Step, StepCheck, name_rows
+from qlora.training.training_args import samples_per_step
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWar
 from transformers.cache_utils import StaticCache
 
 from chatglm.modeling_chatglm import ChatGLMAttention, ResidualNorm, prefix_lm_position_ids
-from chatglm.rotary import kernel_runs_on
-from qlora.nf4 import linear
-from qlora.residual import residual_norm
+from glm_kernels import kernel_runs_on
+from qlora.layers.nf4 import linear
+from qlora.layers.residual import residual_norm
 
 # Without cuDNN's, which plans for a second whenever it meets a new shape.
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -157,7 +157,7 @@ def attention(layer: ChatGLMAttention, hidden_states, attention_mask, position_e
     """One token a row goes from projection to output in one kernel; a prompt takes the model's own way."""
     if hidden_states.shape[1] > 1 or not isinstance(cache, StaticCache):
         return ChatGLMAttention.forward(layer, hidden_states, attention_mask, position_embeddings, cache, **kwargs)
-    from qlora.decode_kernel import decode_attention
+    from glm_kernels.decode_attention import decode_attention
 
     past = cache.layers[layer.layer_idx]
     tables = (table.reshape(-1, layer.head_dim) for table in position_embeddings)

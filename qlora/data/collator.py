@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from chatglm import ChatGLMConfig, PackedRow
 from chatglm.modeling_chatglm import prefix_lm_position_ids
-from qlora.data import IGNORE_INDEX
+from qlora.data.dataset import IGNORE_INDEX
 
 
 @dataclass

@@ -6,7 +6,7 @@ from jinja2 import Environment
 from matplotlib.figure import Figure
 
 from chatglm.chat import clean_response
-from qlora.metrics import METRICS
+from qlora.evaluation.metrics import METRICS
 
 SORTED_BY = "rouge-l"
 MODELS = {"base": "微调前 Before", "adapter": "微调后 After"}

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from chatglm.kernel_launch import launch
+from glm_kernels.launch import launch
 
 BLOCK, STAGES = 64, 3  # keys at once, and loads in flight
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.rotary import ChatGLMRotaryEmbedding
-from qlora.saving import publish_folder
+from qlora.training.saving import publish_folder
 
 NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings", "quantization_config")
 

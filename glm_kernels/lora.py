@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from chatglm.kernel_launch import launch
+from glm_kernels.launch import launch
 
 TOKENS, SPLITS = 32, 8
 UP_FEATURES, OUTER_FEATURES = 128, 64

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from chatglm.modeling_chatglm import ResidualNorm
-from chatglm.rotary import kernel_runs_on
-from qlora.nf4 import dense_weight
-from qlora.residual import residual_norm
+from glm_kernels import kernel_runs_on
+from qlora.layers.nf4 import dense_weight
+from qlora.layers.residual import residual_norm
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -64,10 +64,10 @@ class LoraMatmul(torch.autograd.Function):
 def thin_products(tensor: torch.Tensor):
     """The module with `down`, `add_up` and `outer` for this device."""
     if tensor.is_cuda and tensor.dtype != torch.float32:
-        from qlora import lora_kernels
+        from glm_kernels import lora as lora_kernels
 
         return lora_kernels
-    from qlora import lora_products
+    from glm_kernels import lora_reference as lora_products
 
     return lora_products
 

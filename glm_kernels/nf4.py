@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from bitsandbytes.functional import QuantState
 
-from chatglm.kernel_launch import launch
+from glm_kernels.launch import launch
 
 BLOCKS = 32  # of 64 weights that a program dequantises
 

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from qlora.arguments import choose_compute_dtype, nearest
-from qlora.strict_json import parse_json
+from qlora.data.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizer
 
-from qlora.decoding import token_choice
-from qlora.export import write_json
-from qlora.generation import generate_texts
+from qlora.export.official_folder import write_json
+from qlora.inference.decoding import token_choice
+from qlora.inference.generation import generate_texts
 
 PREDICTIONS, METRICS_FILE = "predictions.jsonl", "metrics.json"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from chatglm.chat import build_prompt
-from qlora.strict_json import parse_json
+from qlora.data.strict_json import parse_json
 
 LONGEST_LINE = 2**24  # bytes; a longer one is no sample, but a file without line ends
 LONGEST_REASON = 200  # characters of a row that a message may repeat

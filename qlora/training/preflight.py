@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizer, TrainerContr
 from transformers.trainer_callback import DefaultFlowCallback
 
 from chatglm import ChatGLMConfig
-from chatglm.rotary import kernel_runs_on
+from glm_kernels import kernel_runs_on
 from qlora.arguments import FinetuneArguments, choose_compute_dtype
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
-from qlora.data import SampleEncoder, column, load_rows, load_samples, mix_samples
+from qlora.data.dataset import SampleEncoder, column, load_rows, load_samples, mix_samples
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
     add_lora,
@@ -28,9 +28,9 @@ from qlora.loading import (
     check_device,
     load_tokenizer,
 )
-from qlora.memory_plan import Sizes, memory_budget, plan_and_table
-from qlora.saving import check_output_dir, check_same_adapter, find_checkpoint
-from qlora.training_json import TrainingSetup, read_training_arguments, samples_per_step
+from qlora.training.memory_plan import Sizes, memory_budget, plan_and_table
+from qlora.training.saving import check_output_dir, check_same_adapter, find_checkpoint
+from qlora.training.training_args import TrainingSetup, read_training_arguments, samples_per_step
 
 ADAPTER_BYTES = 4  # for each trained parameter, fp32
 STATE_BYTES = 2**20  # of a checkpoint: the log, the schedule, the state of the random numbers

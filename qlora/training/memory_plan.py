@@ -20,10 +20,10 @@ from peft import PeftModel
 
 from chatglm import ChatGLMConfig
 from chatglm.loss import ROWS_AT_ONCE
-from chatglm.rotary import kernel_runs_on
+from glm_kernels import kernel_runs_on
+from qlora.layers.activation_offload import HostOffload
+from qlora.layers.nf4 import keep_dense
 from qlora.loading import GIB
-from qlora.nf4 import keep_dense
-from qlora.offload import HostOffload
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Scores of the answers before and after fine-tuning."""

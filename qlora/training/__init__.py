@@ -1,0 +1,1 @@
+"""One training run: checked, planned, executed, saved."""
