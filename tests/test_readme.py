@@ -216,7 +216,7 @@ def test_messages_explained_are_in_the_code(name):
 def test_tests_that_keep_promises_exist(name):
     (table,) = re.findall(r"^## (?:Reliability|可靠性)\n(.*?)^## ", TEXTS[name], re.M | re.S)
     for row in re.findall(r"^\| .*", table, re.M)[2:]:  # without the head
-        files = re.findall(r"`(tests/\w+\.py)`", row)
+        files = re.findall(r"`(tests/[\w/]+\.py)`", row)
         code = "".join((ROOT / path).read_text(encoding="utf-8") for path in files)
         assert files and all(f"\ndef {test}(" in code for test in re.findall(r"`(test_\w+)`", row)), row
 

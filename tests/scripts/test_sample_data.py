@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "make_sample_data.py"
 SPLIT_SIZES = {"train": 3000, "dev": 200}
 # Values that the copy names in other words: a top by its subtype, denim by its short form.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert_advertisegen.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert_advertisegen.py"
 GOOD = {"content": "类型#裙*颜色#白色", "summary": "这条白色的裙子“很美”。"}
 CONVERTED = {"instruction": GOOD["content"], "output": GOOD["summary"]}
 

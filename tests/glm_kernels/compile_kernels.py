@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for a GPU that need not be there, and prints the shared memory each takes, in bytes.
 
-python tests/compile_kernels.py 86        # compute capability 8.6; without TRITON_INTERPRET
+python tests/glm_kernels/compile_kernels.py 86        # compute capability 8.6; without TRITON_INTERPRET
 """
 
 import json
@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4
 
