@@ -17,7 +17,7 @@ from chatglm.chat import build_prompt
 from qlora.arguments import DEFAULT_PROMPT, InferenceArguments, choose_compute_dtype, parse_command_line
 from qlora.data.rows import read_prompts
 from qlora.errors import message_instead_of_traceback
-from qlora.inference.decoding import Choice, token_choice, use_inference_kernels
+from qlora.inference.decoding import Sampler, make_sampler, use_inference_kernels
 from qlora.inference.generation import generate_answers, stream_answer
 from qlora.inference.web import Answerer, Page, check_web
 from qlora.loading import adapter_config, load_adapter, load_quantized_model, load_tokenizer
@@ -37,16 +37,16 @@ def main():
         model = load_adapter(load_quantized_model(base_path, compute_dtype), args.adapter_path).eval()
     use_inference_kernels(model)
     torch.manual_seed(args.seed)
-    choose = token_choice(args.do_sample, args.top_p, args.temperature)
+    sampler = make_sampler(args.do_sample, args.top_p, args.temperature)
     if args.web:
         from qlora.inference.web_page import serve  # gradio is optional
 
         serve(Page(Answerer(model, tokenizer), args), prompts)
     elif args.chat:
-        converse(model, tokenizer, args.prompt_text, args.max_new_tokens, choose)
+        converse(model, tokenizer, args.prompt_text, args.max_new_tokens, sampler)
     else:
         prompts = [args.prompt_text + prompt for prompt in prompts]
-        compare(model, tokenizer, prompts, args.max_new_tokens, choose, args.batch_size)
+        compare(model, tokenizer, prompts, args.max_new_tokens, sampler, args.batch_size)
 
 
 def prompts_of(args: InferenceArguments) -> list[str]:
@@ -61,19 +61,19 @@ def compare(
     tokenizer: PreTrainedTokenizer,
     prompts: list[str],
     max_new_tokens: int,
-    choose: Choice,
+    sampler: Sampler,
     batch_size: int,
 ):
     """Prints each prompt with the answers before and after fine-tuning."""
     with model.disable_adapter():
-        before = generate_answers(model, tokenizer, prompts, max_new_tokens, choose, batch_size)
-    after = generate_answers(model, tokenizer, prompts, max_new_tokens, choose, batch_size)
+        before = generate_answers(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
+    after = generate_answers(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
     for prompt, base_answer, tuned_answer in zip(prompts, before, after, strict=True):
         print(f"\n输入 Input:  {prompt}\n微调前 Before: {base_answer}\n微调后 After:  {tuned_answer}")
 
 
 def converse(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizer, prompt_text: str, max_new_tokens: int, choose: Choice
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizer, prompt_text: str, max_new_tokens: int, sampler: Sampler
 ):
     """A conversation on the terminal, the reply shown as it comes."""
     print("清空历史 clear history: clear   结束 leave: exit")
@@ -83,7 +83,7 @@ def converse(
             history = []
         elif query:
             prompt, reply = prompt_text + build_prompt(query, history), ""
-            for longer in stream_answer(model, tokenizer, prompt, max_new_tokens, choose):
+            for longer in stream_answer(model, tokenizer, prompt, max_new_tokens, sampler):
                 # Punctuation on the screen may still change its width with the next character: never mind it.
                 print(longer[len(reply) :], end="", flush=True)
                 reply = longer

@@ -18,13 +18,13 @@ import torch
 from accelerate import PartialState
 
 from qlora.arguments import FinetuneArguments, parse_command_line
-from qlora.data.dataset import column
+from qlora.data.dataset import numpy_column
 from qlora.errors import TrainingStopped, message_instead_of_traceback
-from qlora.layers.linear import use_training_kernels
+from qlora.layers.linear import replace_layers
 from qlora.loading import add_lora, load_quantized_model
 from qlora.training.curves import draw_losses
 from qlora.training.memory_plan import keep_or_recompute, plan_memory
-from qlora.training.preflight import Run, check_run
+from qlora.training.preflight import Preflight, run_preflight
 from qlora.training.preflight_report import describe
 from qlora.training.trainer import QLoRATrainer
 from qlora.training.training_args import samples_per_step
@@ -34,7 +34,7 @@ logger = logging.getLogger("train_qlora")
 
 def main():
     with message_instead_of_traceback():
-        run = check_run(parse_command_line(FinetuneArguments))
+        run = run_preflight(parse_command_line(FinetuneArguments))
         if run.args.check is not None:
             show(run)
         run.raise_problems()
@@ -51,13 +51,13 @@ def main():
         logger.info("The adapter is in %s", output_dir)
 
 
-def show(run: Run):
+def show(run: Preflight):
     """Prints a checked run, once for all processes."""
     if os.environ.get("RANK", "0") == "0":
         print(describe(run))
 
 
-def prepare(run: Run) -> QLoRATrainer:
+def prepare(run: Preflight) -> QLoRATrainer:
     """From a checked run to the first step: model, adapter, memory plan."""
     args, (training_args, compute_dtype, recompute) = run.args, run.setup
     torch.manual_seed(training_args.seed)
@@ -69,9 +69,9 @@ def prepare(run: Run) -> QLoRATrainer:
         keep_or_recompute(model, keep=recompute is False)
         max_tokens = None
     else:
-        use_training_kernels(model)
+        replace_layers(model)
         fixed = args.fixed_plan(recompute, model.config.num_layers)
-        lengths = column(run.train_samples, "length").tolist()
+        lengths = numpy_column(run.train_samples, "length").tolist()
         max_tokens = plan_memory(model, lengths, samples_per_step(training_args), args.memory_budget, fixed)
 
     return QLoRATrainer(

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from chatglm.configuration_chatglm import ChatGLMConfig
 from chatglm.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel, ChatGLMPreTrainedModel
-from chatglm.packed_attention import PackedRow
+from chatglm.packed_attention import PackedSequences
 from chatglm.tokenization_chatglm import ChatGLMTokenizer
 
 AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
@@ -23,5 +23,5 @@ __all__ = [
     "ChatGLMModel",
     "ChatGLMPreTrainedModel",
     "ChatGLMTokenizer",
-    "PackedRow",
+    "PackedSequences",
 ]

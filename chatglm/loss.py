@@ -43,9 +43,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, gradient: bool) -> torch.Tensor:
     """Losses of the rows, [N] fp32; with `gradient`, logits [N, V] become the gradient of their sum."""
     if logits.is_cuda:
-        from glm_kernels import cross_entropy as loss_kernel
+        from glm_kernels import cross_entropy
 
-        return loss_kernel.cross_entropy_in_place(logits, labels, gradient)
+        return cross_entropy.cross_entropy_in_place(logits, labels, gradient)
     log_probabilities = logits.float().log_softmax(dim=-1)
     losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
     if gradient:

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from chatglm.chat import ChatMixin
 from chatglm.configuration_chatglm import ChatGLMConfig
 from chatglm.loss import linear_cross_entropy
-from chatglm.packed_attention import PackedRow, packed_attention
+from chatglm.packed_attention import PackedSequences, packed_attention
 from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
 
 # The official blocks scale the residual for 28 layers whatever the number of layers in the configuration.
@@ -119,12 +119,12 @@ class ChatGLMAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         cache: Cache | None = None,
-        packed_row: PackedRow | None = None,
+        packed_sequences: PackedSequences | None = None,
         **kwargs,
     ) -> torch.Tensor:
         projected = self.query_key_value(hidden_states)
-        if packed_row is not None:
-            return self.dense(packed_attention(projected, position_embeddings, packed_row, self.head_dim))
+        if packed_sequences is not None:
+            return self.dense(packed_attention(projected, position_embeddings, packed_sequences, self.head_dim))
         states = split_and_rotate(projected, *position_embeddings, self.head_dim)
         query, key, value = (state.transpose(1, 2) for state in states)  # [B, H, T, D]
         if cache is not None:
@@ -246,7 +246,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        packed_row: PackedRow | None = None,
+        packed_sequences: PackedSequences | None = None,
         kept: slice | torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -267,7 +267,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None and not self.training:
             cache = DynamicCache(config=self.config)
-        if packed_row is None and (attention_mask is None or attention_mask.dim() == 2):
+        if packed_sequences is None and (attention_mask is None or attention_mask.dim() == 2):
             attention_mask = self.attention_mask(attention_mask, position_ids, cache)
 
         hidden_states = inputs_embeds
@@ -279,7 +279,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 cache=cache,
-                packed_row=packed_row,
+                packed_sequences=packed_sequences,
                 **kwargs,
             )
         return BaseModelOutputWithPast(self.final_layernorm(hidden_states), cache)
@@ -338,7 +338,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         shift_labels: torch.Tensor | None = None,
-        packed_row: PackedRow | None = None,
+        packed_sequences: PackedSequences | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
@@ -357,7 +357,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             logits_to_keep: how many of the last positions get logits (0: all), or a 1-D tensor of positions.
             shift_labels: [B, positions kept], long: what each of `logits_to_keep` predicts, without -100. The loss is
                 then computed a slice at a time and no logits are returned.
-            packed_row: where the samples of a single row lie; attention then needs no mask.
+            packed_sequences: where the samples of a single row lie; attention then needs no mask.
             num_items_in_batch: divisor of the summed loss, the labels of all micro-batches of one optimizer step; None
                 gives the mean over this batch.
             past_key_values: the name of `cache` before transformers 5.24.
@@ -372,7 +372,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             cache,
             inputs_embeds,
             use_cache,
-            packed_row=packed_row,
+            packed_sequences=packed_sequences,
             kept=kept,
             past_key_values=past_key_values,
             **kwargs,

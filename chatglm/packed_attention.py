@@ -12,22 +12,22 @@ import torch
 from torch.nn import functional as F
 
 from chatglm.rotary import split_and_rotate
-from glm_kernels import TILE, kernel_runs_on
+from glm_kernels import TILE, kernels_supported
 
 
 @dataclass(frozen=True)
-class PackedRow:
+class PackedSequences:
     """Where the samples of a row lie.
 
     `lengths`, on the host: for each sample the tokens of its context, which all see each other, and the tokens after.
-    `tiles`, beside the activations: [number of tiles, 4], int32, see `attention_kernels`.
+    `tiles`, beside the activations: [number of tiles, 4], int32, see `glm_kernels.attention`.
     """
 
     lengths: list[tuple[int, int]]
     tiles: torch.Tensor
 
     @classmethod
-    def of(cls, lengths: list[tuple[int, int]]) -> "PackedRow":
+    def of(cls, lengths: list[tuple[int, int]]) -> "PackedSequences":
         """The layout of N samples of (context, later) tokens, on the CPU."""
         tiles, start = [], 0
         for context, later in lengths:
@@ -35,17 +35,20 @@ class PackedRow:
             start += context + later
         return cls(lengths, torch.tensor(tiles, dtype=torch.int32))
 
-    def pin_memory(self) -> "PackedRow":
+    def pin_memory(self) -> "PackedSequences":
         """The same layout in memory from which copies to the GPU need not be waited for."""
-        return PackedRow(self.lengths, self.tiles.pin_memory())
+        return PackedSequences(self.lengths, self.tiles.pin_memory())
 
-    def to(self, device: torch.device, non_blocking: bool = True) -> "PackedRow":
+    def to(self, device: torch.device, non_blocking: bool = True) -> "PackedSequences":
         """The same layout with its tiles on `device`."""
-        return PackedRow(self.lengths, self.tiles.to(device, non_blocking=non_blocking))
+        return PackedSequences(self.lengths, self.tiles.to(device, non_blocking=non_blocking))
 
 
 def packed_attention(
-    projected: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], row: PackedRow, head_dim: int
+    projected: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    row: PackedSequences,
+    head_dim: int,
 ) -> torch.Tensor:
     """Rotary positions and prefix-LM attention within each sample.
 
@@ -57,7 +60,7 @@ def packed_attention(
     Returns:
         [1, T, C].
     """
-    if kernel_runs_on(projected):
+    if kernels_supported(projected):
         from glm_kernels.attention import PackedAttention
 
         cos, sin = (table.reshape(-1, head_dim) for table in position_embeddings)
@@ -66,7 +69,10 @@ def packed_attention(
 
 
 def attention_by_sample(
-    projected: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], row: PackedRow, head_dim: int
+    projected: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    row: PackedSequences,
+    head_dim: int,
 ) -> torch.Tensor:
     """The same with one masked SDPA call a sample."""
     states = (state.transpose(1, 2) for state in split_and_rotate(projected, *position_embeddings, head_dim))

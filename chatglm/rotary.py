@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from chatglm.configuration_chatglm import ChatGLMConfig
-from glm_kernels import kernel_runs_on
+from glm_kernels import kernels_supported
 
 
 class ChatGLMRotaryEmbedding(nn.Module):
@@ -46,7 +46,7 @@ def split_and_rotate(
     On a GPU and without gradients they are rotated where they lie.
     """
     query, key, value = projected.unflatten(-1, (-1, 3 * head_dim)).chunk(3, dim=-1)
-    if kernel_runs_on(projected) and not torch.is_grad_enabled():
+    if kernels_supported(projected) and not torch.is_grad_enabled():
         rotate_in_place(projected, cos, sin, head_dim)
         return query, key, value
     return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
@@ -54,7 +54,7 @@ def split_and_rotate(
 
 def rotate_in_place(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int):
     """Rotary positions on the queries and keys in `projected` [B, T, 3C], by the kernel; no gradient."""
-    from glm_kernels import attention as attention_kernels
+    from glm_kernels import attention
 
     tables = (table.reshape(-1, head_dim) for table in (cos, sin))
-    attention_kernels.rotate_in_place(projected.flatten(0, 1), *tables, head_dim)
+    attention.rotate_in_place(projected.flatten(0, 1), *tables, head_dim)

@@ -17,7 +17,7 @@ import triton.language as tl
 from glm_kernels import TILE
 from glm_kernels.launch import launch
 
-KEYS, QUERIES = 32, 64  # at once, in the loops over keys and over queries
+BLOCK_N, BLOCK_M = 32, 64  # at once, in the loops over keys and over queries
 LOG2_E = math.log2(math.e)
 
 
@@ -192,7 +192,7 @@ class PackedAttention(torch.autograd.Function):
         lse = torch.empty(heads, len(projected), dtype=torch.float32, device=projected.device)
         launch(
             forward_kernel, (len(tiles), heads), projected, output, lse, tiles, head_dim**-0.5 * LOG2_E,
-            len(projected), **shape, BLOCK=KEYS, num_stages=3,
+            len(projected), **shape, BLOCK=BLOCK_N, num_stages=3,
         )  # fmt: skip
         ctx.save_for_backward(projected, cos, sin, tiles, output, lse)
         ctx.shape = shape
@@ -207,11 +207,11 @@ class PackedAttention(torch.autograd.Function):
         scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E, len(projected))
         launch(
             query_grad_kernel, grid, projected, output, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape,
-            BLOCK=KEYS, num_stages=2,
+            BLOCK=BLOCK_N, num_stages=2,
         )  # fmt: skip
         launch(
             key_value_grad_kernel, grid, projected, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape,
-            BLOCK=QUERIES, num_stages=2,
+            BLOCK=BLOCK_M, num_stages=2,
         )  # fmt: skip
         rotate_in_place(grad, cos, sin, head_dim, inverse=True)
         return grad, None, None, None, None

@@ -27,11 +27,11 @@ def rotated(base, cos, sin, HEAD_DIM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["capacity"])
 def decode_attention_kernel(
-    projected, cos, sin, keys, values, visible, place, output, scale, capacity,
+    projected, cos, sin, keys, values, visible, cache_position, output, scale, capacity,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    past = tl.load(place)
+    past = tl.load(cache_position)
     dim = tl.arange(0, HEAD_DIM)
     own = projected + (row * heads + head) * 3 * HEAD_DIM
     cache = (row * heads + head) * capacity * HEAD_DIM
@@ -73,23 +73,23 @@ def decode_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     visible: torch.Tensor,
-    place: torch.Tensor,
+    cache_position: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of one new token a row; S places in the cache.
+    """Attention of one new token a row; S positions in the cache.
 
     Args:
         projected: [B, 3C], query, key and value of each head side by side, not rotated.
         cos, sin: [B, D], of the tokens' positions.
         keys, values: [B, H, S, D], contiguous; the new ones are written into them.
-        visible: [B, S], bool: what may be seen of the places before `place`.
-        place: one long number on the device, where the new ones go.
+        visible: [B, S], bool: what may be seen of the positions before `cache_position`.
+        cache_position: one long number on the device, where the new ones go.
     Returns:
         [B, C].
     """
     B, H, S, D = keys.shape
     output = projected.new_empty(B, H * D)
     launch(
-        decode_attention_kernel, (B, H), projected, cos, sin, keys, values, visible, place, output,
+        decode_attention_kernel, (B, H), projected, cos, sin, keys, values, visible, cache_position, output,
         D**-0.5 * math.log2(math.e), S, HEAD_DIM=D, BLOCK=BLOCK, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return output

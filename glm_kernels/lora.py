@@ -13,7 +13,7 @@ import triton.language as tl
 from glm_kernels.launch import launch
 
 TOKENS, SPLITS = 32, 8
-UP_FEATURES, OUTER_FEATURES = 128, 64
+UP_FEATURES, GRAD_FEATURES = 128, 64
 DOWN_TILE = 4096  # numbers of the thin matrix at once: more do not fit the shared memory of consumer GPUs
 
 
@@ -37,7 +37,7 @@ def load_dropped(base, token, feature, tokens, features, seed, threshold, DROPOU
 
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
-def down_kernel(
+def lora_down_kernel(
     rows, thin, output, factor, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def down_kernel(
 
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
-def up_kernel(
+def lora_up_add_kernel(
     low_rank, thin, rows, factor, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +77,7 @@ def up_kernel(
 
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
-def outer_kernel(
+def lora_weight_grad_kernel(
     low_rank, rows, output, factor, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -102,29 +102,33 @@ def arguments(rows: torch.Tensor, rank: int, factor: float, dropout: float, seed
     return (factor / (1 - dropout), seed, threshold, *rows.shape, rank), constants
 
 
-def down(rows: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
+def lora_down(rows: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
     """`factor * dropout(rows) @ thin.T`: [T, N] and [r, N] -> [T, r] in the type of `rows`."""
     output = rows.new_empty(len(rows), len(thin))
     values, constants = arguments(rows, len(thin), factor, dropout, seed)
     features = max(16, DOWN_TILE // constants["R"])
     grid = (triton.cdiv(len(rows), TOKENS),)
-    launch(down_kernel, grid, rows, thin, output, *values, **constants, FEATURES=features, num_stages=4)
+    launch(lora_down_kernel, grid, rows, thin, output, *values, **constants, FEATURES=features, num_stages=4)
     return output
 
 
-def add_up(rows: torch.Tensor, low_rank: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int):
+def lora_up_add(
+    rows: torch.Tensor, low_rank: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int
+):
     """`rows += factor * dropout(low_rank @ thin)`: [T, r] and [r, N] into [T, N]."""
     values, constants = arguments(rows, len(thin), factor, dropout, seed)
     grid = (triton.cdiv(len(rows), TOKENS), triton.cdiv(rows.shape[1], UP_FEATURES))
-    launch(up_kernel, grid, low_rank, thin, rows, *values, **constants, FEATURES=UP_FEATURES)
+    launch(lora_up_add_kernel, grid, low_rank, thin, rows, *values, **constants, FEATURES=UP_FEATURES)
 
 
-def outer(low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
+def lora_weight_grad(
+    low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: float, seed: int
+) -> torch.Tensor:
     """`factor * low_rank.T @ dropout(rows)`: [T, r] and [T, N] -> [r, N] in fp32."""
     rank = low_rank.shape[1]
     output = torch.zeros(rank, rows.shape[1], dtype=torch.float32, device=rows.device)
     values, constants = arguments(rows, rank, factor, dropout, seed)
-    grid = (triton.cdiv(rows.shape[1], OUTER_FEATURES), SPLITS)
-    constants |= {"FEATURES": OUTER_FEATURES, "SPLITS": SPLITS}
-    launch(outer_kernel, grid, low_rank, rows, output, *values, **constants, num_stages=4)
+    grid = (triton.cdiv(rows.shape[1], GRAD_FEATURES), SPLITS)
+    constants |= {"FEATURES": GRAD_FEATURES, "SPLITS": SPLITS}
+    launch(lora_weight_grad_kernel, grid, low_rank, rows, output, *values, **constants, num_stages=4)
     return output

@@ -1,24 +1,28 @@
-"""The products of `lora_kernels` in plain operations: for any device and type, and as their specification."""
+"""The products of `lora` in plain operations: for any device and type, and as their specification."""
 
 import torch
 
 
-def down(rows: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
+def lora_down(rows: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
     """`factor * dropout(rows) @ thin.T`: [T, N] and [r, N] -> [T, r] in the type of `rows`."""
-    return factor * drop(rows, dropout, seed) @ thin.T.to(rows.dtype)
+    return factor * dropout_by_seed(rows, dropout, seed) @ thin.T.to(rows.dtype)
 
 
-def add_up(rows: torch.Tensor, low_rank: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int):
+def lora_up_add(
+    rows: torch.Tensor, low_rank: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int
+):
     """`rows += factor * dropout(low_rank @ thin)`: [T, r] and [r, N] into [T, N]."""
-    rows.add_(drop(low_rank @ thin.to(rows.dtype), dropout, seed), alpha=factor)
+    rows.add_(dropout_by_seed(low_rank @ thin.to(rows.dtype), dropout, seed), alpha=factor)
 
 
-def outer(low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
+def lora_weight_grad(
+    low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: float, seed: int
+) -> torch.Tensor:
     """`factor * low_rank.T @ dropout(rows)`: [T, r] and [T, N] -> [r, N] in fp32."""
-    return factor * low_rank.T.float() @ drop(rows, dropout, seed).float()
+    return factor * low_rank.T.float() @ dropout_by_seed(rows, dropout, seed).float()
 
 
-def drop(rows: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+def dropout_by_seed(rows: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
     """Dropout that the same seed repeats, so that no mask needs to be kept."""
     if not probability:
         return rows

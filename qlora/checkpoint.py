@@ -44,9 +44,9 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
     config = read_config(folder)
     for shard in weight_files(folder):
         check_file(shard)
-        defect = defect_of(shard)
-        if defect:
-            raise ValueError(f"{shard} {defect}. Download it again, from a source that you trust.")
+        problem = file_problem(shard)
+        if problem:
+            raise ValueError(f"{shard} {problem}. Download it again, from a source that you trust.")
     return config
 
 
@@ -110,7 +110,7 @@ def check_file(path: Path):
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it.")
 
 
-def defect_of(path: Path, check_sums: bool = False) -> str | None:
+def file_problem(path: Path, check_sums: bool = False) -> str | None:
     """Why a JSON object, a safetensors file or one of torch.save is not to be loaded; None for a good one.
 
     Of a file of torch.save nothing is run here, nor would it be on loading, since everything is loaded with

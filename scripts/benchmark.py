@@ -31,7 +31,7 @@ from qlora.arguments import parse_command_line
 from qlora.data.dataset import SampleEncoder
 from qlora.data.rows import read_rows
 from qlora.errors import message_instead_of_traceback
-from qlora.inference.decoding import decode, token_choice, use_inference_kernels
+from qlora.inference.decoding import decode, make_sampler, use_inference_kernels
 from qlora.loading import GIB, add_lora, load_quantized_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,14 +162,14 @@ def measure_decoding(args: BenchmarkArguments) -> dict:
 def answer(model, tokenizer, prompts: list[str], tokens: int):
     """Answers of exactly `tokens` tokens: with random weights no answer ends by itself."""
     batch = tokenizer(prompts, padding=True, split_special_tokens=True, return_tensors="pt").to(model.device)
-    longest = token_choice(False)
+    longest = make_sampler(False)
     eos_token_id = tokenizer.eos_token_id
 
-    def choose(logits: torch.Tensor) -> torch.Tensor:
+    def sampler(logits: torch.Tensor) -> torch.Tensor:
         logits[:, eos_token_id] = float("-inf")
         return longest(logits)
 
-    for _ in decode(model.get_base_model(), **batch, max_new_tokens=tokens, choose=choose):
+    for _ in decode(model.get_base_model(), **batch, max_new_tokens=tokens, sampler=sampler):
         pass
 
 

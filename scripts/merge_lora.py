@@ -19,7 +19,7 @@ from qlora.arguments import COMPUTE_DTYPES, parse_command_line
 from qlora.checkpoint import TOKENIZER_FILES
 from qlora.errors import message_instead_of_traceback
 from qlora.export.merging import merged_tensors
-from qlora.export.official_folder import whole_folder, write_checkpoint
+from qlora.export.official_folder import atomic_folder, write_checkpoint
 from qlora.loading import adapter_config
 
 # The tokenizer's, and the official code, to which config.json then points.
@@ -63,7 +63,7 @@ def main():
         args = parse_command_line(MergeArguments)
         base_path = args.model_name_or_path or adapter_config(args.adapter_path).base_model_name_or_path
         config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, COMPUTE_DTYPES[args.compute_dtype])
-        with whole_folder(args.output_dir) as folder:
+        with atomic_folder(args.output_dir) as folder:
             folder.mkdir(parents=True)
             for file in [file for pattern in COPIED for file in Path(base_path).glob(pattern)]:
                 shutil.copyfile(file, folder / file.name)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qlora.arguments import COMPUTE_DTYPES, parse_command_line
 from qlora.checkpoint import check_checkpoint
 from qlora.errors import message_instead_of_traceback
-from qlora.export.official_folder import whole_folder, write_quantized
+from qlora.export.official_folder import atomic_folder, write_quantized
 from qlora.loading import is_quantized, load_tokenizer, quantize_checkpoint
 
 
@@ -41,7 +41,7 @@ def main():
         if is_quantized(config):
             raise ValueError(f"{args.model_name_or_path} is in 4 bits already: use it as it is.")
         tokenizer = load_tokenizer(args.model_name_or_path)
-        with whole_folder(args.output_dir) as folder:
+        with atomic_folder(args.output_dir) as folder:
             model = quantize_checkpoint(args.model_name_or_path, config, COMPUTE_DTYPES[args.compute_dtype])
             write_quantized(model, tokenizer, folder)
     size = sum(file.stat().st_size for file in Path(args.output_dir).iterdir())

@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict
 from transformers import BitsAndBytesConfig
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from qlora.data.collator import ConcatenatingCollator
+from qlora.data.collator import PaddingFreeCollator
 from qlora.loading import add_lora, load_adapter, load_quantized_model, load_tokenizer, quantization_config
 
 LINEAR = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
@@ -106,7 +106,7 @@ def test_gradients_flow_after_an_evaluation(golden_folder, dtype):
     # bitsandbytes repacks the weights for evaluation on some CPUs.
     tuned = add_random_lora(load_quantized_model(str(golden_folder), dtype))
     ids = [25, 50, 228, 507, 508, 129, 52, 509]
-    batch = ConcatenatingCollator(tuned.config)([{"input_ids": ids, "labels": [-100] * 5 + ids[5:]}])
+    batch = PaddingFreeCollator(tuned.config)([{"input_ids": ids, "labels": [-100] * 5 + ids[5:]}])
     losses, gradients = [], []
     for _ in range(2):
         tuned.train()

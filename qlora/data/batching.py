@@ -8,7 +8,7 @@ from qlora.data.dataset import IGNORE_INDEX
 
 
 @dataclass
-class Samples:
+class StepBatch:
     """The samples of one step. Not a list, so that the libraries on the way leave it as it is."""
 
     items: list[dict]

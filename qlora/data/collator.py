@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from chatglm import ChatGLMConfig, PackedRow
+from chatglm import ChatGLMConfig, PackedSequences
 from chatglm.modeling_chatglm import prefix_lm_position_ids
 from qlora.data.dataset import IGNORE_INDEX
 
@@ -30,18 +30,18 @@ class PaddingCollator:
 
 
 @dataclass
-class ConcatenatingCollator:
+class PaddingFreeCollator:
     """Concatenates samples into one row; each keeps its own positions and sees only itself.
 
     Returns, for N samples of T tokens altogether, L of which are labels:
-        input_ids [1, T]; attention_mask [1, T], n for the n-th sample; position_ids [1, 2, T]; packed_row, the same
-        layout for attention without a mask; labels [1, T]; logits_to_keep [L], the positions that predict a label;
+        input_ids [1, T]; attention_mask [1, T], n for the n-th sample; position_ids [1, 2, T]; packed_sequences, the
+        same layout for attention without a mask; labels [1, T]; logits_to_keep [L], positions that predict a label;
         shift_labels [1, L], what they predict.
     """
 
     config: ChatGLMConfig
 
-    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | PackedRow]:
+    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | PackedSequences]:
         ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
         labels = torch.cat([torch.as_tensor(sample["labels"]) for sample in samples])
         padded = pad_sequence(ids, batch_first=True, padding_value=self.config.pad_token_id)
@@ -54,7 +54,7 @@ class ConcatenatingCollator:
             "input_ids": padded[real][None],
             "attention_mask": torch.arange(1, len(ids) + 1)[:, None].expand_as(padded)[real][None],
             "position_ids": position_ids.transpose(1, 2)[real].T[None],
-            "packed_row": PackedRow.of(torch.stack((contexts, lengths - contexts), dim=1).tolist()),
+            "packed_sequences": PackedSequences.of(torch.stack((contexts, lengths - contexts), dim=1).tolist()),
             "labels": labels[None],
             "logits_to_keep": targets - 1,
             "shift_labels": labels[targets][None],

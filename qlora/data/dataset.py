@@ -162,16 +162,16 @@ def take_share(samples: Dataset, weight: float, seed: int) -> Dataset:
     return samples.select(np.concatenate([*[np.arange(len(samples))] * times, np.sort(part)]))
 
 
-def column(samples: Dataset, name: str) -> np.ndarray:
+def numpy_column(samples: Dataset, name: str) -> np.ndarray:
     """A column of numbers at once; a list of millions of Python's own would take some time and memory."""
     return samples.with_format("numpy").select_columns(name)[:][name]
 
 
 def summary(samples: Dataset) -> str:
     """One line on the size of a data set and on what was cut."""
-    lengths = column(samples, "length")
+    lengths = numpy_column(samples, "length")
     return (
         f"{len(lengths)} samples, {lengths.sum()} tokens (mean {lengths.mean():.1f}, longest {lengths.max()}); cut to "
-        f"the length limits: {column(samples, 'prompt_cut').sum()} prompts, "
-        f"{column(samples, 'answer_cut').sum()} answers"
+        f"the length limits: {numpy_column(samples, 'prompt_cut').sum()} prompts, "
+        f"{numpy_column(samples, 'answer_cut').sum()} answers"
     )

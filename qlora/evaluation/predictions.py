@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizer
 
 from qlora.export.official_folder import write_json
-from qlora.inference.decoding import token_choice
+from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import generate_texts
 
 PREDICTIONS, METRICS_FILE = "predictions.jsonl", "metrics.json"
@@ -133,9 +133,9 @@ def answer_rows(
 
     def answer(prompts: list[str], seed: int) -> list[str]:
         torch.manual_seed(seed)
-        choose = token_choice(protocol.do_sample)
+        sampler = make_sampler(protocol.do_sample)
         limits = {"max_new_tokens": protocol.max_new_tokens, "max_prompt_tokens": protocol.max_prompt_tokens}
-        return generate_texts(model, tokenizer, prompts, choose=choose, batch_size=batch_size, **limits)
+        return generate_texts(model, tokenizer, prompts, sampler=sampler, batch_size=batch_size, **limits)
 
     with tqdm(total=len(rows), desc="Answering") as progress:
         for number, indices in enumerate(batches_of(rows, batch_size)):

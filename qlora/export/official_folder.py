@@ -20,7 +20,7 @@ NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A folder to write into, which gets the name `path` once all is in it, and is gone where writing fails.
 
     Raises:

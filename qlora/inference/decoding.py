@@ -19,16 +19,16 @@ from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWar
 from transformers.cache_utils import StaticCache
 
 from chatglm.modeling_chatglm import ChatGLMAttention, ResidualNorm, prefix_lm_position_ids
-from glm_kernels import kernel_runs_on
+from glm_kernels import kernels_supported
 from qlora.layers.nf4 import linear
 from qlora.layers.residual import residual_norm
 
 # Without cuDNN's, which plans for a second whenever it meets a new shape.
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-Choice = Callable[[torch.Tensor], torch.Tensor]
+Sampler = Callable[[torch.Tensor], torch.Tensor]
 
 
-def token_choice(do_sample: bool, top_p: float = 0.7, temperature: float = 0.95) -> Choice:
+def make_sampler(do_sample: bool, top_p: float = 0.7, temperature: float = 0.95) -> Sampler:
     """Logits [B, V] -> token ids [B, 1]: the likeliest, or one drawn as the official model does by default."""
     if not do_sample:
         return lambda logits: logits.argmax(dim=-1, keepdim=True)
@@ -43,22 +43,22 @@ def token_choice(do_sample: bool, top_p: float = 0.7, temperature: float = 0.95)
 
 
 class Decoder:
-    """The state of a batch of answers being generated; all of it is changed in place by `step`.
+    """The state of a batch of answers being generated; all of it is changed in cache_position by `step`.
 
     Args:
         model: the language model, with any adapter already in its layers.
         input_ids, attention_mask: [B, T], prompts padded on the left.
         max_new_tokens: N.
-        choose: picks the next token from the logits.
+        sampler: picks the next token from the logits.
     """
 
-    def __init__(self, model: PreTrainedModel, input_ids, attention_mask, max_new_tokens: int, choose: Choice):
-        self.model, self.choose = model, choose
+    def __init__(self, model: PreTrainedModel, input_ids, attention_mask, max_new_tokens: int, sampler: Sampler):
+        self.model, self.sampler = model, sampler
         B, T = input_ids.shape
         self.cache = StaticCache(config=model.config, max_cache_len=T + max_new_tokens)
         self.seen = F.pad(attention_mask, (0, max_new_tokens), value=1)
         self.new_tokens = torch.full((B, max_new_tokens), model.config.pad_token_id, device=input_ids.device)
-        self.place = torch.zeros(1, dtype=torch.long, device=input_ids.device)
+        self.cache_position = torch.zeros(1, dtype=torch.long, device=input_ids.device)
         self.finished = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
         positions = prefix_lm_position_ids(input_ids, attention_mask, model.config)
         logits = self.forward(input_ids, attention_mask, positions)
@@ -76,11 +76,11 @@ class Decoder:
 
     def accept(self, logits: torch.Tensor):
         """Chooses each row's next token and writes it down; a row that has ended gets padding."""
-        token = self.choose(logits).masked_fill(self.finished, self.model.config.pad_token_id)
+        token = self.sampler(logits).masked_fill(self.finished, self.model.config.pad_token_id)
         self.token.copy_(token)
-        self.new_tokens.index_copy_(1, self.place, token)
+        self.new_tokens.index_copy_(1, self.cache_position, token)
         self.finished |= token == self.model.config.eos_token_id
-        self.place += 1
+        self.cache_position += 1
 
     def step(self):
         """One more token for every row."""
@@ -107,8 +107,8 @@ def decode(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     max_new_tokens: int,
-    choose: Choice,
-    look_every: int = 16,
+    sampler: Sampler,
+    sync_every: int = 16,
 ) -> Iterator[torch.Tensor]:
     """Generates answers, yielding the new tokens every few steps.
 
@@ -116,18 +116,18 @@ def decode(
         model: the language model, in evaluation mode.
         input_ids, attention_mask: [B, T], long, prompts padded on the left.
         max_new_tokens: most tokens of an answer.
-        choose: picks the next token, see `token_choice`.
-        look_every: steps between two looks, on the host, at what has been generated.
+        sampler: picks the next token, see `make_sampler`.
+        sync_every: steps between two looks, on the host, at what has been generated.
     Yields:
-        [B, up to look_every], long; padding after a row's end.
+        [B, up to sync_every], long; padding after a row's end.
     """
-    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens, choose)
+    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens, sampler)
     step, done, yielded = decoder.step, 1, 0
     while done < max_new_tokens and not decoder.finished.all():
         if input_ids.is_cuda and done == 1:
             step = decoder.graphed_step()
             done += 1
-        for _ in range(min(look_every, max_new_tokens - done)):
+        for _ in range(min(sync_every, max_new_tokens - done)):
             step()
             done += 1
         yield decoder.new_tokens[:, yielded:done]
@@ -147,9 +147,9 @@ def use_inference_kernels(model: torch.nn.Module):
             layer.forward = functools.partial(add_adapter, layer, layer.lora_A[adapter].weight.to(dtype), up.to(dtype))
         elif isinstance(layer, Linear4bit):
             layer.forward = functools.partial(linear, layer)
-        elif isinstance(layer, ResidualNorm) and kernel_runs_on(layer.weight):
+        elif isinstance(layer, ResidualNorm) and kernels_supported(layer.weight):
             layer.forward = functools.partial(residual_norm, layer)
-        elif isinstance(layer, ChatGLMAttention) and kernel_runs_on(layer.query_key_value.bias):
+        elif isinstance(layer, ChatGLMAttention) and kernels_supported(layer.query_key_value.bias):
             layer.forward = functools.partial(attention, layer)
 
 

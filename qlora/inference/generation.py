@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizer
 
 from chatglm.chat import clean_response
-from qlora.inference.decoding import Choice, decode
+from qlora.inference.decoding import Sampler, decode
 
 
 def generate_answers(
@@ -16,12 +16,12 @@ def generate_answers(
     tokenizer: PreTrainedTokenizer,
     prompts: list[str],
     max_new_tokens: int,
-    choose: Choice,
+    sampler: Sampler,
     batch_size: int,
 ) -> list[str]:
     """The answers to all prompts, cleaned for people to read; see `generate_texts`."""
     return [
-        clean_response(text) for text in generate_texts(model, tokenizer, prompts, max_new_tokens, choose, batch_size)
+        clean_response(text) for text in generate_texts(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
     ]
 
 
@@ -30,7 +30,7 @@ def generate_texts(
     tokenizer: PreTrainedTokenizer,
     prompts: list[str],
     max_new_tokens: int,
-    choose: Choice,
+    sampler: Sampler,
     batch_size: int,
     max_prompt_tokens: int | None = None,
 ) -> list[str]:
@@ -41,7 +41,7 @@ def generate_texts(
         tokenizer: the model's.
         prompts: texts as the user wrote them.
         max_new_tokens: longest answer in tokens.
-        choose: picks the next token, see `token_choice`.
+        sampler: picks the next token, see `make_sampler`.
         batch_size: prompts answered at once.
         max_prompt_tokens: longest prompt, `[gMASK]` and `<sop>` included; the rest is cut. None for no limit.
     Returns:
@@ -59,7 +59,7 @@ def generate_texts(
             split_special_tokens=True,
             return_tensors="pt",
         ).to(model.device)
-        pieces = list(decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, choose=choose))
+        pieces = list(decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, sampler=sampler))
         texts = tokenizer.batch_decode(torch.cat(pieces, dim=1), skip_special_tokens=True)
         for i, text in zip(indices, texts, strict=True):
             answers[i] = text
@@ -67,11 +67,11 @@ def generate_texts(
 
 
 def stream_answer(
-    model: PeftModel, tokenizer: PreTrainedTokenizer, prompt: str, max_new_tokens: int, choose: Choice
+    model: PeftModel, tokenizer: PreTrainedTokenizer, prompt: str, max_new_tokens: int, sampler: Sampler
 ) -> Iterator[str]:
     """Yields the answer so far, again and again, as it grows."""
     batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
     tokens = []
-    for piece in decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, choose=choose, look_every=2):
+    for piece in decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, sampler=sampler, sync_every=2):
         tokens += piece[0].tolist()
         yield clean_response(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")

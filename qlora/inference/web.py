@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizer
 
 from chatglm.chat import History, build_prompt
 from qlora.arguments import InferenceArguments
-from qlora.inference.decoding import token_choice
+from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import stream_answer
 
 PASSWORD_VARIABLE = "QLORA_PASSWORD"  # a flag could be read in the list of processes
@@ -47,8 +47,8 @@ class Answerer:
         """
         self.check_prompt(prompt, args)
         prompt = args.prompt_text + prompt
-        choose = token_choice(args.do_sample, args.top_p, args.temperature)
-        streams = [stream_answer(self.model, self.tokenizer, prompt, args.max_new_tokens, choose) for _ in tuned]
+        sampler = make_sampler(args.do_sample, args.top_p, args.temperature)
+        streams = [stream_answer(self.model, self.tokenizer, prompt, args.max_new_tokens, sampler) for _ in tuned]
         answers = [""] * len(tuned)
         with self.lock:
             torch.manual_seed(args.seed)

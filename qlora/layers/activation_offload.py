@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 
 
-class Kept:
+class OffloadedTensor:
     """One tensor on its way to the host and back."""
 
     device_tensor: torch.Tensor | None = None  # while it is on the device
 
-    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, before: "Kept | None"):
+    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, before: "OffloadedTensor | None"):
         self.before = before
         self.host_tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self.done = self.copy(tensor, self.host_tensor, stream)
@@ -45,34 +45,34 @@ class Kept:
             self.done = self.copy(self.host_tensor, self.device_tensor, stream)
 
 
-class HostOffload:
+class ActivationOffload:
     """Saved-tensor hooks that move what is saved within `with offload.saved():` to the host."""
 
     def __init__(self):
         self.stream = torch.cuda.Stream()
         # The graph of autograd keeps what was packed alive: what a failed attempt left is gone with its graph.
-        self.last: Callable[[], Kept | None] = lambda: None
+        self.last: Callable[[], OffloadedTensor | None] = lambda: None
 
     def saved(self) -> contextlib.AbstractContextManager:
         """The context in which to call `checkpoint`."""
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
-    def pack(self, tensor: torch.Tensor) -> Kept | torch.Tensor:
+    def pack(self, tensor: torch.Tensor) -> OffloadedTensor | torch.Tensor:
         if not tensor.is_cuda or tensor.numel() == 0:
             return tensor
         before = self.last()
         if before is not None:
             before.leave()
-        kept = Kept(tensor, self.stream, before)
-        self.last = weakref.ref(kept)
-        return kept
+        offloaded = OffloadedTensor(tensor, self.stream, before)
+        self.last = weakref.ref(offloaded)
+        return offloaded
 
-    def unpack(self, kept: Kept | torch.Tensor) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
-        kept.come_back(self.stream)
-        torch.cuda.current_stream().wait_event(kept.done)
-        if kept.before is not None:
-            kept.before.come_back(self.stream)  # needed next
-        tensor, kept.device_tensor = kept.device_tensor, None
+    def unpack(self, offloaded: OffloadedTensor | torch.Tensor) -> torch.Tensor:
+        if isinstance(offloaded, torch.Tensor):
+            return offloaded
+        offloaded.come_back(self.stream)
+        torch.cuda.current_stream().wait_event(offloaded.done)
+        if offloaded.before is not None:
+            offloaded.before.come_back(self.stream)  # needed next
+        tensor, offloaded.device_tensor = offloaded.device_tensor, None
         return tensor

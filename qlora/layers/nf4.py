@@ -1,4 +1,4 @@
-"""Fast arithmetic on NF4 weights with doubly quantised scales; `nf4_kernels` has what runs on a GPU.
+"""Fast arithmetic on NF4 weights with doubly quantised scales; `glm_kernels.nf4` has what runs on a GPU.
 
 A block of 64 weights shares a scale; 256 scales share a second scale:
     weight = NF4[nibble] * (code[scale_code] * scale_of_scales + offset)
@@ -31,20 +31,20 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     packed = packed.data  # as a plain tensor: what is asked of a Params4bit goes through Python
     if not kernels_know(packed, state):
         return bitsandbytes.functional.dequantize_4bit(packed, state)
-    from glm_kernels import nf4 as nf4_kernels
+    from glm_kernels import nf4
 
-    return nf4_kernels.dequantize(packed, state)
+    return nf4.dequantize(packed, state)
 
 
-def dense_weight(layer: Linear4bit) -> torch.Tensor:
-    """[out_features, in_features] in the compute type: made on the spot, unless `keep_dense` made it before."""
-    kept = getattr(layer, "kept_weight", None)
+def dequantized_weight(layer: Linear4bit) -> torch.Tensor:
+    """[out_features, in_features] in the compute type: made on the spot, unless `cache_dequantized` made it before."""
+    kept = getattr(layer, "cached_weight", None)
     return dequantize(layer.weight, layer.weight.quant_state) if kept is None else kept
 
 
-def keep_dense(layer: Linear4bit):
+def cache_dequantized(layer: Linear4bit):
     """Dequantises a layer once and for all: 2 bytes a weight instead of half a byte, and no work later."""
-    layer.kept_weight = dequantize(layer.weight, layer.weight.quant_state)
+    layer.cached_weight = dequantize(layer.weight, layer.weight.quant_state)
 
 
 def linear(layer: Linear4bit, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -53,4 +53,4 @@ def linear(layer: Linear4bit, hidden_states: torch.Tensor) -> torch.Tensor:
         return bitsandbytes.matmul_4bit(
             hidden_states, layer.weight.t(), bias=layer.bias, quant_state=layer.weight.quant_state
         )
-    return F.linear(hidden_states, dense_weight(layer), layer.bias)
+    return F.linear(hidden_states, dequantized_weight(layer), layer.bias)

@@ -20,9 +20,9 @@ from peft import PeftModel
 
 from chatglm import ChatGLMConfig
 from chatglm.loss import ROWS_AT_ONCE
-from glm_kernels import kernel_runs_on
-from qlora.layers.activation_offload import HostOffload
-from qlora.layers.nf4 import keep_dense
+from glm_kernels import kernels_supported
+from qlora.layers.activation_offload import ActivationOffload
+from qlora.layers.nf4 import cache_dequantized
 from qlora.loading import GIB
 
 logger = logging.getLogger(__name__)
@@ -232,7 +232,7 @@ def plan_and_table(
 def plan_memory(
     model: PeftModel, lengths: list[int], samples_per_step: int, budget: str | None, fixed: dict[str, int]
 ) -> int:
-    """Chooses a plan, shows it, and sets up the model's layers; `use_training_kernels` comes before.
+    """Chooses a plan, shows it, and sets up the model's layers; `replace_layers` comes before.
 
     A requested budget is enforced on the process.
 
@@ -257,7 +257,7 @@ def plan_memory(
         torch.cuda.memory_allocated(),
         sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         frozenset(model.peft_config["default"].target_modules),
-        kernel_runs_on(model.get_base_model().transformer.word_embeddings.weight),
+        kernels_supported(model.get_base_model().transformer.word_embeddings.weight),
     )
     available = memory_budget(budget)
     plan, table = plan_and_table(sizes, lengths, samples_per_step, available, fixed)
@@ -277,11 +277,11 @@ def keep_or_recompute(model: PeftModel, keep: bool):
 
 def apply_plan(model: PeftModel, plan: MemoryPlan):
     """Sets the layers up as planned."""
-    offload = HostOffload() if plan.offload else None
+    offload = ActivationOffload() if plan.offload else None
     for number, block in enumerate(model.get_base_model().transformer.layers):
         block.recompute_mlp, block.recompute_attention = number >= plan.kept_mlp, number >= plan.kept_attention
         block.offload = offload
         if number < plan.dense:
             for layer in block.modules():
                 if isinstance(layer, Linear4bit):
-                    keep_dense(layer)
+                    cache_dequantized(layer)

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizer, TrainerContr
 from transformers.trainer_callback import DefaultFlowCallback
 
 from chatglm import ChatGLMConfig
-from glm_kernels import kernel_runs_on
+from glm_kernels import kernels_supported
 from qlora.arguments import FinetuneArguments, choose_compute_dtype
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
-from qlora.data.dataset import SampleEncoder, column, load_rows, load_samples, mix_samples
+from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
     add_lora,
@@ -30,7 +30,7 @@ from qlora.loading import (
 )
 from qlora.training.memory_plan import Sizes, memory_budget, plan_and_table
 from qlora.training.saving import check_output_dir, check_same_adapter, find_checkpoint
-from qlora.training.training_args import TrainingSetup, read_training_arguments, samples_per_step
+from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
 
 ADAPTER_BYTES = 4  # for each trained parameter, fp32
 STATE_BYTES = 2**20  # of a checkpoint: the log, the schedule, the state of the random numbers
@@ -53,7 +53,7 @@ class DiskSpace(NamedTuple):
 
 
 @dataclass
-class Run:
+class Preflight:
     """A run as far as it can be known before its model is loaded; what could not be read is None."""
 
     args: FinetuneArguments
@@ -94,11 +94,11 @@ class Run:
             raise ValueError("\n- ".join([f"{len(self.problems)} things are wrong:", *self.problems]))
 
 
-def check_run(args: FinetuneArguments) -> Run:
+def run_preflight(args: FinetuneArguments) -> Preflight:
     """Makes every check; what is wrong stands in `problems`. The tokenised rows stay in the cache of datasets."""
-    run = Run(args)
+    run = Preflight(args)
     with run.noting_problems():
-        run.setup = read_training_arguments(
+        run.setup = read_training_args(
             args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
         )
     with run.noting_problems():
@@ -113,7 +113,7 @@ def check_run(args: FinetuneArguments) -> Run:
     return run
 
 
-def check_gpu(run: Run):
+def check_gpu(run: Preflight):
     """Is the model's GPU there, large enough, and do the libraries work on it?"""
     config = run.config or ChatGLMConfig()  # where no model can be read: the 6B one was meant
     with run.noting_problems():
@@ -126,7 +126,7 @@ def check_gpu(run: Run):
             run.bitsandbytes_works = True
 
 
-def check_rows(run: Run):
+def check_rows(run: Preflight):
     """Every file of rows, tokenised if the tokenizer could be loaded."""
     args, files = run.args, run.args.train_files()
     encoder = SampleEncoder(run.tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
@@ -143,7 +143,7 @@ def check_rows(run: Run):
         run.eval_samples = loaded.get(args.eval_data_path)
 
 
-def check_memory(run: Run):
+def check_memory(run: Preflight):
     """The adapter's size and the memory plan, from a model without weights."""
     args, planned = run.args, torch.cuda.is_available() and not run.args.plain
     with run.noting_problems():
@@ -157,7 +157,7 @@ def check_memory(run: Run):
             run.plan = plan_ahead(run, sum(weight.nbytes for weight in model.parameters()), budget, fixed)
 
 
-def plan_ahead(run: Run, unquantized: int, budget: int, fixed: dict[str, int]) -> str:
+def plan_ahead(run: Preflight, unquantized: int, budget: int, fixed: dict[str, int]) -> str:
     """The memory plan as `plan_memory` will make it when the model is loaded.
 
     Args:
@@ -172,17 +172,17 @@ def plan_ahead(run: Run, unquantized: int, budget: int, fixed: dict[str, int]) -
     quantized = config.num_layers * config.weights_per_layer
     resident = int(unquantized - quantized * (dtype.itemsize - BITS_PER_QUANTIZED_WEIGHT / 8))
     targets = frozenset(run.args.lora_target_modules)
-    sizes = Sizes(config, dtype.itemsize, resident, run.trainable, targets, attention_kernel_runs(dtype))
-    lengths = column(run.train_samples, "length").tolist()
+    sizes = Sizes(config, dtype.itemsize, resident, run.trainable, targets, attention_kernels_supported(dtype))
+    lengths = numpy_column(run.train_samples, "length").tolist()
     return plan_and_table(sizes, lengths, samples_per_step(training_args), budget, fixed)[1]
 
 
-def attention_kernel_runs(dtype: torch.dtype) -> bool:
+def attention_kernels_supported(dtype: torch.dtype) -> bool:
     """Whether the GPU can run the attention kernel in this type."""
-    return kernel_runs_on(torch.empty(0, dtype=dtype, device="cuda"))
+    return kernels_supported(torch.empty(0, dtype=dtype, device="cuda"))
 
 
-def check_output(run: Run):
+def check_output(run: Preflight):
     """Where the run writes to and goes on from: is it there, is it writable, is it large enough?"""
     training_args = run.setup.training_args
     with run.noting_problems():
@@ -197,7 +197,7 @@ def check_output(run: Run):
         check_disk(run, training_args.output_dir)
 
 
-def check_disk(run: Run, output_dir: str):
+def check_disk(run: Preflight, output_dir: str):
     """ValueError unless output_dir can be written to and there is room for everything that the run will write."""
     folder = existing_parent(Path(output_dir))
     try:
@@ -250,7 +250,7 @@ def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
     return Steps(steps, evaluations, saves)
 
 
-def disk_needed(run: Run) -> int:
+def disk_needed(run: Preflight) -> int:
     """Bytes of the checkpoints that exist at once, and of the adapter at the end."""
     args, saves, folder = run.setup.training_args, run.steps.saves, Path(run.args.model_name_or_path)
     tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES)

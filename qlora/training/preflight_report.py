@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizer
 
-from qlora.data.dataset import IGNORE_INDEX, column, summary
+from qlora.data.dataset import IGNORE_INDEX, numpy_column, summary
 from qlora.loading import GIB
-from qlora.training.preflight import Run
+from qlora.training.preflight import Preflight
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 LONGEST_BAR, BARS = 40, 8  # characters, lines
@@ -24,11 +24,11 @@ PARTS = {  # trained on, control token -> name, colour
 END_OF_COLOUR = "\033[0m"
 
 
-def describe(run: Run) -> str:
+def describe(run: Preflight) -> str:
     """The run as far as it is known, with as many samples as `--check` asks for."""
     lines = [f"{name:<11} {indented(value)}" for name, value in table(run) if value]
     if run.train_samples:
-        lines.append(f"{'lengths':<11} {indented(histogram(column(run.train_samples, 'length')))}")
+        lines.append(f"{'lengths':<11} {indented(histogram(numpy_column(run.train_samples, 'length')))}")
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
         first = run.train_samples.select(range(min(run.args.check, len(run.train_samples))))
         lines += [show_sample(sample, run.tokenizer, colour) for sample in first]
@@ -42,7 +42,7 @@ def indented(text: str) -> str:
     return text.replace("\n", "\n" + " " * 12)
 
 
-def table(run: Run) -> list[tuple[str, str | None]]:
+def table(run: Preflight) -> list[tuple[str, str | None]]:
     """Name and value of everything but the samples; None for what is not known."""
     args, config, steps, disk = run.args, run.config, run.steps, run.disk
     targets = ", ".join(args.lora_target_modules)
@@ -61,7 +61,7 @@ def table(run: Run) -> list[tuple[str, str | None]]:
     ]
 
 
-def describe_gpu(run: Run) -> str:
+def describe_gpu(run: Preflight) -> str:
     """The GPU in a line."""
     if not torch.cuda.is_available():
         return "none"

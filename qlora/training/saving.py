@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
-from qlora.checkpoint import defect_of
+from qlora.checkpoint import file_problem
 from qlora.errors import TrainingStopped
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
-def defect(checkpoint: Path) -> str | None:
+def checkpoint_problem(checkpoint: Path) -> str | None:
     """Why a run cannot go on from a checkpoint: a file is missing, damaged, or holds code; None for a whole one."""
     if not checkpoint.is_dir():
         return "there is no such folder"
@@ -54,7 +54,7 @@ def defect(checkpoint: Path) -> str | None:
         if not found and pattern != SCALER:
             return f"{pattern} is missing"
         for path in found:
-            reason = defect_of(path, check_sums=True)
+            reason = file_problem(path, check_sums=True)
             if reason:
                 return f"{path.name} {reason}"
     return None
@@ -66,17 +66,17 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
     Args:
         requested: a folder, or 'last' for the newest whole one in `output_dir`; None for none.
     Raises:
-        FileNotFoundError: there is none, or it has a `defect`.
+        FileNotFoundError: there is none, or it has a `checkpoint_problem`.
     """
     if requested is None:
         return None
     if requested != "last":
-        reason = defect(Path(requested))
+        reason = checkpoint_problem(Path(requested))
         if reason:
             raise FileNotFoundError(f"--resume_from_checkpoint {requested}: not a whole checkpoint: {reason}.")
         return requested
     for folder in checkpoints(output_dir):
-        reason = defect(folder)
+        reason = checkpoint_problem(folder)
         if reason is None:
             logger.info("Going on from %s", folder)
             return str(folder)
@@ -90,7 +90,7 @@ def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules:
     """Checks that a run goes on with the adapter of its checkpoint; only the dropout may be another.
 
     Args:
-        checkpoint: a folder in which `defect` finds nothing.
+        checkpoint: a folder in which `checkpoint_problem` finds nothing.
         rank, alpha, target_modules: of the adapter that is asked for.
     Raises:
         ValueError: the checkpoint's adapter has other values.
@@ -126,9 +126,11 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
         present.insert(0, "a finished adapter")
     if checkpoint and Path(checkpoint).resolve().parent == Path(output_dir).resolve():
         step = step_of(Path(checkpoint)) or 0
-        present = [path.name for path in checkpoints(output_dir) if step_of(path) > step and not defect(path)]
+        present = [
+            path.name for path in checkpoints(output_dir) if step_of(path) > step and not checkpoint_problem(path)
+        ]
     if present:
-        whole = any(not defect(path) for path in checkpoints(output_dir))
+        whole = any(not checkpoint_problem(path) for path in checkpoints(output_dir))
         resume = ", or go on with --resume_from_checkpoint last" if whole else ""
         raise ValueError(
             f"{output_dir} holds an earlier run ({', '.join(present[:2])}), which is not overwritten. Name another "
@@ -137,7 +139,7 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
 
 
 @contextlib.contextmanager
-def written_aside(output_dir: str, owner: bool) -> Iterator[Path]:
+def staging_dir(output_dir: str, owner: bool) -> Iterator[Path]:
     """A folder in `output_dir` to write into and to move the results from; it is gone in the end.
 
     Args:
@@ -171,7 +173,7 @@ def is_for_want_of_room(error: OSError | SafetensorError | RuntimeError) -> bool
 
 def what_is_kept(output_dir: str) -> str:
     """A sentence on the newest whole checkpoint and how to go on from it."""
-    newest = next((path for path in checkpoints(output_dir) if not defect(path)), None)
+    newest = next((path for path in checkpoints(output_dir) if not checkpoint_problem(path)), None)
     if newest is None:
         return "There is no checkpoint yet."
     return f"{newest} is whole: go on from it with --resume_from_checkpoint last."

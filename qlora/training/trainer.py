@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from qlora.data.batching import Samples, count_tokens, label_count, own_samples, split_evenly
-from qlora.data.collator import ConcatenatingCollator, PaddingCollator
+from qlora.data.batching import StepBatch, count_tokens, label_count, own_samples, split_evenly
+from qlora.data.collator import PaddingCollator, PaddingFreeCollator
 from qlora.errors import TrainingStopped, stop_all_processes
 from qlora.loading import GIB
 from qlora.training.saving import (
@@ -30,8 +30,8 @@ from qlora.training.saving import (
     delete_old_checkpoints,
     publish_files,
     publish_folder,
+    staging_dir,
     what_is_kept,
-    written_aside,
 )
 from qlora.training.step_check import Step, StepCheck, name_rows
 from qlora.training.training_args import samples_per_step
@@ -83,11 +83,11 @@ class QLoRATrainer(Trainer):
         if step_args.device.type == "cpu":  # not "cpu:0", where transformers 5.17 cannot load an optimizer to
             step_args._setup_devices = torch.device("cpu")
         callbacks = [LogBeforeSaving(), *callbacks]
-        super().__init__(model=model, args=step_args, data_collator=Samples, callbacks=callbacks, **kwargs)
+        super().__init__(model=model, args=step_args, data_collator=StepBatch, callbacks=callbacks, **kwargs)
         # The model is in its compute type already; of mixed precision only the loss scaling is wanted.
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.max_tokens, self.plain_rows = max_tokens, args.per_device_train_batch_size
-        self.collate = (ConcatenatingCollator if max_tokens else PaddingCollator)(self.model.config)
+        self.collate = (PaddingFreeCollator if max_tokens else PaddingCollator)(self.model.config)
         self.tokens_since_log, self.log_started = 0, time.perf_counter()
         self.step_check, self.run_dir = StepCheck(self.accelerator), args.output_dir
 
@@ -113,7 +113,7 @@ class QLoRATrainer(Trainer):
             inputs = {name: value.pin_memory().to(device, non_blocking=True) for name, value in inputs.items()}
         return inputs
 
-    def training_step(self, model: torch.nn.Module, inputs: Samples, num_items_in_batch=None) -> torch.Tensor:
+    def training_step(self, model: torch.nn.Module, inputs: StepBatch, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward for all samples of an optimizer step, a group at a time."""
         model.train()  # not only if `model.training` is False: that says nothing of the modules inside
         num_labels, random_state = self.count_labels(inputs), random_states()
@@ -193,13 +193,15 @@ class QLoRATrainer(Trainer):
         self.step_check.steps[-1].gradient_norm = norm
         return norm
 
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list[Samples], None]:
+    def get_batch_samples(
+        self, epoch_iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[StepBatch], None]:
         """The next step's batch; its labels are counted in `training_step`."""
         if self.state.global_step >= self.state.max_steps:
             return [], None  # resumed from the last checkpoint: the Trainer would train a step more
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
-    def count_labels(self, inputs: Samples) -> int | torch.Tensor:
+    def count_labels(self, inputs: StepBatch) -> int | torch.Tensor:
         """Label tokens of a step, over all processes; DDP averages gradients, so the mean over processes."""
         count = label_count(inputs.items)
         if count == 0:
@@ -209,7 +211,7 @@ class QLoRATrainer(Trainer):
             return counts.sum() / self.args.world_size
         return count
 
-    def floating_point_ops(self, inputs: Samples) -> int:
+    def floating_point_ops(self, inputs: StepBatch) -> int:
         """Forward pass and gradient of the activations: 4 operations for each token and weight."""
         return 4 * self.model.config.multiplied_weights * inputs.num_tokens
 
@@ -277,7 +279,7 @@ class QLoRATrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial):
         """Writes a checkpoint that has its name only when it is whole."""
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with written_aside(output_dir, owner=self.args.should_save) as self.run_dir:
+        with staging_dir(output_dir, owner=self.args.should_save) as self.run_dir:
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -295,7 +297,7 @@ class QLoRATrainer(Trainer):
         if _internal_call:
             return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or self.args.output_dir)
-        with written_aside(target, owner=self.args.should_save) as staging:
+        with staging_dir(target, owner=self.args.should_save) as staging:
             super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 check_saved_adapter(self.model, staging, target)

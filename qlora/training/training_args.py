@@ -78,7 +78,7 @@ class TrainingSetup(NamedTuple):
     recompute: bool | None
 
 
-def read_training_arguments(
+def read_training_args(
     path: str, seed: int | None = None, compute_dtype: str | None = None, evaluate: bool = True
 ) -> TrainingSetup:
     """Reads the JSON of TrainingArguments; keys that transformers renamed are translated.

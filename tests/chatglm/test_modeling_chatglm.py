@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.modeling_chatglm import prefix_lm_mask, prefix_lm_position_ids
-from qlora.data.collator import ConcatenatingCollator
+from qlora.data.collator import PaddingFreeCollator
 from qlora.loading import load_quantized_model
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
@@ -343,9 +343,9 @@ def concatenate(request: pytest.FixtureRequest, model) -> Callable[[list[dict]],
     """Samples in one row, attended to sample by sample or under a mask."""
 
     def collate(samples: list[dict]) -> dict:
-        batch = ConcatenatingCollator(model.config)(samples)
+        batch = PaddingFreeCollator(model.config)(samples)
         if request.param == "masked":
-            del batch["packed_row"]
+            del batch["packed_sequences"]
         return batch
 
     return collate

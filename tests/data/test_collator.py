@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chatglm import ChatGLMConfig
-from qlora.data.collator import ConcatenatingCollator
+from qlora.data.collator import PaddingFreeCollator
 
 GMASK, SOP, EOP = 507, 508, 509
 CONFIG = ChatGLMConfig(
@@ -25,7 +25,7 @@ SIZES = [len(s["input_ids"]) for s in SAMPLES]
 
 @pytest.fixture
 def batch() -> dict:
-    return ConcatenatingCollator(CONFIG)(SAMPLES)
+    return PaddingFreeCollator(CONFIG)(SAMPLES)
 
 
 def test_ids_and_labels_follow_one_another(batch):
@@ -59,7 +59,7 @@ def test_each_sample_has_positions_of_its_own(batch):
 def test_a_sample_alone_and_among_others_looks_the_same(batch):
     start = 0
     for one, size in zip(SAMPLES, SIZES, strict=True):
-        alone = ConcatenatingCollator(CONFIG)([one])
+        alone = PaddingFreeCollator(CONFIG)([one])
         rows = slice(start, start + size)
         assert torch.equal(alone["position_ids"], batch["position_ids"][:, :, rows])
         start += size
@@ -78,6 +78,6 @@ def test_kept_positions_predict_the_labels(batch):
 
 
 def test_a_prompt_without_sop_is_all_prompt():
-    batch = ConcatenatingCollator(CONFIG)([{"input_ids": [11, 12, 13], "labels": [-100, -100, -100]}])
+    batch = PaddingFreeCollator(CONFIG)([{"input_ids": [11, 12, 13], "labels": [-100, -100, -100]}])
     assert batch["position_ids"].tolist() == [[[0, 1, 2], [0, 0, 0]]]
     assert batch["logits_to_keep"].tolist() == []

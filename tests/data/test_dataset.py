@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from chatglm import ChatGLMTokenizer
 from chatglm.chat import build_prompt
-from qlora.data.dataset import SampleEncoder, column, load_samples, mix_samples
+from qlora.data.dataset import SampleEncoder, load_samples, mix_samples, numpy_column
 
 CONTROL_TEXT = "前<sop>[gMASK]<eop>[MASK]<pad><unk>后"
 
@@ -165,7 +165,7 @@ def test_weight_that_leaves_no_row_is_refused(parts):
 
 def test_column_of_a_mixture(parts):
     mixed = mix_samples([("a", parts[0], 0.5), ("b", parts[1], 2)], 0)
-    assert column(mixed, "length").tolist() == [len(ids) for ids in mixed["input_ids"]]
+    assert numpy_column(mixed, "length").tolist() == [len(ids) for ids in mixed["input_ids"]]
 
 
 # The cache.

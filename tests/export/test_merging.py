@@ -13,7 +13,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.checkpoint import check_checkpoint, weight_files
 from qlora.export.merging import merged_tensors
-from qlora.export.official_folder import whole_folder, write_quantized
+from qlora.export.official_folder import atomic_folder, write_quantized
 from qlora.loading import load_adapter, load_quantized_model, load_tokenizer
 
 MODULES = ["query_key_value", "dense_h_to_4h"]
@@ -277,7 +277,7 @@ def test_an_existing_folder_is_not_overwritten(run, golden_folder, tmp_path, nam
 
 def write_folder(path: str, *, appears: Path | None = None):
     """Writes a folder of one file, during which another folder appears."""
-    with whole_folder(path) as folder:
+    with atomic_folder(path) as folder:
         folder.mkdir()
         (folder / "all").write_text("ours")
         if appears:
@@ -288,7 +288,7 @@ def write_folder(path: str, *, appears: Path | None = None):
 @pytest.mark.parametrize("name", ["merged", "merged/", "merged//", "v1.0"])
 def test_a_folder_appears_whole_or_not_at_all(tmp_path, name):
     target = f"{tmp_path}/{name}"
-    with pytest.raises(OSError, match="disk full"), whole_folder(target) as folder:
+    with pytest.raises(OSError, match="disk full"), atomic_folder(target) as folder:
         folder.mkdir()
         (folder / "half").write_text("")
         raise OSError("disk full")

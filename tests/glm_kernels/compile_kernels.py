@@ -21,7 +21,7 @@ TYPES = {
     " grad branch_grad sum_grad",
     "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset",
     "*i32": "tiles",
-    "*i64": "labels place",
+    "*i64": "labels cache_position",
     "*u8": "packed scale_codes",
     "*i1": "visible",
     "fp32": "scale log2_scale factor eps residual_scale sign",
@@ -47,8 +47,8 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
 
 def all_kernels(capability: int) -> dict[str, int]:
     """Name -> shared memory of every kernel, as it is launched for the 6B model."""
-    over_keys = HEAD | {"TILE": attention.TILE, "BLOCK": attention.KEYS}
-    over_queries = over_keys | {"BLOCK": attention.QUERIES}
+    over_keys = HEAD | {"TILE": attention.TILE, "BLOCK": attention.BLOCK_N}
+    over_queries = over_keys | {"BLOCK": attention.BLOCK_M}
     decode = {"HEAD_DIM": 128, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
     launches = {
         "rotate": (attention.rotate_kernel, HEAD | {"PAIRS": 4096}, 3),
@@ -66,10 +66,12 @@ def all_kernels(capability: int) -> dict[str, int]:
         constants = {"DROPOUT": True, "R": rank, "TOKENS": lora.TOKENS}
         down = constants | {"FEATURES": lora.DOWN_TILE // rank}
         up = constants | {"FEATURES": lora.UP_FEATURES}
-        outer = constants | {"FEATURES": lora.OUTER_FEATURES, "SPLITS": lora.SPLITS}
-        found[f"down, rank {rank}"] = shared_memory(lora.down_kernel, capability, down, 4, thin="*fp32")
-        found[f"up, rank {rank}"] = shared_memory(lora.up_kernel, capability, up, thin="*fp32")
-        found[f"outer, rank {rank}"] = shared_memory(lora.outer_kernel, capability, outer, 4, output="*fp32")
+        outer = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.SPLITS}
+        found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4, thin="*fp32")
+        found[f"up, rank {rank}"] = shared_memory(lora.lora_up_add_kernel, capability, up, thin="*fp32")
+        found[f"outer, rank {rank}"] = shared_memory(
+            lora.lora_weight_grad_kernel, capability, outer, 4, output="*fp32"
+        )
     return found
 
 

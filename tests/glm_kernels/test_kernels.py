@@ -9,14 +9,12 @@ pytest.importorskip("triton", reason="no Triton here: the kernels are not tested
 import bitsandbytes
 import torch
 
-from chatglm import ChatGLMConfig, PackedRow
+from chatglm import ChatGLMConfig, PackedSequences
 from chatglm import loss as plain_loss
 from chatglm.modeling_chatglm import ResidualNorm
 from chatglm.packed_attention import attention_by_sample
 from chatglm.rotary import ChatGLMRotaryEmbedding, apply_rotary, split_and_rotate
-from glm_kernels import lora as lora_kernels
-from glm_kernels import lora_reference as lora_products
-from glm_kernels import nf4 as nf4_kernels
+from glm_kernels import lora, lora_reference, nf4
 from glm_kernels.attention import PackedAttention, rotate_in_place
 from glm_kernels.cross_entropy import cross_entropy_in_place
 from glm_kernels.decode_attention import decode_attention
@@ -34,7 +32,7 @@ def fixed_seed():
 
 @pytest.mark.parametrize(("head_dim", "heads"), [(32, 2), (128, 1)])
 def test_attention_kernel(head_dim, heads):
-    row = PackedRow.of(LENGTHS)
+    row = PackedSequences.of(LENGTHS)
     row = row.to(DEVICE)
     tokens, hidden = sum(map(sum, LENGTHS)), head_dim * heads
     rotary = ChatGLMRotaryEmbedding(ChatGLMConfig(hidden_size=hidden, num_attention_heads=heads)).to(DEVICE)
@@ -90,13 +88,13 @@ def test_thin_products(tokens, features, rank):
     thin = torch.randn(rank, features, device=DEVICE)
     low_rank = torch.randn(tokens, rank, device=DEVICE)
     close = {"atol": 1e-4, "rtol": 1e-4}
-    expected = lora_products.down(rows, thin, 2.0, 0.0, 0)
-    torch.testing.assert_close(lora_kernels.down(rows, thin, 2.0, 0.0, 0), expected, **close)
-    expected = lora_products.outer(low_rank, rows, 2.0, 0.0, 0)
-    torch.testing.assert_close(lora_kernels.outer(low_rank, rows, 2.0, 0.0, 0), expected, **close)
+    expected = lora_reference.lora_down(rows, thin, 2.0, 0.0, 0)
+    torch.testing.assert_close(lora.lora_down(rows, thin, 2.0, 0.0, 0), expected, **close)
+    expected = lora_reference.lora_weight_grad(low_rank, rows, 2.0, 0.0, 0)
+    torch.testing.assert_close(lora.lora_weight_grad(low_rank, rows, 2.0, 0.0, 0), expected, **close)
     added, expected = rows.clone(), rows.clone()
-    lora_kernels.add_up(added, low_rank, thin, 2.0, 0.0, 0)
-    lora_products.add_up(expected, low_rank, thin, 2.0, 0.0, 0)
+    lora.lora_up_add(added, low_rank, thin, 2.0, 0.0, 0)
+    lora_reference.lora_up_add(expected, low_rank, thin, 2.0, 0.0, 0)
     torch.testing.assert_close(added, expected, **close)
 
 
@@ -104,7 +102,7 @@ def test_dropout_is_the_same_mask_in_every_kernel():
     tokens, features, rank, dropout, seed = 60, 300, 4, 0.3, 2**31 - 5
     mask = torch.zeros(tokens, features, device=DEVICE)
     one = torch.ones(tokens, 1, device=DEVICE)
-    lora_kernels.add_up(mask, one, torch.ones(1, features, device=DEVICE), 1.0, dropout, seed)
+    lora.lora_up_add(mask, one, torch.ones(1, features, device=DEVICE), 1.0, dropout, seed)
     kept = mask.bool()
     assert kept.float().mean().item() == pytest.approx(1 - dropout, abs=0.02)
     torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - dropout)))
@@ -112,12 +110,12 @@ def test_dropout_is_the_same_mask_in_every_kernel():
     thin = torch.randn(rank, features, device=DEVICE)
     low_rank = torch.randn(tokens, rank, device=DEVICE)
     close = {"atol": 1e-4, "rtol": 1e-4}
-    torch.testing.assert_close(lora_kernels.down(rows, thin, 1.0, dropout, seed), (rows * mask) @ thin.T, **close)
+    torch.testing.assert_close(lora.lora_down(rows, thin, 1.0, dropout, seed), (rows * mask) @ thin.T, **close)
     torch.testing.assert_close(
-        lora_kernels.outer(low_rank, rows, 1.0, dropout, seed), low_rank.T @ (rows * mask), **close
+        lora.lora_weight_grad(low_rank, rows, 1.0, dropout, seed), low_rank.T @ (rows * mask), **close
     )
     other = torch.zeros_like(mask)
-    lora_kernels.add_up(other, one, torch.ones(1, features, device=DEVICE), 1.0, dropout, seed + 1)
+    lora.lora_up_add(other, one, torch.ones(1, features, device=DEVICE), 1.0, dropout, seed + 1)
     assert (other.bool() != kept).float().mean() > 0.2
 
 
@@ -127,7 +125,7 @@ def test_dequantising_is_that_of_bitsandbytes_to_the_bit(shape):
         torch.randn(shape, device=DEVICE), quant_type="nf4", compress_statistics=True
     )
     expected = bitsandbytes.functional.dequantize_4bit(packed, state)
-    assert torch.equal(nf4_kernels.dequantize(packed, state), expected)
+    assert torch.equal(nf4.dequantize(packed, state), expected)
 
 
 def test_layer_norm_and_its_gradient_with_the_residual():

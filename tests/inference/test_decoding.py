@@ -8,7 +8,7 @@ from conftest import GOLDEN_CHECKPOINT, add_random_lora
 
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.inference import decoding
-from qlora.inference.decoding import Decoder, decode, token_choice, use_inference_kernels
+from qlora.inference.decoding import Decoder, decode, make_sampler, use_inference_kernels
 from qlora.loading import load_quantized_model
 
 PAD = 3
@@ -29,35 +29,35 @@ def test_greedy_tokens_are_those_of_the_official_code(model, cases):
     for case in cases["generate"]:
         if not case.get("with_adapter"):
             ids, mask = left_padded([case["prompt"]])
-            pieces = decode(model, ids, mask, len(case["new_tokens"]), token_choice(do_sample=False), look_every=3)
+            pieces = decode(model, ids, mask, len(case["new_tokens"]), make_sampler(do_sample=False), sync_every=3)
             assert torch.cat(list(pieces), dim=1)[0].tolist() == case["new_tokens"]
 
 
 def test_a_batch_gives_what_generate_gives(model, cases):
     ids, mask = left_padded([case["prompt"] for case in cases["generate"][:2]] + [[5, 6, 507, 508]])
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)[:, ids.shape[1] :]
-    tokens = torch.cat(list(decode(model, ids, mask, 20, token_choice(do_sample=False))), dim=1)
+    tokens = torch.cat(list(decode(model, ids, mask, 20, make_sampler(do_sample=False))), dim=1)
     assert torch.equal(tokens[:, : expected.shape[1]], expected)
     assert (tokens[:, expected.shape[1] :] == PAD).all()
 
 
-@pytest.mark.parametrize("look_every", [1, 2, 7, 50])
-def test_pieces_add_up_however_often_one_looks(model, cases, look_every):
+@pytest.mark.parametrize("sync_every", [1, 2, 7, 50])
+def test_pieces_add_up_however_often_one_looks(model, cases, sync_every):
     ids, mask = left_padded([cases["generate"][0]["prompt"]])
-    pieces = list(decode(model, ids, mask, 15, token_choice(do_sample=False), look_every=look_every))
+    pieces = list(decode(model, ids, mask, 15, make_sampler(do_sample=False), sync_every=sync_every))
     assert torch.cat(pieces, dim=1)[0].tolist() == cases["generate"][0]["new_tokens"][:15]
-    assert all(piece.shape[1] <= look_every + 1 for piece in pieces)
+    assert all(piece.shape[1] <= sync_every + 1 for piece in pieces)
 
 
 def test_a_row_that_has_ended_gets_padding_and_all_ended_stops(model):
     ids, mask = left_padded([[10, 11, 507, 508], [12, 507, 508]])
     eos, steps = model.config.eos_token_id, []
 
-    def choose(logits: torch.Tensor) -> torch.Tensor:
+    def sampler(logits: torch.Tensor) -> torch.Tensor:
         steps.append(None)
         return torch.tensor([[eos if len(steps) >= 2 else 20], [eos if len(steps) >= 4 else 21]])
 
-    tokens = torch.cat(list(decode(model, ids, mask, 40, choose, look_every=2)), dim=1)
+    tokens = torch.cat(list(decode(model, ids, mask, 40, sampler, sync_every=2)), dim=1)
     assert tokens[0, :4].tolist() == [20, eos, PAD, PAD]
     assert tokens[1, :4].tolist() == [21, 21, 21, eos]
     assert tokens.shape[1] < 8
@@ -68,7 +68,7 @@ def test_sampling_repeats_with_its_seed_and_varies_without(model):
 
     def sample(seed: int) -> list[int]:
         torch.manual_seed(seed)
-        return torch.cat(list(decode(model, ids, mask, 30, token_choice(True, top_p=0.99, temperature=2.0))), 1)[
+        return torch.cat(list(decode(model, ids, mask, 30, make_sampler(True, top_p=0.99, temperature=2.0))), 1)[
             0
         ].tolist()
 
@@ -78,21 +78,21 @@ def test_sampling_repeats_with_its_seed_and_varies_without(model):
 
 def test_sampling_with_little_top_p_is_greedy():
     logits = torch.tensor([[0.1, 2.0, 0.3], [3.0, 0.0, 0.0]])
-    assert token_choice(True, top_p=1e-6)(logits)[:, 0].tolist() == [1, 0]
-    assert token_choice(False)(logits)[:, 0].tolist() == [1, 0]
+    assert make_sampler(True, top_p=1e-6)(logits)[:, 0].tolist() == [1, 0]
+    assert make_sampler(False)(logits)[:, 0].tolist() == [1, 0]
 
 
 def test_state_stays_in_place(model):
     """A recorded graph sees the same tensors in every replay."""
     ids, mask = left_padded([[10, 11, 507, 508]])
     with torch.no_grad():
-        decoder = Decoder(model, ids, mask, 8, token_choice(do_sample=False))
-        names = ("token", "position_ids", "new_tokens", "place", "finished", "seen")
+        decoder = Decoder(model, ids, mask, 8, make_sampler(do_sample=False))
+        names = ("token", "position_ids", "new_tokens", "cache_position", "finished", "seen")
         before = {name: getattr(decoder, name).data_ptr() for name in names}
         decoder.step()
         decoder.step()
     assert before == {name: getattr(decoder, name).data_ptr() for name in names}
-    assert decoder.place.item() == 3
+    assert decoder.cache_position.item() == 3
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -100,18 +100,18 @@ def test_forwards_for_inference_give_what_the_layers_give(golden_folder, cases, 
     """With kernels, in Triton's interpreter, too: norms, and attention of single tokens."""
     if kernels:
         pytest.importorskip("triton")
-        monkeypatch.setattr(decoding, "kernel_runs_on", lambda tensor: True)
+        monkeypatch.setattr(decoding, "kernels_supported", lambda tensor: True)
     model = load_quantized_model(str(golden_folder), torch.float32)
     model = add_random_lora(model, ["query_key_value", "dense"]).eval()
     ids, mask = left_padded([case["prompt"] for case in cases["generate"][:2]] + [[5, 6, 507, 508]])
 
     def logits(adapter: bool) -> torch.Tensor:
         seen = []
-        choose = token_choice(do_sample=False)
+        sampler = make_sampler(do_sample=False)
 
         def note(scores: torch.Tensor) -> torch.Tensor:
             seen.append(scores)
-            return choose(scores)
+            return sampler(scores)
 
         with contextlib.nullcontext() if adapter else model.disable_adapter():
             list(decode(model.get_base_model(), ids, mask, 8, note))

@@ -29,7 +29,7 @@ from chatglm.chat import CJK, build_prompt
 from qlora.arguments import InferenceArguments
 from qlora.data.rows import read_prompts
 from qlora.export.official_folder import write_checkpoint
-from qlora.inference.decoding import token_choice, use_inference_kernels
+from qlora.inference.decoding import make_sampler, use_inference_kernels
 from qlora.inference.generation import generate_answers
 from qlora.inference.web import Answerer, Page, check_web, with_settings
 from qlora.loading import load_adapter, load_quantized_model
@@ -76,7 +76,7 @@ def answerer(model: PeftModel, tokenizer) -> Answerer:
 
 def expected_answers(answerer: Answerer, prompt: str, max_new_tokens: int = 24) -> list[str]:
     """What `inference_qlora.py` prints as before and after."""
-    common = (answerer.model, answerer.tokenizer, [prompt], max_new_tokens, token_choice(do_sample=False), 1)
+    common = (answerer.model, answerer.tokenizer, [prompt], max_new_tokens, make_sampler(do_sample=False), 1)
     with answerer.model.disable_adapter():
         before = generate_answers(*common)
     return before + generate_answers(*common)

@@ -9,7 +9,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from qlora.training import training_args as training_json
 from qlora.training.curves import draw_losses, loss_figure, read_history
-from qlora.training.training_args import read_training_arguments
+from qlora.training.training_args import read_training_args
 
 HISTORY = [
     {"step": 10, "loss": 3.0, "learning_rate": 1e-3},
@@ -80,7 +80,7 @@ def test_a_reporter_may_be_named_in_the_json(name, tmp_path, monkeypatch):
     path = tmp_path / "args.json"
     path.write_text(json.dumps({"output_dir": "out", "report_to": name}))
     monkeypatch.setattr(training_json, "get_available_reporting_integrations", lambda: [name])
-    assert read_training_arguments(str(path)).training_args.report_to == [name]
+    assert read_training_args(str(path)).training_args.report_to == [name]
     monkeypatch.setattr(training_json, "get_available_reporting_integrations", list)
     with pytest.raises(ValueError, match=f"report_to names {name}, which is not installed: run `pip install {name}`"):
-        read_training_arguments(str(path))
+        read_training_args(str(path))

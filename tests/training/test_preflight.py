@@ -20,9 +20,9 @@ from qlora.export.official_folder import write_quantized
 from qlora.loading import add_lora, load_quantized_model
 from qlora.training import preflight
 from qlora.training.memory_plan import GIB
-from qlora.training.preflight import Run, Steps, check_memory, check_run, count_steps
+from qlora.training.preflight import Preflight, Steps, check_memory, count_steps, run_preflight
 from qlora.training.preflight_report import describe, histogram, show_sample
-from qlora.training.training_args import read_training_arguments
+from qlora.training.training_args import read_training_args
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def run_main(flags: dict, *more: str):
 
 
 def test_good_run_has_no_problems(flags, tiny_checkpoint, tiny_config):
-    run = check_run(FinetuneArguments(**flags))
+    run = run_preflight(FinetuneArguments(**flags))
     assert run.problems == []
     run.raise_problems()
     assert run.config.multiplied_weights == tiny_config.multiplied_weights
@@ -81,7 +81,7 @@ def test_good_run_has_no_problems(flags, tiny_checkpoint, tiny_config):
 
 
 def test_run_is_as_foreseen(flags, values):
-    foreseen = check_run(FinetuneArguments(**flags))
+    foreseen = run_preflight(FinetuneArguments(**flags))
     run_main(flags)
     output = Path(values["output_dir"])
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
@@ -97,7 +97,7 @@ def test_run_is_as_foreseen(flags, values):
 def test_folder_of_4_bit_weights_has_no_problems(flags, tiny_checkpoint, tokenizer, tmp_path):
     write_quantized(load_quantized_model(str(tiny_checkpoint), torch.float32), tokenizer, str(tmp_path / "nf4"))
     run, other = (
-        check_run(FinetuneArguments(**flags | {"model_name_or_path": str(folder)}))
+        run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(folder)}))
         for folder in (tmp_path / "nf4", tiny_checkpoint)
     )
     assert run.problems == [] and run.trainable == other.trainable
@@ -153,7 +153,7 @@ def test_all_that_is_wrong_is_said_at_once(flags, values, tmp_path, more, capsys
 
 def problem_of(flags: dict, **more) -> str:
     """The only problem of a run."""
-    (problem,) = check_run(FinetuneArguments(**flags, **more)).problems
+    (problem,) = run_preflight(FinetuneArguments(**flags, **more)).problems
     return problem
 
 
@@ -191,7 +191,7 @@ def test_broken_tokenizer(flags, tiny_checkpoint, tmp_path):
 
 def test_rows_are_checked_without_a_tokenizer(flags, tmp_path):
     Path(flags["eval_data_path"]).write_text("{}\n")
-    problems = check_run(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path)})).problems
+    problems = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path)})).problems
     assert any("dev.jsonl, line 1: field 'instruction' is missing" in problem for problem in problems)
 
 
@@ -199,13 +199,13 @@ def test_rows_are_checked_without_a_tokenizer(flags, tmp_path):
 
 
 @pytest.fixture
-def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Run:
+def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Preflight:
     """The shipped JSON in bf16, the 6B model, genuine ADGEN rows."""
-    run = Run(FinetuneArguments(), config=ChatGLMConfig())
-    run.setup = read_training_arguments(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
+    run = Preflight(FinetuneArguments(), config=ChatGLMConfig())
+    run.setup = read_training_args(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
     run.train_samples = load_samples(str(genuine_rows), SampleEncoder(genuine_tokenizer, "", 512, 1536))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(preflight, "attention_kernel_runs", lambda dtype: True)
+    monkeypatch.setattr(preflight, "attention_kernels_supported", lambda dtype: True)
     return run
 
 
@@ -306,7 +306,7 @@ def test_colours_are_for_terminals(flags, monkeypatch, terminal, no_color, colou
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color:
         monkeypatch.setenv("NO_COLOR", no_color)
-    assert ("\033[" in describe(check_run(FinetuneArguments(**flags, check=1)))) is coloured
+    assert ("\033[" in describe(run_preflight(FinetuneArguments(**flags, check=1)))) is coloured
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 2, 3], list(range(3, 900)), [4, 2048]])
@@ -321,7 +321,7 @@ def test_histogram_counts_every_sample_once(lengths):
 def test_rows_of_several_files_know_their_file(flags, sample_rows, tmp_path):
     second = str(write_rows(tmp_path / "second.jsonl", sample_rows[48:60]))
     first = flags["train_data_path"][0]
-    run = check_run(FinetuneArguments(**flags | {"train_data_path": [first, f"{second}:0.5"]}))
+    run = run_preflight(FinetuneArguments(**flags | {"train_data_path": [first, f"{second}:0.5"]}))
     assert not run.problems
     assert run.train_samples["file"][:] == [first] * 48 + [second] * 6
     run.args.check = 49
@@ -338,7 +338,7 @@ def test_more_layers_than_there_are(flags):
 
 
 def test_one_process_of_many_says_what_is_wrong(flags, tmp_path, monkeypatch):
-    run = check_run(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path / "nowhere")}))
+    run = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path / "nowhere")}))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as raised:
         run.raise_problems()

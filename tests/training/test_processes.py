@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 import train_qlora
 from qlora.data.batching import own_samples
-from qlora.training.saving import checkpoints, defect
+from qlora.training.saving import checkpoint_problem, checkpoints
 
 SETTINGS = {"max_steps": 24, "save_steps": 4, "eval_steps": 8, "use_cpu": True}
 MOST_SECONDS = 30  # in which a job ends when one of its processes has
@@ -98,7 +98,7 @@ def test_job_ends_when_a_process_is_killed_and_can_be_resumed(two_processes, pat
     assert job.process.returncode != 0 and time.monotonic() - killed < MOST_SECONDS
     assert "rank      : 1" in printed and "SIGKILL" in printed
     present = checkpoints(output)
-    assert present and not any(map(defect, present)) and not (output / "adapter_config.json").exists()
+    assert present and not any(map(checkpoint_problem, present)) and not (output / "adapter_config.json").exists()
     with Job([*flags, "--resume_from_checkpoint", "last"]) as job:
         printed = job.end()
     assert job.process.returncode == 0, printed

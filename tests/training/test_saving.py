@@ -34,11 +34,11 @@ from qlora.training.saving import (
     check_output_dir,
     check_same_adapter,
     check_saved_adapter,
+    checkpoint_problem,
     checkpoints,
-    defect,
     delete_old_checkpoints,
     find_checkpoint,
-    written_aside,
+    staging_dir,
 )
 
 KILLS = 6  # at random times, at random accesses to files, in random passes of the model
@@ -151,7 +151,7 @@ def test_killed_again_and_again_ends_alike(
             continue
         assert process.exitcode == -signal.SIGKILL, run.log.read_text()
         killed += 1
-        assert [defect(path) for path in checkpoints(run.output)] == [None] * len(checkpoints(run.output))
+        assert [checkpoint_problem(path) for path in checkpoints(run.output)] == [None] * len(checkpoints(run.output))
     run.finish()
     assert run.results() == expected
     assert not (run.output / STAGING).exists()
@@ -205,7 +205,7 @@ def test_flipped_byte_in_the_optimizer_is_noticed(output):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert "optimizer.pt is damaged" in defect(path.parent)
+    assert "optimizer.pt is damaged" in checkpoint_problem(path.parent)
 
 
 @pytest.mark.parametrize("pattern", CHECKPOINT_FILES)
@@ -218,7 +218,7 @@ def test_no_flipped_bits_let_an_exception_escape(output, pattern):
         for place in (*draw.choices(ends, k=draw.randint(0, 3)), draw.randrange(len(content))):
             damaged[place] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
-        found.append(defect(path.parent))
+        found.append(checkpoint_problem(path.parent))
     assert all(reason is None or reason.startswith(f"{path.name} ") for reason in found)
     assert sum(reason is not None for reason in found) > 5  # safetensors has no check sums
 
@@ -226,15 +226,15 @@ def test_no_flipped_bits_let_an_exception_escape(output, pattern):
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", '"'])
 def test_strange_json_is_a_defect(output, content):
     (output / f"checkpoint-{STEPS}" / "trainer_state.json").write_text(content)
-    assert "trainer_state.json is damaged" in defect(output / f"checkpoint-{STEPS}")
+    assert "trainer_state.json is damaged" in checkpoint_problem(output / f"checkpoint-{STEPS}")
 
 
 def test_scaler_need_not_be_there_and_must_be_whole(output):
     scaler = output / f"checkpoint-{STEPS}" / "scaler.pt"
     torch.save({"scale": 1.0}, scaler)
-    assert defect(scaler.parent) is None
+    assert checkpoint_problem(scaler.parent) is None
     cut_off(scaler)
-    assert "scaler.pt is damaged" in defect(scaler.parent)
+    assert "scaler.pt is damaged" in checkpoint_problem(scaler.parent)
 
 
 def test_folders_that_are_no_checkpoints_are_not_taken_for_one(output):
@@ -318,7 +318,7 @@ def test_finished_run_can_be_resumed(trained, tiny_checkpoint, train_file, dev_f
     name = "adapter_model.safetensors"
     assert (output / name).read_bytes() == (trained / name).read_bytes()
     assert history(output, "loss") == history(trained, "loss")
-    assert defect(output / f"checkpoint-{STEPS}") is None
+    assert checkpoint_problem(output / f"checkpoint-{STEPS}") is None
 
 
 def test_best_checkpoint_is_named_by_where_it_is_and_old_ones_go(tiny_checkpoint, train_file, dev_file, tmp_path):
@@ -329,7 +329,7 @@ def test_best_checkpoint_is_named_by_where_it_is_and_old_ones_go(tiny_checkpoint
     state = json.loads((output / "trainer_state.json").read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     best = output / f"checkpoint-{min(losses, key=losses.get)}"
-    assert state["best_model_checkpoint"] == str(best) and defect(best) is None
+    assert state["best_model_checkpoint"] == str(best) and checkpoint_problem(best) is None
     assert len(checkpoints(output)) == 2
 
 
@@ -408,7 +408,7 @@ def test_full_disk_while_a_checkpoint_is_written(failing, tmp_path, file):
     assert f"saving in {output} failed" in message and "MiB are free" in message
     assert f"checkpoint-{SAVE_STEPS} is whole: go on from it with --resume_from_checkpoint last" in message
     assert [path.name for path in output.iterdir()] == [f"checkpoint-{SAVE_STEPS}"]
-    assert defect(output / f"checkpoint-{SAVE_STEPS}") is None
+    assert checkpoint_problem(output / f"checkpoint-{SAVE_STEPS}") is None
 
 
 @pytest.mark.parametrize("file", ["any", "ice_text.model"])
@@ -433,7 +433,7 @@ def test_full_disk_while_the_result_is_written(failing, tmp_path, file):
     ],
 )
 def test_room_is_asked_for_only_where_it_is_wanting(tmp_path, error, room):
-    with pytest.raises(TrainingStopped) as raised, written_aside(str(tmp_path), owner=True):
+    with pytest.raises(TrainingStopped) as raised, staging_dir(str(tmp_path), owner=True):
         raise error
     ending = r" \([\d,]+ MiB are free there\)\. Make room" if room else ""
     first_line = re.escape(str(error).partition("\n")[0])

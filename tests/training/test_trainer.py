@@ -14,7 +14,7 @@ from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, w
 import qlora.training.trainer
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
-from qlora.data.batching import Samples
+from qlora.data.batching import StepBatch
 from qlora.errors import TrainingStopped
 from qlora.training.saving import STAGING, checkpoints
 from qlora.training.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
@@ -123,13 +123,13 @@ def test_loss_of_zero_is_an_error(flags, change_output):
 
 
 def test_batch_without_label_tokens_is_an_error(flags, monkeypatch):
-    monkeypatch.setattr(qlora.training.trainer, "Samples", without_labels)
+    monkeypatch.setattr(qlora.training.trainer, "StepBatch", without_labels)
     message = error_of(train_qlora, *flags(evaluate=False))
     assert re.search(r"step 1 has no label tokens\. Its rows are on lines \d+(, \d+){7} of", message)
 
 
-def without_labels(samples: list[dict]) -> Samples:
-    return Samples([sample | {"labels": [-100] * len(sample["labels"])} for sample in samples])
+def without_labels(samples: list[dict]) -> StepBatch:
+    return StepBatch([sample | {"labels": [-100] * len(sample["labels"])} for sample in samples])
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from transformers import TrainingArguments
 
-from qlora.training.training_args import NOT_FOR_THIS_TRAINER, read_training_arguments
+from qlora.training.training_args import NOT_FOR_THIS_TRAINER, read_training_args
 
 # The JSON that users of the project know; it is shipped as it is.
 SHIPPED = {
@@ -54,7 +54,7 @@ def test_shipped_json_is_the_one_users_know():
 
 
 def test_shipped_json_gives_the_meant_arguments():
-    args = read_training_arguments(str(ROOT / "chatGLM_6B_QLoRA.json")).training_args
+    args = read_training_args(str(ROOT / "chatGLM_6B_QLoRA.json")).training_args
     assert isinstance(args, TrainingArguments)
     meant = {name: SHIPPED[name] for name in SHIPPED if name not in ("warmup_ratio", "evaluation_strategy")}
     meant |= {"warmup_steps": 0.1, "eval_strategy": "steps"}
@@ -66,14 +66,14 @@ def test_shipped_json_gives_the_meant_arguments():
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.json")), ids=lambda path: path.name)
 def test_other_shipped_json_files_are_read(path):
     values = json.loads(path.read_text(encoding="utf-8"))
-    args = read_training_arguments(str(path), evaluate=False).training_args
+    args = read_training_args(str(path), evaluate=False).training_args
     assert args.output_dir == values["output_dir"] and args.max_steps == values["max_steps"]
     assert args.eval_strategy == "no"
 
 
 def test_translation_is_logged_in_one_line(write_json, caplog):
     with caplog.at_level(logging.INFO, logger="qlora"):
-        read_training_arguments(write_json(warmup_ratio=0.1, evaluation_strategy="no", group_by_length=True))
+        read_training_args(write_json(warmup_ratio=0.1, evaluation_strategy="no", group_by_length=True))
     (record,) = [r for r in caplog.records if "present names" in r.getMessage()]
     for note in ("warmup_ratio -> warmup_steps", "evaluation_strategy -> eval_strategy", "group_by_length"):
         assert note in record.getMessage()
@@ -81,13 +81,13 @@ def test_translation_is_logged_in_one_line(write_json, caplog):
 
 def test_present_names_are_read_silently(write_json, caplog):
     with caplog.at_level(logging.INFO, logger="qlora"):
-        args = read_training_arguments(write_json(warmup_steps=5, eval_strategy="no")).training_args
+        args = read_training_args(write_json(warmup_steps=5, eval_strategy="no")).training_args
     assert args.warmup_steps == 5 and "present names" not in caplog.text
 
 
 @pytest.mark.parametrize(("by_length", "strategy"), [(True, "group_by_length"), (False, "random")])
 def test_group_by_length(write_json, by_length, strategy):
-    args = read_training_arguments(write_json(group_by_length=by_length)).training_args
+    args = read_training_args(write_json(group_by_length=by_length)).training_args
     assert args.train_sampling_strategy == strategy
 
 
@@ -96,22 +96,22 @@ def test_group_by_length(write_json, by_length, strategy):
 )
 def test_unknown_key_is_refused_with_the_nearest(write_json, key, suggestion):
     with pytest.raises(ValueError, match=rf"args\.json.*{key}.*{suggestion}"):
-        read_training_arguments(write_json(**{key: 1}))
+        read_training_args(write_json(**{key: 1}))
 
 
 def test_all_unknown_keys_are_named(write_json):
     with pytest.raises(ValueError, match=r"learning_rte.*sedd"):
-        read_training_arguments(write_json(learning_rte=1, sedd=2))
+        read_training_args(write_json(learning_rte=1, sedd=2))
 
 
 def test_old_and_new_name_together_are_refused(write_json):
     with pytest.raises(ValueError, match=r"evaluation_strategy and eval_strategy.*keep one"):
-        read_training_arguments(write_json(evaluation_strategy="no", eval_strategy="steps"))
+        read_training_args(write_json(evaluation_strategy="no", eval_strategy="steps"))
 
 
 def test_old_and_new_name_of_grouping_together_are_refused(write_json):
     with pytest.raises(ValueError, match=r"group_by_length and train_sampling_strategy.*keep one"):
-        read_training_arguments(write_json(group_by_length=True, train_sampling_strategy="random"))
+        read_training_args(write_json(group_by_length=True, train_sampling_strategy="random"))
 
 
 @pytest.mark.parametrize(
@@ -134,13 +134,13 @@ def test_old_and_new_name_of_grouping_together_are_refused(write_json):
 )
 def test_settings_that_would_be_passed_over_are_refused(write_json, values):
     with pytest.raises(ValueError, match=rf"this training does not use {next(iter(values))}; remove it\."):
-        read_training_arguments(write_json(**values))
+        read_training_args(write_json(**values))
 
 
 def test_settings_that_are_off_are_accepted(write_json):
     off = {"neftune_noise_alpha": None, "batch_eval_metrics": False, "fsdp": "", "include_for_metrics": []}
     off |= {"average_tokens_across_devices": True, "include_num_input_tokens_seen": "no", "label_smoothing_factor": 0}
-    read_training_arguments(write_json(**off))
+    read_training_args(write_json(**off))
 
 
 @pytest.mark.parametrize("name", NOT_FOR_THIS_TRAINER)
@@ -172,26 +172,24 @@ def test_refused_settings_are_those_of_transformers(name):
 )
 def test_value_of_another_kind_is_refused(write_json, key, value, expected):
     with pytest.raises(ValueError, match=rf"args\.json: {key} {re.escape(expected)}"):
-        read_training_arguments(write_json(**{key: value}))
+        read_training_args(write_json(**{key: value}))
 
 
 def test_whole_number_is_a_number(write_json):
-    args = read_training_arguments(
-        write_json(learning_rate=1, num_train_epochs=2, save_total_limit=None)
-    ).training_args
+    args = read_training_args(write_json(learning_rate=1, num_train_epochs=2, save_total_limit=None)).training_args
     assert (args.learning_rate, args.num_train_epochs) == (1, 2)
 
 
 def test_all_that_is_wrong_with_keys_is_said_at_once(write_json):
     with pytest.raises(ValueError) as raised:
-        read_training_arguments(write_json(sedd=2, torch_compile=True, logging_steps="x", optim="lomo"))
+        read_training_args(write_json(sedd=2, torch_compile=True, logging_steps="x", optim="lomo"))
     assert all(key in str(raised.value) for key in ("sedd", "torch_compile", "logging_steps", "lomo"))
 
 
 def test_reporter_that_is_not_installed_is_named(write_json):
     missing = next(name for name in ("comet_ml", "dvclive", "neptune") if importlib.util.find_spec(name) is None)
     with pytest.raises(ValueError, match=f"report_to names {missing}, which is not installed"):
-        read_training_arguments(write_json(report_to=[missing]))
+        read_training_args(write_json(report_to=[missing]))
 
 
 @pytest.mark.parametrize(
@@ -207,12 +205,12 @@ def test_ambiguous_json_is_refused(tmp_path, content, reason):
     path = tmp_path / "args.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=re.escape(reason)):
-        read_training_arguments(str(path))
+        read_training_args(str(path))
 
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--train_args_json.*nowhere\.json"):
-        read_training_arguments(str(tmp_path / "nowhere.json"))
+        read_training_args(str(tmp_path / "nowhere.json"))
 
 
 @pytest.mark.parametrize(
@@ -231,13 +229,13 @@ def test_broken_json_is_refused(tmp_path, content, reason):
     path = tmp_path / "args.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"args\.json.*{reason}"):
-        read_training_arguments(str(path))
+        read_training_args(str(path))
 
 
 def test_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "args.json"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"output_dir": str(tmp_path), "seed": 3}).encode())
-    assert read_training_arguments(str(path)).training_args.seed == 3
+    assert read_training_args(str(path)).training_args.seed == 3
 
 
 @pytest.mark.parametrize(
@@ -245,7 +243,7 @@ def test_byte_order_mark_is_read(tmp_path):
 )
 def test_value_that_transformers_refuses_names_the_file(write_json, values):
     with pytest.raises(ValueError, match=r"args\.json"):
-        read_training_arguments(write_json(**values))
+        read_training_args(write_json(**values))
 
 
 @pytest.mark.parametrize(
@@ -257,28 +255,28 @@ def test_value_that_transformers_refuses_names_the_file(write_json, values):
 )
 def test_what_needs_evaluations_is_refused_without_them(write_json, values, named):
     with pytest.raises(ValueError, match=rf"args\.json: {named} cannot be had with --eval_data_path none"):
-        read_training_arguments(write_json(**values), evaluate=False)
+        read_training_args(write_json(**values), evaluate=False)
 
 
 def test_cpu_is_not_chosen_where_there_is_a_gpu(write_json, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="hide it with CUDA_VISIBLE_DEVICES= instead"):
-        read_training_arguments(write_json(use_cpu=True), compute_dtype="fp32")
+        read_training_args(write_json(use_cpu=True), compute_dtype="fp32")
 
 
 def test_seed_of_the_command_line_takes_the_place_of_the_json(write_json):
-    assert read_training_arguments(write_json(seed=1)).training_args.seed == 1
-    assert read_training_arguments(write_json(seed=1), seed=0).training_args.seed == 0
+    assert read_training_args(write_json(seed=1)).training_args.seed == 1
+    assert read_training_args(write_json(seed=1), seed=0).training_args.seed == 0
 
 
 def test_without_evaluation_nothing_is_evaluated(write_json):
     path = write_json(evaluation_strategy="steps", eval_steps=5)
-    assert read_training_arguments(path).training_args.eval_strategy == "steps"
-    assert read_training_arguments(path, evaluate=False).training_args.eval_strategy == "no"
+    assert read_training_args(path).training_args.eval_strategy == "steps"
+    assert read_training_args(path, evaluate=False).training_args.eval_strategy == "no"
 
 
 @pytest.mark.parametrize(
     ("values", "expected"), [({}, None), *(({"gradient_checkpointing": v}, v) for v in (True, False))]
 )
 def test_recomputation_is_planned_unless_the_json_says(write_json, values, expected):
-    assert read_training_arguments(write_json(**values)).recompute is expected
+    assert read_training_args(write_json(**values)).recompute is expected
