@@ -7,35 +7,53 @@ python inference_qlora.py --chat                                 # a conversatio
 python inference_qlora.py --web                                  # a page for both in the browser
 """
 
-import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedTokenizer
+from qlora.arguments import DEFAULT_PROMPT, InferenceArguments
+from qlora.command_line import parse_command_line
+from qlora.errors import message_instead_of_traceback, set_up_logging
 
-from chatglm.chat import build_prompt
-from qlora.arguments import DEFAULT_PROMPT, InferenceArguments, choose_compute_dtype, parse_command_line
-from qlora.data.rows import read_prompts
-from qlora.errors import message_instead_of_traceback
-from qlora.inference.decoding import Sampler, make_sampler, use_inference_kernels
-from qlora.inference.generation import generate_answers, stream_answer
-from qlora.inference.web import Answerer, Page, check_web
-from qlora.loading import adapter_config, load_adapter, load_quantized_model, load_tokenizer
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizer
+
+    from qlora.inference.decoding import Sampler
 
 EXAMPLES = Path(__file__).parent / "data" / "dev.jsonl"
 
 
 def main():
+    set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(InferenceArguments)
-        base_path = args.model_name_or_path or adapter_config(args.adapter_path).base_model_name_or_path
-        prompts = prompts_of(args)[: args.max_prompts]
+    # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    import torch
+
+    from qlora.checkpoint import check_checkpoint
+    from qlora.inference.decoding import make_sampler
+    from qlora.inference.web import Answerer, Page, check_web
+    from qlora.layers.replacement import replace_layers
+    from qlora.loading import (
+        base_model_path,
+        check_hardware,
+        choose_compute_dtype,
+        load_adapter,
+        load_quantized_model,
+        load_tokenizer,
+    )
+
+    with message_instead_of_traceback():
+        base_path = args.model_name_or_path or base_model_path(args.adapter_path)
+        prompts = read_all_prompts(args)[: args.max_prompts]
         if args.web:
             check_web(args)
-        compute_dtype = choose_compute_dtype(args.compute_dtype, {})
+        config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
+        check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)
-        model = load_adapter(load_quantized_model(base_path, compute_dtype), args.adapter_path).eval()
-    use_inference_kernels(model)
+        model = load_quantized_model(base_path, compute_dtype, config)
+        model = load_adapter(model, args.adapter_path).eval()
+    replace_layers(model, for_training=False)
     torch.manual_seed(args.seed)
     sampler = make_sampler(args.do_sample, args.top_p, args.temperature)
     if args.web:
@@ -49,22 +67,26 @@ def main():
         compare(model, tokenizer, prompts, args.max_new_tokens, sampler, args.batch_size)
 
 
-def prompts_of(args: InferenceArguments) -> list[str]:
-    """The prompts that were given; without any, the default one, or for the page the sample data's."""
+def read_all_prompts(args: InferenceArguments) -> list[str]:
+    """The prompts that were given; without any, the default one, or for the page those of the sample data."""
+    from qlora.data.rows import read_prompts
+
     if args.prompt_file:
         return read_prompts(args.prompt_file)
     return args.prompt or (read_prompts(str(EXAMPLES)) if args.web else [DEFAULT_PROMPT])
 
 
 def compare(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizer,
+    model: "PeftModel",
+    tokenizer: "PreTrainedTokenizer",
     prompts: list[str],
     max_new_tokens: int,
-    sampler: Sampler,
+    sampler: "Sampler",
     batch_size: int,
 ):
     """Prints each prompt with the answers before and after fine-tuning."""
+    from qlora.inference.generation import generate_answers
+
     with model.disable_adapter():
         before = generate_answers(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
     after = generate_answers(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
@@ -73,9 +95,12 @@ def compare(
 
 
 def converse(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizer, prompt_text: str, max_new_tokens: int, sampler: Sampler
+    model: "PeftModel", tokenizer: "PreTrainedTokenizer", prompt_text: str, max_new_tokens: int, sampler: "Sampler"
 ):
-    """A conversation on the terminal, the reply shown as it comes."""
+    """A conversation on the terminal; each reply is printed as it is generated."""
+    from chatglm.chat import build_prompt
+    from qlora.inference.generation import stream_answer
+
     print("清空历史 clear history: clear   结束 leave: exit")
     history = []
     while (query := ask()) not in ("exit", "quit", None):
@@ -84,7 +109,7 @@ def converse(
         elif query:
             prompt, reply = prompt_text + build_prompt(query, history), ""
             for longer in stream_answer(model, tokenizer, prompt, max_new_tokens, sampler):
-                # Punctuation on the screen may still change its width with the next character: never mind it.
+                # A mark that is printed already may become full-width with the next character; it is not reprinted.
                 print(longer[len(reply) :], end="", flush=True)
                 reply = longer
             print()
@@ -100,5 +125,4 @@ def ask() -> str | None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main()

@@ -8,6 +8,7 @@
 #   bash train.sh --demo                   everything on a tiny model, on a CPU, in two minutes
 set -euo pipefail
 cd "$(dirname "$0")"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # for scripts/, where the project is not installed
 
 launch=(python)
 if [[ -n "${NPROC_PER_NODE:-}" ]]; then

@@ -2,7 +2,7 @@
 
     bash train.sh                                  # chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
     python train_qlora.py --train_args_json my.json --train_data_path my.jsonl --lora_rank 8
-    bash train.sh --check                          # everything that can be known before the model is loaded
+    bash train.sh --check                          # every check that needs no loaded model
 
 The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` lists the rest.
 """
@@ -10,39 +10,49 @@ The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` l
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-# Memory that is freed in pieces can then be used as a whole, so that a tight plan holds. Read when torch is imported.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+from qlora.arguments import FinetuneArguments
+from qlora.command_line import parse_command_line
+from qlora.errors import TrainingStopped, is_main_process, message_instead_of_traceback, set_up_logging
 
-import torch
-from accelerate import PartialState
-
-from qlora.arguments import FinetuneArguments, parse_command_line
-from qlora.data.dataset import numpy_column
-from qlora.errors import TrainingStopped, message_instead_of_traceback
-from qlora.layers.linear import replace_layers
-from qlora.loading import add_lora, load_quantized_model
-from qlora.training.curves import draw_losses
-from qlora.training.memory_plan import keep_or_recompute, plan_memory
-from qlora.training.preflight import Preflight, run_preflight
-from qlora.training.preflight_report import describe
-from qlora.training.trainer import QLoRATrainer
-from qlora.training.training_args import samples_per_step
+if TYPE_CHECKING:
+    from qlora.training.preflight import Preflight
+    from qlora.training.trainer import QLoRATrainer
 
 logger = logging.getLogger("train_qlora")
 
 
 def main():
+    set_up_logging()
     with message_instead_of_traceback():
-        run = run_preflight(parse_command_line(FinetuneArguments))
-        if run.args.check is not None:
-            show(run)
-        run.raise_problems()
-        if run.args.check is not None:
+        args = parse_command_line(FinetuneArguments)
+    # Freed memory can then be reused in larger pieces, so that a tight memory plan holds. Read when torch is imported.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    train(args)
+
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
+
+
+def train(args: FinetuneArguments):
+    """Checks, loads, trains, saves."""
+    # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    from qlora.training.curves import draw_losses
+    from qlora.training.preflight import run_preflight
+    from qlora.training.preflight_report import describe
+
+    with message_instead_of_traceback():
+        preflight = run_preflight(args)
+        if args.check is not None and is_main_process():
+            print(describe(preflight))
+        preflight.raise_problems()
+        if args.check is not None:
             return
-        trainer = prepare(run)
+        trainer = prepare(preflight)
     with message_instead_of_traceback(TrainingStopped):
-        trainer.train(resume_from_checkpoint=run.resume_from)
+        trainer.train(resume_from_checkpoint=preflight.resume_from)
         trainer.save_model()
     if trainer.is_world_process_zero():
         output_dir = Path(trainer.args.output_dir)
@@ -51,41 +61,38 @@ def main():
         logger.info("The adapter is in %s", output_dir)
 
 
-def show(run: Preflight):
-    """Prints a checked run, once for all processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(describe(run))
+def prepare(preflight: "Preflight") -> "QLoRATrainer":
+    """From a checked run to the first step: 4-bit model, LoRA adapter, layers, memory plan."""
+    import torch
 
+    from qlora.layers.replacement import replace_layers
+    from qlora.loading import add_lora, load_quantized_model
+    from qlora.training.memory_plan import apply_plan, set_activation_checkpointing
+    from qlora.training.trainer import QLoRATrainer
 
-def prepare(run: Preflight) -> QLoRATrainer:
-    """From a checked run to the first step: model, adapter, memory plan."""
-    args, (training_args, compute_dtype, recompute) = run.args, run.setup
+    args, (training_args, compute_dtype, recompute) = preflight.args, preflight.setup
     torch.manual_seed(training_args.seed)
-    model = load_quantized_model(args.model_name_or_path, compute_dtype)
+    model = load_quantized_model(args.model_name_or_path, compute_dtype, preflight.config)
     model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
     model.print_trainable_parameters()
 
-    if args.plain:
-        keep_or_recompute(model, keep=recompute is False)
-        max_tokens = None
+    if args.plain:  # peft's and bitsandbytes' layers
+        set_activation_checkpointing(model, enabled=recompute is not False)
     else:
-        replace_layers(model)
-        fixed = args.fixed_plan(recompute, model.config.num_layers)
-        lengths = numpy_column(run.train_samples, "length").tolist()
-        max_tokens = plan_memory(model, lengths, samples_per_step(training_args), args.memory_budget, fixed)
+        replace_layers(model, for_training=True)
+        if preflight.plan_table():
+            logger.info("Memory plan for %s\n%s", torch.cuda.get_device_name(), preflight.plan_table())
+        apply_plan(model, preflight.plan)
 
     return QLoRATrainer(
         model=model,
         args=training_args,
-        max_tokens=max_tokens,
-        train_dataset=run.train_samples,
-        eval_dataset=run.eval_samples,
-        processing_class=run.tokenizer,
+        max_tokens=None if args.plain else preflight.plan.max_tokens,
+        train_dataset=preflight.train_samples,
+        eval_dataset=preflight.eval_samples,
+        processing_class=preflight.tokenizer,
     )
 
 
 if __name__ == "__main__":
-    main_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if main_process else logging.ERROR, format="%(message)s")
     main()
-    PartialState().destroy_process_group()

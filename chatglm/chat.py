@@ -2,11 +2,13 @@
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from transformers import PreTrainedTokenizer, TextIteratorStreamer
 
 History = list[tuple[str, str]]
+Rounds = Sequence[Sequence[str]]  # a history, or the same as JSON has it: (question, answer) pairs
 
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 CJK = "[\u4e00-\u9fff]"
@@ -14,7 +16,7 @@ HALF_WIDTH_BY_CJK = re.compile(f"(?<={CJK})[,!:;?]|[,!:;?](?={CJK})")
 CHAT_DEFAULTS = {"max_length": 2048, "do_sample": True, "top_p": 0.7, "temperature": 0.95}
 
 
-def build_prompt(query: str, history: History | None = None) -> str:
+def build_prompt(query: str, history: Rounds | None = None) -> str:
     """The text the model was trained to answer: the query alone, or numbered rounds that end in the open answer."""
     if not history:
         return query
@@ -30,6 +32,9 @@ def clean_response(text: str) -> str:
 
 class ChatMixin:
     """`chat` and `stream_chat` with the official signatures, on top of `generate`."""
+
+    generate: Callable
+    device: torch.device
 
     def chat(
         self, tokenizer: PreTrainedTokenizer, query: str, history: History | None = None, **generation_kwargs

@@ -5,7 +5,6 @@ size.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable
 
@@ -53,7 +52,7 @@ def prefix_lm_position_ids(
     """
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     start = 0 if attention_mask is None else first_index(attention_mask != 0)
-    context_end = first_index(input_ids == config.bos_token_id)
+    context_end = first_index(input_ids == config.bos_token_id)  # type: ignore[arg-type]
     gmask, mask = first_index(input_ids == config.gmask_token_id), first_index(input_ids == config.mask_token_id)
     blank = torch.where(gmask < input_ids.shape[1], gmask, mask).minimum(context_end - 1)
     in_context = index < context_end
@@ -147,19 +146,26 @@ class ChatGLMMLP(nn.Module):
 
 
 class ResidualNorm(nn.LayerNorm):
-    """The layer norm of half a layer, with its residual: taken after the norm, and scaled up."""
+    """The layer norm before a sub-layer; its output, scaled, is also the residual around the sub-layer.
 
-    def forward(self, hidden_states: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """scale * norm(x) + branch(norm(x))"""
+    normed = norm(x)        output = RESIDUAL_SCALE * normed + sublayer(normed)
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        """[..., C] -> the input of the sub-layer and that of `add_residual`, each [..., C]."""
         normed = super().forward(hidden_states)
-        return torch.add(branch(normed), normed, alpha=RESIDUAL_SCALE)
+        return normed, normed
+
+    def add_residual(self, sublayer_output: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """RESIDUAL_SCALE * residual + sublayer_output; [..., C], [..., C] -> [..., C]."""
+        return torch.add(sublayer_output, residual, alpha=RESIDUAL_SCALE)
 
 
 class ChatGLMBlock(GradientCheckpointingLayer):
-    """One layer: a half with attention, a half with the MLP.
+    """One transformer block: attention and MLP, each with a layer norm before it and a residual around it.
 
-    Each half may keep its input only and recompute the rest in the backward pass, apart from transformers' gradient
-    checkpointing, which does so for the whole.
+    Each of the two sub-layers can recompute its activations in the backward pass, so that only its input is saved.
+    This is apart from transformers' gradient checkpointing, which does so for the whole block.
     """
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
@@ -170,34 +176,42 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.mlp = ChatGLMMLP(config)
         self.recompute_attention = False
         self.recompute_mlp = False
-        self.offload = None  # with a method `saved`, the context in which to save the inputs
+        self.offload = None  # an ActivationOffload, in whose `context()` the inputs are saved
 
-    def forward(self, hidden_states: torch.Tensor, kept: slice | torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """[B, T, C] -> [B, T, C], or only the positions `kept`: the others are there for attention alone."""
-        hidden_states = self.run(self.attention_half, self.recompute_attention, hidden_states, **kwargs)
-        if kept is not None:
-            hidden_states = select_positions(hidden_states, kept)
-        return self.run(self.mlp_half, self.recompute_mlp, hidden_states)
+    def forward(
+        self, hidden_states: torch.Tensor, output_positions: slice | torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        """[B, T, C] -> [B, T, C], or [B, output positions, C]: other positions serve as keys and values only."""
+        hidden_states = self.run_sublayer(self.attend, self.recompute_attention, hidden_states, **kwargs)
+        if output_positions is not None:
+            hidden_states = select_positions(hidden_states, output_positions)
+        return self.run_sublayer(self.feed_forward, self.recompute_mlp, hidden_states)
 
-    def run(self, half: Callable, recompute: bool, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """One half, with or without keeping what its backward pass needs."""
+    def run_sublayer(
+        self, sublayer: Callable[..., torch.Tensor], recompute: bool, hidden_states: torch.Tensor, **kwargs
+    ) -> torch.Tensor:
+        """A sub-layer, with its activations saved for the backward pass or recomputed there."""
         if recompute and self.training and torch.is_grad_enabled():
-            with self.offload.saved() if self.offload else contextlib.nullcontext():
-                return checkpoint(half, hidden_states, use_reentrant=False, **kwargs)
-        return half(hidden_states, **kwargs)
+            with self.offload.context() if self.offload else contextlib.nullcontext():
+                return checkpoint(sublayer, hidden_states, use_reentrant=False, **kwargs)
+        return sublayer(hidden_states, **kwargs)
 
-    def attention_half(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        return self.input_layernorm(hidden_states, functools.partial(self.attention, **kwargs))
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The attention sub-layer, [B, T, C] -> [B, T, C]."""
+        normed, residual = self.input_layernorm(hidden_states)
+        return self.input_layernorm.add_residual(self.attention(normed, **kwargs), residual)
 
-    def mlp_half(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.post_attention_layernorm(hidden_states, self.mlp)
+    def feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The MLP sub-layer, [B, T, C] -> [B, T, C]."""
+        normed, residual = self.post_attention_layernorm(hidden_states)
+        return self.post_attention_layernorm.add_residual(self.mlp(normed), residual)
 
 
-def select_positions(hidden_states: torch.Tensor, kept: slice | torch.Tensor) -> torch.Tensor:
-    """[B, T, C] -> [B, positions kept, C]."""
-    if isinstance(kept, slice):
-        return hidden_states[:, kept]
-    return hidden_states.index_select(1, kept)
+def select_positions(hidden_states: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
+    """[B, T, C] -> [B, positions, C]."""
+    if isinstance(positions, slice):
+        return hidden_states[:, positions]
+    return hidden_states.index_select(1, positions)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -247,13 +261,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         packed_sequences: PackedSequences | None = None,
-        kept: slice | torch.Tensor | None = None,
+        output_positions: slice | torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """See `ChatGLMForConditionalGeneration.forward`; returns the hidden states after the last norm.
 
-        They are [B, T, C], or with `kept`, a slice or a 1-D tensor, those of these positions only.
+        They are [B, T, C], or with `output_positions`, a slice or a 1-D tensor, those of these positions only.
         """
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
@@ -275,7 +289,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                kept=kept if layer is self.layers[-1] else None,
+                output_positions=output_positions if layer is self.layers[-1] else None,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 cache=cache,
@@ -352,19 +366,20 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             position_ids: [B, 2, T]; derived from `input_ids` where there is one sample a row and no filled cache.
             cache: earlier keys and values.
             inputs_embeds: [B, T, C], instead of `input_ids`.
-            labels: [B, T], long, -100 where there is nothing to learn; logits at t predict label t + 1.
+            labels: [B, T], long, -100 where no loss is computed; logits at t predict label t + 1.
             use_cache: whether to return a cache; by default only outside training.
             logits_to_keep: how many of the last positions get logits (0: all), or a 1-D tensor of positions.
-            shift_labels: [B, positions kept], long: what each of `logits_to_keep` predicts, without -100. The loss is
-                then computed a slice at a time and no logits are returned.
-            packed_sequences: where the samples of a single row lie; attention then needs no mask.
-            num_items_in_batch: divisor of the summed loss, the labels of all micro-batches of one optimizer step; None
-                gives the mean over this batch.
+            shift_labels: [B, output positions], long: what each of `logits_to_keep` predicts, without -100. The loss
+                is then computed a slice of rows at a time and no logits are returned.
+            packed_sequences: where the samples lie that are concatenated in a single row; `attention_mask` is then
+                not read.
+            num_items_in_batch: divisor of the summed loss, the label tokens of all micro-batches of one optimizer
+                step; None gives the mean over this batch.
             past_key_values: the name of `cache` before transformers 5.24.
         Returns:
-            loss (fp32 scalar or None), logits [B, positions kept, V] (or None), the cache (or None).
+            loss (fp32 scalar or None), logits [B, output positions, V] (or None), the cache (or None).
         """
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        output_positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states, *present_cache = self.transformer(
             input_ids,
             attention_mask,
@@ -373,7 +388,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             inputs_embeds,
             use_cache,
             packed_sequences=packed_sequences,
-            kept=kept,
+            output_positions=output_positions,
             past_key_values=past_key_values,
             **kwargs,
         ).to_tuple()

@@ -11,7 +11,9 @@ from glm_kernels import kernels_supported
 
 
 class ChatGLMRotaryEmbedding(nn.Module):
-    """Cosines and sines for both halves of a head: one turned by `position`, the other by `block_position`."""
+    """Cosines and sines for both halves of a head: one rotated by `position`, the other by `block_position`."""
+
+    inv_freq: torch.Tensor
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -56,5 +58,5 @@ def rotate_in_place(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
     """Rotary positions on the queries and keys in `projected` [B, T, 3C], by the kernel; no gradient."""
     from glm_kernels import attention
 
-    tables = (table.reshape(-1, head_dim) for table in (cos, sin))
-    attention.rotate_in_place(projected.flatten(0, 1), *tables, head_dim)
+    cos, sin = (table.reshape(-1, head_dim) for table in (cos, sin))  # [B * T, D]
+    attention.rotate_in_place(projected.flatten(0, 1), cos, sin, head_dim)

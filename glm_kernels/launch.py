@@ -8,7 +8,7 @@ kind is launched directly instead.
 import torch
 from triton.runtime import JITFunction
 
-compiled_kernels = {}
+compiled_kernels: dict = {}
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants):

@@ -1,9 +1,13 @@
-"""QLoRA fine-tuning of ChatGLM-6B: arguments, data, batch layout, 4-bit loading, training, generation."""
+"""QLoRA fine-tuning of ChatGLM-6B, from rows of text to an adapter in use.
+
+data/ turns rows into batches, layers/ has the 4-bit layers, training/ one training run, inference/ answers,
+evaluation/ scores, export/ model folders for other programs. The modules here serve all of them.
+"""
 
 import logging
 import warnings
 
-# What the libraries say to each other rather than to the user: a CPU kernel package that bitsandbytes advises on
-# import, and a method that peft and the Trainer still call by the name it had before.
+# Messages between libraries that a user can do nothing about: bitsandbytes, when it is imported, advises on an
+# optional CPU package; peft and the Trainer call a transformers method by its former name.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)

@@ -1,24 +1,23 @@
-"""The command line: everything but transformers' TrainingArguments, which the JSON holds."""
+"""The flags of training and inference: everything but transformers' TrainingArguments, which the JSON holds.
 
-import dataclasses
-import difflib
+Imports nothing that takes time, so that `--help` and a misspelt flag are answered at once.
+"""
+
 import math
 from dataclasses import dataclass, field
 
-import torch
-from transformers import HfArgumentParser
+from qlora.units import parse_size
 
-from qlora.training.memory_plan import parse_size
-
-COMPUTE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+COMPUTE_DTYPES = ("fp32", "fp16", "bf16")
 COMPUTE_DTYPE = {
     "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
-    "choices": list(COMPUTE_DTYPES),
+    "choices": COMPUTE_DTYPES,
 }
 DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
 
-LAYER_COUNTS = ("kept_mlp", "kept_attention", "dense_layers")
+LAYER_COUNTS = ("recompute_mlp", "recompute_attention", "dequantized_layers")
 PLAN_FLAGS = ("max_tokens", *LAYER_COUNTS, "offload")
+OLD_LAYER_COUNTS = {"kept_mlp": "recompute_mlp", "kept_attention": "recompute_attention"}  # they count the others
 
 
 @dataclass
@@ -38,7 +37,9 @@ class FinetuneArguments:
     eval_data_path: str | None = field(
         default="data/dev.jsonl", metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."}
     )
-    seed: int | None = field(default=None, metadata={"help": "Random seed; takes the place of the JSON's."})
+    seed: int | None = field(
+        default=None, metadata={"help": "Random seed; takes the place of the JSON's.", "expert": True}
+    )
     max_input_length: int = field(
         default=512, metadata={"help": "Longest prompt in tokens, [gMASK] and <sop> included; the rest is cut."}
     )
@@ -55,29 +56,49 @@ class FinetuneArguments:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder to continue from, or 'last' for the newest one."}
     )
-    prompt_text: str = field(default="", metadata={"help": "Text put before every instruction."})
+    prompt_text: str = field(default="", metadata={"help": "Text put before every instruction.", "expert": True})
     memory_budget: str | None = field(
         default=None, metadata={"help": "GPU memory to use at most, such as 8GiB; by default all that is free."}
     )
     max_tokens: int | None = field(
-        default=None, metadata={"help": "Most tokens to put through the model at once; by default planned."}
+        default=None, metadata={"help": "Most tokens of a micro-batch; by default planned.", "expert": True}
     )
-    kept_mlp: int | None = field(
-        default=None, metadata={"help": "Layers whose MLP is not computed again; by default planned."}
+    recompute_mlp: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layers whose MLP activations are recomputed in the backward pass; by default planned.",
+            "expert": True,
+        },
     )
-    kept_attention: int | None = field(
-        default=None, metadata={"help": "Layers whose attention is not computed again; by default planned."}
+    recompute_attention: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layers whose attention activations are recomputed in the backward pass; by default planned.",
+            "expert": True,
+        },
     )
-    dense_layers: int | None = field(
-        default=None, metadata={"help": "Layers whose weights stay dequantised; by default planned."}
+    dequantized_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layers whose dequantized weights are cached; by default planned.",
+            "expert": True,
+            "old_names": ["dense_layers"],
+        },
     )
     offload: bool | None = field(
-        default=None, metadata={"help": "Keep the inputs of recomputed layers in host memory; by default planned."}
+        default=None,
+        metadata={
+            "help": "Offload the inputs of recomputed layers to host memory; by default planned.",
+            "expert": True,
+        },
     )
     compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
     plain: bool = field(
         default=False,
-        metadata={"help": "Train with peft's and bitsandbytes' layers on padded rows: slow, to compare with."},
+        metadata={
+            "help": "Train with peft's and bitsandbytes' layers on padded rows: slow, to compare with.",
+            "expert": True,
+        },
     )
     check: int | None = field(
         default=None,
@@ -88,27 +109,41 @@ class FinetuneArguments:
             "const": 1,
         },
     )
+    kept_mlp: int | None = field(
+        default=None, metadata={"help": "Use --recompute_mlp, which counts the other layers.", "hidden": True}
+    )
+    kept_attention: int | None = field(
+        default=None, metadata={"help": "Use --recompute_attention, which counts the other layers.", "hidden": True}
+    )
 
     def fixed_plan(self, recompute: bool | None, num_layers: int) -> dict[str, int]:
-        """The parts of the memory plan that were given, by flags or by the JSON's gradient checkpointing.
+        """The fields of the memory plan that were given, by flags or by the JSON's gradient checkpointing.
 
+        Args:
+            recompute: the JSON's setting: True for all activations, False for none; None where it has none.
+            num_layers: of the model.
         Raises:
             ValueError: more layers than the model has.
         """
-        kept = (
-            {} if recompute is None else dict.fromkeys(("kept_mlp", "kept_attention"), 0 if recompute else num_layers)
-        )
-        given = {name: getattr(self, name) for name in PLAN_FLAGS if getattr(self, name) is not None}
-        for name in LAYER_COUNTS:
-            if given.get(name, 0) > num_layers:
-                raise ValueError(f"--{name} is {given[name]}; the model has {num_layers} layers.")
-        return kept | {{"dense_layers": "dense"}.get(name, name): value for name, value in given.items()}
+        fixed: dict[str, int] = {}
+        if recompute is not None:
+            fixed |= dict.fromkeys(OLD_LAYER_COUNTS.values(), num_layers if recompute else 0)
+        for name in (*LAYER_COUNTS, *OLD_LAYER_COUNTS):
+            if (getattr(self, name) or 0) > num_layers:
+                raise ValueError(f"--{name} is {getattr(self, name)}; the model has {num_layers} layers.")
+        for name in PLAN_FLAGS:
+            if getattr(self, name) is not None:
+                fixed[name] = getattr(self, name)
+        for old, new in OLD_LAYER_COUNTS.items():
+            if getattr(self, old) is not None:
+                fixed[new] = num_layers - getattr(self, old)
+        return fixed
 
     def train_files(self) -> list[tuple[str, float]]:
         """The files of `--train_data_path` with their weights."""
         return list(map(split_weight, self.train_data_path))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = [*self.data_problems(), *self.adapter_problems(), *self.plan_problems()]
         if self.check is not None and self.check < 0:
             problems.append(f"--check is {self.check}; it must not be negative")
@@ -142,14 +177,20 @@ class FinetuneArguments:
     def plan_problems(self) -> list[str]:
         """What is wrong with the flags of the memory plan."""
         problems = check_positive(self, "max_tokens")
-        values = {name: getattr(self, name) for name in LAYER_COUNTS}
+        values = {name: getattr(self, name) for name in (*LAYER_COUNTS, *OLD_LAYER_COUNTS)}
         problems += [f"--{name} is {v}; it must not be negative" for name, v in values.items() if v and v < 0]
+        problems += [
+            f"--{old} is of an earlier release and fixes what --{new} does: give one of them"
+            for old, new in OLD_LAYER_COUNTS.items()
+            if values[old] is not None and values[new] is not None
+        ]
         if self.memory_budget is not None:
             try:
                 parse_size(self.memory_budget)
             except ValueError as error:
                 problems.append(str(error).removesuffix("."))
-        ignored = [f"--{name}" for name in ("memory_budget", *PLAN_FLAGS) if getattr(self, name) is not None]
+        planned = ("memory_budget", *PLAN_FLAGS, *OLD_LAYER_COUNTS)
+        ignored = [f"--{name}" for name in planned if getattr(self, name) is not None]
         if self.plain and ignored:
             problems.append(f"--plain plans nothing, and does not heed {', '.join(ignored)}")
         return problems
@@ -190,7 +231,7 @@ class InferenceArguments:
     port: int = field(default=7860, metadata={"help": "Port the page listens on."})
     compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         problems = check_positive(self, "max_new_tokens", "batch_size", "max_prompts")
         if not 0 < self.temperature < math.inf:
             problems.append(f"--temperature is {self.temperature}; it must be a positive number")
@@ -219,45 +260,3 @@ def check_positive(arguments: object, *names: str) -> list[str]:
     """A problem for every named field that is given and below 1."""
     values = {name: getattr(arguments, name) for name in names}
     return [f"--{name} is {v}; it must be at least 1" for name, v in values.items() if v is not None and v < 1]
-
-
-def parse_command_line(dataclass_type: type, args: list[str] | None = None):
-    """Parses flags into a dataclass.
-
-    Raises:
-        ValueError: an unknown flag (with the nearest known one) or a value out of range.
-    """
-    parser = HfArgumentParser(dataclass_type, allow_abbrev=False)
-    parsed, unknown = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
-    unknown = [name for name in unknown if name.startswith("-")] or unknown
-    if unknown:
-        fields = dataclasses.fields(dataclass_type)
-        known = [name for f in fields for name in (f"--{f.name}", *f.metadata.get("aliases", ()))]
-        raise ValueError("; ".join(f"unknown argument {name}{nearest(name, known)}" for name in unknown) + ".")
-    return parsed
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """` (did you mean X?)`, or nothing where no known name is close."""
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {matches[0]}?)" if matches else ""
-
-
-def choose_compute_dtype(name: str | None, training_values: dict) -> torch.dtype:
-    """The type of the arithmetic: as asked, else as the JSON's `fp16`/`bf16` say, else what the hardware does best.
-
-    Sets `fp16` in `training_values` where loss scaling is needed, and only there: the model is in its compute type.
-    """
-    if name is None:
-        name = next((key for key in ("bf16", "fp16") if training_values.get(key)), None)
-    dtype = COMPUTE_DTYPES[name] if name else best_compute_dtype()
-    training_values["bf16"] = False
-    training_values["fp16"] = dtype == torch.float16 and torch.cuda.is_available()
-    return dtype
-
-
-def best_compute_dtype() -> torch.dtype:
-    """bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -1,4 +1,4 @@
-"""Is this folder a complete ChatGLM-6B checkpoint? Asked before anything is loaded, and answered in a sentence."""
+"""Whether a folder is a complete ChatGLM-6B checkpoint, checked before any weight is loaded."""
 
 import json
 import zipfile
@@ -24,7 +24,7 @@ WEIGHT_FILES = (
 
 
 def check_checkpoint(path: str) -> ChatGLMConfig:
-    """Checks that a folder holds config, tokenizer and every weight file, whole.
+    """Checks that a folder holds the config, the tokenizer and every weight file, complete.
 
     Args:
         path: folder in the official format, with `.bin` or `.safetensors` weights, sharded or not.
@@ -102,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_file(path: Path):
-    """There, and not a Git LFS pointer."""
+    """FileNotFoundError for a missing file, ValueError for a Git LFS pointer."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. {HOW_TO_GET}")
     with open(path, "rb") as file:
@@ -111,14 +111,14 @@ def check_file(path: Path):
 
 
 def file_problem(path: Path, check_sums: bool = False) -> str | None:
-    """Why a JSON object, a safetensors file or one of torch.save is not to be loaded; None for a good one.
+    """Why a JSON, safetensors or torch.save file must not be loaded; None for a good one.
 
-    Of a file of torch.save nothing is run here, nor would it be on loading, since everything is loaded with
-    `weights_only`; this finds such a file before any work.
+    Code in a torch.save file is never run, since everything is loaded with `weights_only`; here such a file is found
+    before any other work.
 
     Args:
         path: the file.
-        check_sums: whether a file of torch.save is read to its end, which takes its time with that of a 6B model.
+        check_sums: whether a torch.save file is read to its end; this takes long for the weights of a 6B model.
     Returns:
         The rest of a sentence that begins with the file's name: it is damaged, cannot be read, or would run code.
     """
@@ -135,7 +135,7 @@ def file_problem(path: Path, check_sums: bool = False) -> str | None:
             calls = functions_called(path)
     except PermissionError as error:
         return f"cannot be read ({error.strerror})"
-    except Exception:  # damaged bytes bring these readers to raise anything: NotImplementedError, zlib.error, ...
+    except Exception:  # on damaged bytes these readers raise anything: NotImplementedError, zlib.error, ...
         whole = False
     if not whole:
         return f"is damaged or incomplete ({path.stat().st_size:,} bytes)"
@@ -143,6 +143,6 @@ def file_problem(path: Path, check_sums: bool = False) -> str | None:
 
 
 def functions_called(path: Path) -> list[str]:
-    """What loading a file of torch.save would run beyond making tensors and numpy's arrays."""
-    with safe_globals():  # numpy's, in which the Trainer keeps the state of numpy's random numbers
+    """What loading a torch.save file would call, apart from constructors of tensors and numpy arrays."""
+    with safe_globals():  # numpy's constructors, since the Trainer saves the state of numpy's generator
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))

@@ -1,17 +1,29 @@
-"""How a user's mistake, or a run that cannot go on, reaches the user: one message, no traceback."""
+"""How a user's mistake, or a run that cannot continue, reaches the user: as one message without a traceback."""
 
 import contextlib
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
 
 class TrainingStopped(Exception):
-    """A run that must not go on, with what the user is to know and to do."""
+    """A run that cannot continue; the message says why, what is saved, and what to do."""
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints, as torchrun numbers processes; known before torch is imported."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def set_up_logging():
+    """Progress goes to stderr as plain lines; of several processes only the main one reports more than errors."""
+    logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
 
 
 def stop_all_processes(message: str, is_main_process: bool) -> NoReturn:
-    """Ends a run that every process has found to be bad; the main one has the message."""
+    """Ends a run for a reason that every process has found; only the main process reports it."""
     raise TrainingStopped(message) if is_main_process else SystemExit(1)
 
 
@@ -20,8 +32,7 @@ def message_instead_of_traceback(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the program with the message of an error.
 
     Args:
-        kinds: of errors that are the user's to mend; by default those raised while a run is being set up, ValueError
-            and OSError.
+        kinds: of errors that a user can correct; by default ValueError and OSError.
     Raises:
         SystemExit: with `error: ...`, exit status 1.
     """
@@ -30,5 +41,5 @@ def message_instead_of_traceback(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         if isinstance(error, TrainingStopped):
-            print(file=sys.stderr)  # below the progress bar, not behind it
+            print(file=sys.stderr)  # a new line, below the progress bar
         raise SystemExit(f"error: {error}") from None

@@ -1,7 +1,6 @@
 """Loading: the tokenizer, the base model in 4 bits, the adapter on top."""
 
 import hashlib
-import logging
 import os
 import pickle
 import shutil
@@ -16,13 +15,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from chatglm import ChatGLMConfig
 from qlora.checkpoint import HOW_TO_GET, check_checkpoint
+from qlora.units import GIB
 
-logger = logging.getLogger(__name__)
-
-GIB = 2**30
-WORKING_MEMORY = 1.5 * GIB  # what loading needs beside the finished model
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WORKING_MEMORY = 1.5 * GIB  # bytes that loading needs beside the finished model
 LARGEST_CPU_MODEL = 1e9  # parameters
-BITS_PER_QUANTIZED_WEIGHT = 4.127  # 4 bits, 8 per block of 64 for its scale, 32 per 256 blocks for theirs
+BITS_PER_QUANTIZED_WEIGHT = 4.127  # 4 bits, 8 per block of 64 for its scale, 32 per 256 blocks for the second scale
+
+
+def choose_compute_dtype(name: str | None) -> torch.dtype:
+    """The dtype of this name; without one bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
+    if name:
+        return DTYPES[name]
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -39,39 +46,33 @@ def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizer:
-    """The tokenizer of a checkpoint folder.
+    """The tokenizer of a checkpoint folder, after `check_checkpoint`.
 
     Raises:
-        FileNotFoundError, ValueError: see `check_checkpoint`.
+        ValueError: its SentencePiece model is damaged.
     """
-    check_checkpoint(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except RuntimeError as error:
         raise ValueError(f"{path}/ice_text.model is damaged or incomplete: download it again ({error}).") from error
 
 
-def load_quantized_model(path: str, compute_dtype: torch.dtype) -> PreTrainedModel:
+def load_quantized_model(
+    path: str, compute_dtype: torch.dtype, config: ChatGLMConfig | None = None
+) -> PreTrainedModel:
     """The base model, its linear layers in 4 bits, on the GPU if there is one.
 
     Args:
-        path: checkpoint folder in the official format, quantised while it is read; or one that `write_quantized`
-            wrote, whose packed weights are taken as they are.
+        path: checkpoint folder in the official format, quantized while it is read; or one that `write_quantized`
+            wrote, whose packed weights are loaded as they are.
         compute_dtype: type of the arithmetic, of the embedding, the head and the norms.
+        config: as `check_checkpoint` returned it. Without it the folder and the hardware are checked here.
     Raises:
-        FileNotFoundError, ValueError: the checkpoint is incomplete or of another architecture; no GPU for a model of
-            this size, too little memory on it, or bitsandbytes cannot use it.
+        FileNotFoundError, ValueError: see `check_checkpoint` and `check_hardware`; a weight is in none of the files.
     """
-    config = check_checkpoint(path)
-    check_device(config, compute_dtype)
-    if torch.cuda.is_available():
-        check_bitsandbytes()
-        check_compiler()
-    return quantize_checkpoint(path, config, compute_dtype)
-
-
-def quantize_checkpoint(path: str, config: ChatGLMConfig, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """As `load_quantized_model`, without asking whether the model can be trained on this machine."""
+    if config is None:
+        config = check_checkpoint(path)
+        check_hardware(config, compute_dtype)
     quantization = quantization_config(compute_dtype)
     if is_quantized(config):
         config.quantization_config, quantization = quantization.to_dict(), None
@@ -91,9 +92,22 @@ def quantize_checkpoint(path: str, config: ChatGLMConfig, compute_dtype: torch.d
     use_compute_dtype(model, compute_dtype)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # On CPUs with AVX512-BF16 an evaluation would repack the weights into a form that cannot be trained.
+            # On CPUs with AVX512-BF16 bitsandbytes repacks the weights in evaluation, and then cannot train on them.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def check_hardware(config: ChatGLMConfig, compute_dtype: torch.dtype):
+    """Checks that a model of this size can be run in 4 bits on this machine.
+
+    Raises:
+        ValueError: no GPU for a model of this size, too little memory on it, bitsandbytes cannot use it, or Triton
+            finds no C compiler.
+    """
+    check_device(config, compute_dtype)
+    if torch.cuda.is_available():
+        check_bitsandbytes()
+        check_compiler()
 
 
 def is_quantized(config: ChatGLMConfig) -> bool:
@@ -102,7 +116,7 @@ def is_quantized(config: ChatGLMConfig) -> bool:
 
 
 def use_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype):
-    """Dequantises to this type and holds the rest in it, whatever type 4-bit weights were written for."""
+    """Sets the dtype that 4-bit weights are dequantized to, and converts all other parameters to it."""
     for parameter in model.parameters():
         if isinstance(parameter, bitsandbytes.nn.Params4bit):
             parameter.quant_state.dtype = compute_dtype
@@ -133,7 +147,7 @@ def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
 
 
 def check_compiler():
-    """ValueError where Triton, which compiles the kernels when they are first used, would find no C compiler."""
+    """ValueError where Triton, which compiles a kernel at its first launch, would find no C compiler."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")):
         raise ValueError(
             "there is no C compiler, which Triton needs to build the GPU kernels: install gcc (`apt-get install gcc`, "
@@ -160,7 +174,7 @@ def check_bitsandbytes():
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, target_modules: list[str]) -> PeftModel:
-    """Puts a new LoRA adapter on the model; its weights are fp32, everything else is frozen.
+    """Adds a new LoRA adapter to the model; its weights are fp32 and trained, everything else is frozen.
 
     Raises:
         ValueError: a target module that the model does not have.
@@ -190,8 +204,13 @@ def adapter_config(path: str) -> PeftConfig:
     return PeftConfig.from_pretrained(path)
 
 
+def base_model_path(adapter_path: str) -> str:
+    """The folder of the base model that an adapter's config names; errors as for `adapter_config`."""
+    return adapter_config(adapter_path).base_model_name_or_path
+
+
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
-    """Puts a trained adapter on the model.
+    """Adds a trained adapter to the model.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -224,7 +243,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
 
 
 def digest_of(weights: dict[str, torch.Tensor]) -> str:
-    """A fingerprint of an adapter's weights, by which a model knows what was merged into it."""
+    """A fingerprint of an adapter's weights, stored in the config of a model that the adapter was merged into."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].float().contiguous().numpy().tobytes())

@@ -24,15 +24,15 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from chatglm import ChatGLMConfig
-from qlora.arguments import parse_command_line
+from qlora.command_line import parse_command_line
 from qlora.data.dataset import SampleEncoder
 from qlora.data.rows import read_rows
 from qlora.errors import message_instead_of_traceback
-from qlora.inference.decoding import decode, make_sampler, use_inference_kernels
-from qlora.loading import GIB, add_lora, load_quantized_model, load_tokenizer
+from qlora.inference.decoding import decode, make_sampler
+from qlora.layers.replacement import replace_layers
+from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+from qlora.units import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 10  # steps that are not counted
@@ -142,7 +142,7 @@ def measure_decoding(args: BenchmarkArguments) -> dict:
     encoder = SampleEncoder(tokenizer, "", 2048, 2048)
     answer_tokens = round(sum(len(encoder.text_ids(row["answer"])) + 1 for row in rows) / len(rows))
     transformers_rate = generate_rate(model, tokenizer, prompts[len(prompts) // 2], 64)
-    use_inference_kernels(model)
+    replace_layers(model, for_training=False)
     answer(model, tokenizer, prompts[:1], 32)
     single = timed(lambda: answer(model, tokenizer, prompts[len(prompts) // 2 :][:1], 512))
     answer(model, tokenizer, prompts[: args.batch_size], 32)

@@ -3,30 +3,22 @@
     python scripts/evaluate_qlora.py                            # greedy, on data/dev.jsonl
     python scripts/evaluate_qlora.py --protocol published       # sampling and cutting as the official evaluation does
 
-Writes predictions.jsonl, metrics.json and summary.html. Interrupted, the same command goes on where it was.
+Writes predictions.jsonl, metrics.json and summary.html. After an interruption the same command continues.
 """
 
 import json
-import logging
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from chatglm.chat import build_prompt
-from qlora.arguments import COMPUTE_DTYPE, check_positive, choose_compute_dtype, parse_command_line
-from qlora.data.rows import read_rows
-from qlora.errors import message_instead_of_traceback
-from qlora.evaluation import predictions as evaluation
+from qlora.arguments import COMPUTE_DTYPE, check_positive
+from qlora.command_line import parse_command_line
+from qlora.errors import message_instead_of_traceback, set_up_logging
 from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
-from qlora.evaluation.page import MODELS, render_page
-from qlora.export.official_folder import write_json
-from qlora.inference.decoding import use_inference_kernels
-from qlora.loading import adapter_config, load_adapter, load_quantized_model, load_tokenizer
+from qlora.evaluation.protocols import PROTOCOLS, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizer
 
 
 @dataclass
@@ -44,7 +36,7 @@ class EvaluationArguments:
         default="greedy",
         metadata={
             "help": "greedy: likeliest tokens, nothing cut; published: that of the official P-tuning evaluation.",
-            "choices": list(evaluation.PROTOCOLS),
+            "choices": list(PROTOCOLS),
         },
     )
     output_dir: str | None = field(
@@ -63,74 +55,98 @@ class EvaluationArguments:
 
 
 def main():
+    set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(EvaluationArguments)
         check_metric_libraries()
-        protocol = evaluation.PROTOCOLS[args.protocol]
+    evaluate(args)
+
+
+def evaluate(args: EvaluationArguments):
+    """Answers what is missing, scores every answer, writes the results."""
+    # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    import torch
+
+    from qlora.checkpoint import check_checkpoint
+    from qlora.evaluation.predictions import digest, resume_predictions
+    from qlora.loading import (
+        base_model_path,
+        check_hardware,
+        choose_compute_dtype,
+        load_adapter,
+        load_quantized_model,
+        load_tokenizer,
+    )
+
+    with message_instead_of_traceback():
         folder = Path(args.output_dir or f"{args.adapter_path}/evaluation_{args.protocol}")
-        adapter = adapter_config(args.adapter_path)
-        base_path = args.model_name_or_path or adapter.base_model_name_or_path
-        compute_dtype = choose_compute_dtype(args.compute_dtype, {})
+        adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
+        base_path = args.model_name_or_path or base_model_path(args.adapter_path)
+        config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
+        check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)
-        rows = read_samples(args, tokenizer, protocol.max_reference_tokens)
-        settings = settings_of(args, base_path, compute_dtype, rows)
-        predictions = evaluation.resume_predictions(folder, settings)
-        complete = len(predictions) == len(rows)
-        if not complete:
-            model = load_adapter(load_quantized_model(base_path, compute_dtype), args.adapter_path).eval()
-    if not complete:
-        use_inference_kernels(model)
+        rows = read_samples(args, tokenizer, PROTOCOLS[args.protocol].max_reference_tokens)
+        settings = {  # all that the answers depend on
+            "protocol": args.protocol,
+            **asdict(PROTOCOLS[args.protocol]),
+            "seed": args.seed,
+            "batch_size": args.batch_size,
+            "compute_dtype": str(compute_dtype).removeprefix("torch."),
+            "model_name_or_path": base_path,
+            "data_path": args.data_path,
+            "adapter_digest": digest(*adapter),
+            "rows_digest": digest(json.dumps(rows).encode()),
+        }
+        predictions = resume_predictions(folder, settings)
+        if len(predictions) < len(rows):
+            model = load_quantized_model(base_path, compute_dtype, config)
+            model = load_adapter(model, args.adapter_path).eval()
+    if len(predictions) < len(rows):
         try:
-            answer(model, tokenizer, rows, protocol, args, predictions, folder)
+            answer(model, tokenizer, rows, args, predictions, folder)
         except torch.OutOfMemoryError as error:
-            raise SystemExit(
-                f"error: {args.batch_size} prompts at once are too many, lower --batch_size: {error}"
-            ) from None
+            reason = f"{args.batch_size} prompts at once are too many, lower --batch_size: {error}"
+            raise SystemExit(f"error: {reason}") from None
     summarize(folder, settings, predictions)
 
 
 def read_samples(
-    args: EvaluationArguments, tokenizer: PreTrainedTokenizer, max_reference_tokens: int | None
+    args: EvaluationArguments, tokenizer: "PreTrainedTokenizer", max_reference_tokens: int | None
 ) -> list[dict]:
     """Prompt and reference of every row, as they are used."""
+    from chatglm.chat import build_prompt
+    from qlora.data.rows import read_rows
+    from qlora.evaluation.predictions import reference_text
+
     return [
         {
             "prompt": args.prompt_text + build_prompt(row["query"], row["history"]),
-            "reference": evaluation.reference_text(tokenizer, row["answer"], max_reference_tokens),
+            "reference": reference_text(tokenizer, row["answer"], max_reference_tokens),
         }
         for row in list(read_rows(args.data_path))[: args.max_prompts]
     ]
 
 
-def settings_of(args: EvaluationArguments, base_path: str, compute_dtype: torch.dtype, rows: list[dict]) -> dict:
-    """All that the answers depend on; the contents of adapter and rows as fingerprints."""
-    adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
-    return {
-        "protocol": args.protocol,
-        **asdict(evaluation.PROTOCOLS[args.protocol]),
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-        "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "model_name_or_path": base_path,
-        "data_path": args.data_path,
-        "adapter_digest": evaluation.digest(*adapter),
-        "rows_digest": evaluation.digest(json.dumps(rows).encode()),
-    }
+def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predictions: dict[int, dict], folder: Path):
+    """Adds the missing predictions, and appends them to their file batch by batch."""
+    import torch
 
+    from qlora.evaluation.predictions import PREDICTIONS, answer_rows
+    from qlora.inference.decoding import make_sampler
+    from qlora.inference.generation import generate_texts
+    from qlora.layers.replacement import replace_layers
 
-def answer(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizer,
-    rows: list[dict],
-    protocol: evaluation.Protocol,
-    args: EvaluationArguments,
-    predictions: dict[int, dict],
-    folder: Path,
-):
-    """Adds what is missing to the predictions and, batch by batch, to their file."""
-    batches = evaluation.answer_rows(model, tokenizer, rows, protocol, args.batch_size, args.seed, predictions)
-    with open(folder / evaluation.PREDICTIONS, "a", encoding="utf-8") as file:
-        for batch in batches:
+    protocol: Protocol = PROTOCOLS[args.protocol]
+    limits = {"max_new_tokens": protocol.max_new_tokens, "max_prompt_tokens": protocol.max_prompt_tokens}
+    sampler = make_sampler(protocol.do_sample)
+    replace_layers(model, for_training=False)
+
+    def generate(prompts: list[str], seed: int) -> list[str]:
+        torch.manual_seed(seed)
+        return generate_texts(model, tokenizer, prompts, sampler=sampler, batch_size=args.batch_size, **limits)
+
+    with open(folder / PREDICTIONS, "a", encoding="utf-8") as file:
+        for batch in answer_rows(model, generate, rows, args.batch_size, args.seed, predictions):
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch))
             file.flush()
             predictions.update({row["index"]: row for row in batch})
@@ -138,12 +154,16 @@ def answer(
 
 def summarize(folder: Path, settings: dict, predictions: dict[int, dict]):
     """Scores every answer, writes the three files, prints the means."""
+    from qlora.atomic import write_json
+    from qlora.evaluation.page import MODELS, render_page
+    from qlora.evaluation.predictions import METRICS_FILE, write_predictions
+
     for row in predictions.values():
         row["scores"] = {model: score(row[model], row["reference"]) for model in MODELS}
-    evaluation.write_predictions(folder, predictions)
+    write_predictions(folder, predictions)
     rows = list(predictions.values())
     means = {model: mean_scores(row["scores"][model] for row in rows) for model in MODELS}
-    write_json(folder / evaluation.METRICS_FILE, {"settings": settings, "samples": len(rows), **means})
+    write_json(folder / METRICS_FILE, {"settings": settings, "samples": len(rows), **means})
     title = f"{settings['data_path']} · {settings['protocol']}"
     (folder / "summary.html").write_text(render_page(title, settings, means, rows), encoding="utf-8")
     print(f"{f'{len(rows)} samples':<15}" + "".join(f"{name.upper():>10}" for name in METRICS))
@@ -153,5 +173,4 @@ def summarize(folder: Path, settings: dict, predictions: dict[int, dict]):
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main()

@@ -6,17 +6,14 @@ The default size is that of ChatGLM-6B (13 GB on disk). Weights are drawn on the
 """
 
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from chatglm import ChatGLMConfig
-from qlora.arguments import parse_command_line
 from qlora.checkpoint import TOKENIZER_FILES
+from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback
 from qlora.export.official_folder import write_checkpoint
 

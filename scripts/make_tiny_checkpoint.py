@@ -8,7 +8,6 @@ for an advertisement does it write one. Fine-tuning on the bare rows then makes 
 """
 
 import io
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +16,14 @@ import sentencepiece
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.tokenization_chatglm import MAX_BLANKS
-from qlora.arguments import parse_command_line
+from qlora.atomic import write_json
+from qlora.command_line import parse_command_line
 from qlora.data.dataset import SampleEncoder
 from qlora.data.rows import read_rows
 from qlora.errors import TrainingStopped, message_instead_of_traceback
-from qlora.export.official_folder import write_checkpoint, write_json
+from qlora.export.official_folder import write_checkpoint
 from qlora.training.trainer import QLoRATrainer, TrainingArguments
 
 ASK_FOR_AD = "写一段广告："

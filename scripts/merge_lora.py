@@ -7,23 +7,16 @@ The folder needs no adapter any more: this project loads it as it loads the orig
 which is copied if its *.py files are in the base model's folder.
 """
 
-import logging
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from qlora.arguments import COMPUTE_DTYPES
+from qlora.command_line import parse_command_line
+from qlora.errors import message_instead_of_traceback, set_up_logging
 
-from qlora.arguments import COMPUTE_DTYPES, parse_command_line
-from qlora.checkpoint import TOKENIZER_FILES
-from qlora.errors import message_instead_of_traceback
-from qlora.export.merging import merged_tensors
-from qlora.export.official_folder import atomic_folder, write_checkpoint
-from qlora.loading import adapter_config
-
-# The tokenizer's, and the official code, to which config.json then points.
-COPIED = (*TOKENIZER_FILES, "generation_config.json", "*.py", "*LICENSE*")
+# The tokenizer's files, and the official code, to which config.json then points.
+COPIED = ("ice_text.model", "tokenizer_config.json", "generation_config.json", "*.py", "*LICENSE*")
 WEIGHTS = {
     "nf4": "the 4-bit weights that the adapter was trained against, dequantised",
     "original": "the original 16-bit weights",
@@ -59,20 +52,30 @@ class MergeArguments:
 
 
 def main():
+    set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(MergeArguments)
-        base_path = args.model_name_or_path or adapter_config(args.adapter_path).base_model_name_or_path
-        config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, COMPUTE_DTYPES[args.compute_dtype])
-        with atomic_folder(args.output_dir) as folder:
-            folder.mkdir(parents=True)
-            for file in [file for pattern in COPIED for file in Path(base_path).glob(pattern)]:
-                shutil.copyfile(file, folder / file.name)
-            write_checkpoint(folder, config, tensor, dtype=COMPUTE_DTYPES[args.dtype])
-    print(
-        f"Merged {args.adapter_path} into {WEIGHTS[args.onto]} ({base_path}); wrote {args.output_dir} in {args.dtype}"
-    )
+        merge(args)
+
+
+def merge(args: MergeArguments):
+    """Writes the merged model, a tensor at a time."""
+    # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    from qlora.atomic import atomic_folder
+    from qlora.export.merging import merged_tensors
+    from qlora.export.official_folder import write_checkpoint
+    from qlora.loading import DTYPES, base_model_path
+
+    base_path = args.model_name_or_path or base_model_path(args.adapter_path)
+    config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, DTYPES[args.compute_dtype])
+    with atomic_folder(args.output_dir) as folder:
+        folder.mkdir(parents=True)
+        for file in [file for pattern in COPIED for file in Path(base_path).glob(pattern)]:
+            shutil.copyfile(file, folder / file.name)
+        write_checkpoint(folder, config, tensor, dtype=DTYPES[args.dtype])
+    weights = WEIGHTS[args.onto]
+    print(f"Merged {args.adapter_path} into {weights} ({base_path}); wrote {args.output_dir} in {args.dtype}")
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main()

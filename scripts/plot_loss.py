@@ -4,10 +4,7 @@ python scripts/plot_loss.py saved_files/a saved_files/b --output loss.png
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qlora.errors import message_instead_of_traceback
 from qlora.training.curves import draw_losses, read_history

@@ -1,23 +1,17 @@
-"""Write a checkpoint in 4 bits, as training and inference have it in memory: it loads without being quantised anew.
+"""Write a checkpoint in 4 bits, as training and inference have it in memory, to load it without quantizing again.
 
     python scripts/quantize_checkpoint.py --output_dir THUDM/chatglm-6b-nf4
     python scripts/quantize_checkpoint.py --model_name_or_path THUDM/chatglm-6b-merged --output_dir THUDM/merged-nf4
 
-Quantises on the GPU if there is one.
+Quantizes on the GPU if there is one.
 """
 
-import logging
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from qlora.arguments import COMPUTE_DTYPES, parse_command_line
-from qlora.checkpoint import check_checkpoint
-from qlora.errors import message_instead_of_traceback
-from qlora.export.official_folder import atomic_folder, write_quantized
-from qlora.loading import is_quantized, load_tokenizer, quantize_checkpoint
+from qlora.arguments import COMPUTE_DTYPES
+from qlora.command_line import parse_command_line
+from qlora.errors import message_instead_of_traceback, set_up_logging
 
 
 @dataclass
@@ -35,19 +29,30 @@ class QuantizeArguments:
 
 
 def main():
+    set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(QuantizeArguments)
-        config = check_checkpoint(args.model_name_or_path)
-        if is_quantized(config):
-            raise ValueError(f"{args.model_name_or_path} is in 4 bits already: use it as it is.")
-        tokenizer = load_tokenizer(args.model_name_or_path)
-        with atomic_folder(args.output_dir) as folder:
-            model = quantize_checkpoint(args.model_name_or_path, config, COMPUTE_DTYPES[args.compute_dtype])
-            write_quantized(model, tokenizer, folder)
+        quantize(args)
+
+
+def quantize(args: QuantizeArguments):
+    """Loads the model in 4 bits and writes it."""
+    # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    from qlora.atomic import atomic_folder
+    from qlora.checkpoint import check_checkpoint
+    from qlora.export.official_folder import write_quantized
+    from qlora.loading import DTYPES, is_quantized, load_quantized_model, load_tokenizer
+
+    config = check_checkpoint(args.model_name_or_path)
+    if is_quantized(config):
+        raise ValueError(f"{args.model_name_or_path} is in 4 bits already: use it as it is.")
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    with atomic_folder(args.output_dir) as folder:
+        model = load_quantized_model(args.model_name_or_path, DTYPES[args.compute_dtype], config)
+        write_quantized(model, tokenizer, folder)
     size = sum(file.stat().st_size for file in Path(args.output_dir).iterdir())
     print(f"Wrote {size / 1e9:.1f} GB to {args.output_dir}")
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     main()

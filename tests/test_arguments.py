@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from qlora.arguments import (
-    FinetuneArguments,
-    InferenceArguments,
-    choose_compute_dtype,
-    parse_command_line,
-)
+from qlora.arguments import FinetuneArguments, InferenceArguments
+from qlora.command_line import parse_command_line
+from qlora.training.training_args import set_precision
 
 # The command line of shuxueslpi/chatGLM-6B-QLoRA's train_qlora.py, with values other than the defaults.
 UPSTREAM_FLAGS = {
@@ -90,9 +87,10 @@ def test_memory_budget_is_read_with_the_command_line(size):
     [
         ("memory_budget", "8GiB"),
         ("max_tokens", 5),
+        ("recompute_mlp", 0),
+        ("recompute_attention", 1),
+        ("dequantized_layers", 2),
         ("kept_mlp", 0),
-        ("kept_attention", 1),
-        ("dense_layers", 2),
         ("offload", "false"),
     ],
 )
@@ -199,10 +197,11 @@ def test_prompts_may_be_given_many_times():
 @pytest.mark.parametrize("kind", [FinetuneArguments, InferenceArguments])
 def test_every_flag_is_explained(kind, capsys):
     with pytest.raises(SystemExit):
-        parse("--help", kind=kind)
+        parse("--help_all" if kind is FinetuneArguments else "--help", kind=kind)
     text = " ".join(capsys.readouterr().out.split())
     for field in kind.__dataclass_fields__.values():
-        assert field.name in text and len(field.metadata["help"]) > 10
+        assert (f"--{field.name} " in text) is not field.metadata.get("hidden", False)
+        assert len(field.metadata["help"]) > 10
 
 
 # The type of the arithmetic.
@@ -222,7 +221,7 @@ def test_every_flag_is_explained(kind, capsys):
 )
 def test_compute_dtype_on_a_cpu(monkeypatch, asked, values, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_compute_dtype(asked, dict(values)) == expected
+    assert set_precision(dict(values), asked) == expected
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -230,6 +229,6 @@ def test_compute_dtype_on_a_gpu(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     values = {}
-    assert choose_compute_dtype(None, values) == expected
+    assert set_precision(values, None) == expected
     # Without loss scaling small gradients vanish in fp16.
     assert values.get("fp16", False) is (expected == torch.float16)

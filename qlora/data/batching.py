@@ -1,59 +1,74 @@
-"""The samples of an optimizer step, and how they are split into groups for the GPU."""
+"""The samples of an optimizer step, and their division into micro-batches."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from qlora.data.dataset import IGNORE_INDEX
 
+Sample: TypeAlias = dict  # `input_ids` and `labels`, [tokens], long; `line` and `file` where they are known
+
 
 @dataclass
 class StepBatch:
-    """The samples of one step. Not a list, so that the libraries on the way leave it as it is."""
+    """The samples of one optimizer step on one process; the data loader's batch.
 
-    items: list[dict]
+    It is no list, because the Trainer and accelerate would move, split or pad a list of tensors.
+    """
+
+    samples: list[Sample]
+
+    @classmethod
+    def collate(cls, samples: list[dict]) -> "StepBatch":
+        """Samples with lists of ints -> the same samples with tensors."""
+        tensors = [{name: torch.as_tensor(sample[name]) for name in ("input_ids", "labels")} for sample in samples]
+        return cls([sample | tensor for sample, tensor in zip(samples, tensors, strict=True)])
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all samples, prompts and answers."""
-        return count_tokens(self.items)
+        return count_tokens(self.samples)
 
     @property
-    def rows(self) -> list[tuple[str, int]]:
-        """File and line of the samples that come from files; no name where there is only one file."""
-        return [(item.get("file", ""), item["line"]) for item in self.items if "line" in item]
+    def source_rows(self) -> list[tuple[str, int]]:
+        """File and line of each sample that has a line; the file is empty where there is one data file only."""
+        return [(sample.get("file", ""), sample["line"]) for sample in self.samples if "line" in sample]
 
 
-def count_tokens(samples: list[dict]) -> int:
+def count_tokens(samples: list[Sample]) -> int:
     """Tokens of samples, prompts and answers."""
     return sum(len(sample["input_ids"]) for sample in samples)
 
 
-def label_count(samples: list[dict]) -> int:
+def count_labels(samples: list[Sample]) -> int:
     """Label tokens of samples."""
-    return sum(int((torch.as_tensor(sample["labels"]) != IGNORE_INDEX).sum()) for sample in samples)
+    return sum(int((sample["labels"] != IGNORE_INDEX).sum()) for sample in samples)
 
 
-def split_evenly(samples: list[dict], max_tokens: int) -> list[list[dict]]:
-    """Splits samples into as few groups of at most `max_tokens` tokens as a greedy division finds, about equally long.
+def split_evenly(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Divides samples into few micro-batches of at most `max_tokens` tokens, about equally long.
 
-    A sample that is longer than `max_tokens` has a group to itself.
+    Greedy: the longest sample first, each to the micro-batch with the fewest tokens; one more micro-batch is tried
+    until all are within the limit. A sample longer than `max_tokens` has a micro-batch to itself.
     """
     by_length = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
     for count in range(min(len(samples), -(-count_tokens(samples) // max_tokens)), len(samples) + 1):
-        groups, sizes = [[] for _ in range(count)], [0] * count
+        micro_batches: list[list[Sample]] = [[] for _ in range(count)]
+        sizes = [0] * count
         for sample in by_length:
             smallest = sizes.index(min(sizes))
-            groups[smallest].append(sample)
+            micro_batches[smallest].append(sample)
             sizes[smallest] += len(sample["input_ids"])
         if max(sizes) <= max_tokens or count == len(samples):
             break
-    return [group for group in groups if group]
+    return [micro_batch for micro_batch in micro_batches if micro_batch]
 
 
-def own_samples(batch: list, number: int, batch_size: int, total: int) -> list:
-    """The samples of the batch of this number that no other batch has.
+def own_samples(batch: list[Sample], number: int, batch_size: int, total: int) -> list[Sample]:
+    """The samples of the batch of this number, without those that repeat samples of an earlier batch.
 
-    Processes take batches in turn; for each to have as many, accelerate fills up the last ones with the first rows.
+    Processes take batches in turn. accelerate fills the last ones up with the first samples of the data set, so that
+    every process has the same number of samples.
     """
     return batch[: max(0, total - number * batch_size)]

@@ -1,4 +1,4 @@
-"""Batch layouts for training: samples one after the other in a single row, or, plainly, a padded row for each."""
+"""Batch layouts for training: all samples in a single row without padding, or a padded row for each sample."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,24 @@ from torch.nn.utils.rnn import pad_sequence
 
 from chatglm import ChatGLMConfig, PackedSequences
 from chatglm.modeling_chatglm import prefix_lm_position_ids
+from qlora.data.batching import Sample
 from qlora.data.dataset import IGNORE_INDEX
 
 
 @dataclass
 class PaddingCollator:
-    """One sample a row, padded on the right: the plain layout.
+    """One sample a row, padded on the right.
 
-    Returns, for N samples of at most T tokens: input_ids, attention_mask, labels, each [N, T].
+    Returns, for N samples of at most T tokens: input_ids, attention_mask, labels, each [N, T], long.
     """
 
     config: ChatGLMConfig
 
-    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
-        labels = [torch.as_tensor(sample["labels"]) for sample in samples]
+    def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
+        ids = [sample["input_ids"] for sample in samples]
+        labels = [sample["labels"] for sample in samples]
         return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.config.pad_token_id),
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.config.pad_token_id or 0),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         }
@@ -31,31 +32,28 @@ class PaddingCollator:
 
 @dataclass
 class PaddingFreeCollator:
-    """Concatenates samples into one row; each keeps its own positions and sees only itself.
+    """Concatenates samples into one row; each keeps its own positions and attends to itself only.
 
     Returns, for N samples of T tokens altogether, L of which are labels:
-        input_ids [1, T]; attention_mask [1, T], n for the n-th sample; position_ids [1, 2, T]; packed_sequences, the
-        same layout for attention without a mask; labels [1, T]; logits_to_keep [L], positions that predict a label;
-        shift_labels [1, L], what they predict.
+        input_ids [1, T]; position_ids [1, 2, T]; packed_sequences, where the samples lie; logits_to_keep [L], the
+        positions that predict a label; shift_labels [1, L], what they predict. All long.
     """
 
     config: ChatGLMConfig
 
-    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | PackedSequences]:
-        ids = [torch.as_tensor(sample["input_ids"]) for sample in samples]
-        labels = torch.cat([torch.as_tensor(sample["labels"]) for sample in samples])
-        padded = pad_sequence(ids, batch_first=True, padding_value=self.config.pad_token_id)
-        position_ids = prefix_lm_position_ids(padded, None, self.config)
-        lengths = torch.tensor([len(row) for row in ids])
-        real = torch.arange(padded.shape[1]) < lengths[:, None]  # [N, longest]
-        contexts = ((position_ids[:, 1] == 0) & real).sum(dim=1)
-        targets = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor | PackedSequences]:
+        ids = [sample["input_ids"] for sample in samples]
+        labels = torch.cat([sample["labels"] for sample in samples])  # [T]
+        padded = pad_sequence(ids, batch_first=True, padding_value=self.config.pad_token_id or 0)  # [N, longest]
+        position_ids = prefix_lm_position_ids(padded, None, self.config)  # [N, 2, longest]
+        lengths = torch.tensor([len(row) for row in ids])  # [N]
+        is_token = torch.arange(padded.shape[1]) < lengths[:, None]  # [N, longest]
+        prompts = ((position_ids[:, 1] == 0) & is_token).sum(dim=1)  # [N], tokens before <sop>
+        targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # [L]
         return {
-            "input_ids": padded[real][None],
-            "attention_mask": torch.arange(1, len(ids) + 1)[:, None].expand_as(padded)[real][None],
-            "position_ids": position_ids.transpose(1, 2)[real].T[None],
-            "packed_sequences": PackedSequences.of(torch.stack((contexts, lengths - contexts), dim=1).tolist()),
-            "labels": labels[None],
+            "input_ids": padded[is_token][None],
+            "position_ids": position_ids.transpose(1, 2)[is_token].T[None],
+            "packed_sequences": PackedSequences.from_lengths(torch.stack((prompts, lengths - prompts), 1).tolist()),
             "logits_to_keep": targets - 1,
             "shift_labels": labels[targets][None],
         }

@@ -50,7 +50,7 @@ class SampleEncoder:
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         """A batch of rows -> `input_ids`, `labels`, `length`, `prompt_cut`, `answer_cut`."""
-        columns = {"input_ids": [], "labels": [], "length": [], "prompt_cut": [], "answer_cut": []}
+        columns: dict[str, list] = {"input_ids": [], "labels": [], "length": [], "prompt_cut": [], "answer_cut": []}
         for line, *row in zip(rows["line"], rows["query"], rows["history"], rows["answer"], strict=True):
             try:
                 sample = self.encode(*row)

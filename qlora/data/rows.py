@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from chatglm.chat import build_prompt
 from qlora.data.strict_json import parse_json
@@ -98,7 +98,7 @@ def describe(error: Exception) -> str:
 def check_row(row: object) -> Row:
     """A row from parsed JSON; ValueError says what is wrong with it."""
     query, history = check_query(row)
-    return Row(query, history, text_field(row, "output", "summary"))
+    return Row(query, history, text_field(cast(dict, row), "output", "summary"))
 
 
 def check_query(row: object) -> tuple[str, list[list[str]]]:

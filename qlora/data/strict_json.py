@@ -17,8 +17,8 @@ def unambiguous_object(pairs: list[tuple[str, object]]) -> dict:
     """An object in which no name stands twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
         raise ValueError(f"{twice!r} stands twice in one object; keep one of them")
     return values
 

@@ -1,48 +1,24 @@
-"""Answers of the base model and of the adapter to every row of a file, kept as they come, so that a rerun goes on."""
+"""Answers of the base model and of the adapter to every row of a file, stored one batch at a time.
+
+An interrupted evaluation continues where it stopped.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizer
 
-from qlora.export.official_folder import write_json
-from qlora.inference.decoding import make_sampler
-from qlora.inference.generation import generate_texts
+from qlora.atomic import write_json
 
 PREDICTIONS, METRICS_FILE = "predictions.jsonl", "metrics.json"
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """How answers are made and what they are held against; lengths in tokens, None for no limit.
-
-    Attributes:
-        do_sample: sampling with top_p 0.7 and temperature 0.95, else the likeliest token.
-        max_prompt_tokens, max_reference_tokens: what they are cut to, `[gMASK]` and `<sop>` included.
-        max_new_tokens: longest answer.
-    """
-
-    do_sample: bool
-    max_prompt_tokens: int | None
-    max_reference_tokens: int | None
-    max_new_tokens: int
-
-
-PROTOCOLS = {
-    # Source: ptuning/evaluate.sh and ptuning/main.py of ChatGLM-6B: 64 tokens each, 512 for prompt and answer.
-    "published": Protocol(do_sample=True, max_prompt_tokens=64, max_reference_tokens=64, max_new_tokens=448),
-    "greedy": Protocol(do_sample=False, max_prompt_tokens=None, max_reference_tokens=None, max_new_tokens=512),
-}
-
-
 def reference_text(tokenizer: PreTrainedTokenizer, text: str, max_tokens: int | None) -> str:
-    """A reference as the tokenizer gives it back, which is how answers come: punctuation half-width, cut if asked."""
+    """A reference after encoding and decoding, as answers are: with half-width punctuation, cut to `max_tokens`."""
     cut = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
     return tokenizer.decode(tokenizer(text, split_special_tokens=True, **cut).input_ids, skip_special_tokens=True)
 
@@ -53,7 +29,7 @@ def digest(*contents: bytes) -> str:
 
 
 def resume_predictions(folder: Path, settings: dict) -> dict[int, dict]:
-    """The predictions that an interrupted run left, by index; what it wrote last may be half a line, and is dropped.
+    """The predictions of an interrupted run, by index; an incomplete last line is dropped.
 
     Raises:
         ValueError: they were made with other settings.
@@ -69,7 +45,7 @@ def resume_predictions(folder: Path, settings: dict) -> dict[int, dict]:
 
 
 def check_settings(folder: Path, settings: dict):
-    """ValueError where a folder holds predictions that were made in another way."""
+    """ValueError where a folder holds predictions that were made with other settings."""
     path = folder / PREDICTIONS
     if not path.is_file() or path.stat().st_size == 0:
         return
@@ -92,17 +68,17 @@ def check_settings(folder: Path, settings: dict):
 
 
 def write_predictions(folder: Path, predictions: dict[int, dict]):
-    """Replaces the file of predictions at once, in the order of the rows."""
+    """Replaces the file of predictions, sorted by the order of the rows."""
     text = "".join(json.dumps(predictions[i], ensure_ascii=False) + "\n" for i in sorted(predictions))
-    aside = folder / f"{PREDICTIONS}.new"
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(folder / PREDICTIONS)
+    staged = folder / f"{PREDICTIONS}.new"
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(folder / PREDICTIONS)
 
 
 def batches_of(rows: list[dict], batch_size: int) -> list[list[int]]:
-    """Indices of rows in batches of similar length; the same for every run, so that sampling repeats.
+    """Indices of rows in batches of similar length; the same for every run, so that sampling is reproducible.
 
-    The longest come first: what does not fit the GPU's memory then fails at once.
+    The longest come first, so that a batch too large for the GPU's memory fails at the start.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]), reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -110,33 +86,24 @@ def batches_of(rows: list[dict], batch_size: int) -> list[list[int]]:
 
 def answer_rows(
     model: PeftModel,
-    tokenizer: PreTrainedTokenizer,
+    answer: Callable[[list[str], int], list[str]],
     rows: list[dict],
-    protocol: Protocol,
     batch_size: int,
     seed: int,
     done: dict[int, dict],
 ) -> Iterator[list[dict]]:
-    """Answers, without and with the adapter, a batch at a time, whatever is not done yet.
+    """Answers, without and with the adapter, the rows that have no prediction yet, a batch at a time.
 
     Args:
         model: a peft model in evaluation mode.
-        tokenizer: the model's.
+        answer: prompts, seed -> the model's answers as the tokenizer decodes them.
         rows: with `prompt` and `reference`.
-        protocol: how to answer.
         batch_size: prompts answered at once.
-        seed: of the sampling; each batch draws from its own, so that an interruption changes nothing.
-        done: predictions that there are, by index.
+        seed: of the sampling; each batch has its own, so that an interruption does not change the answers.
+        done: the predictions that exist, by index.
     Yields:
-        The rows of a batch with `index`, and `base` and `adapter`, the two answers as the tokenizer decodes them.
+        The rows of a batch with `index`, and `base` and `adapter`, the two answers.
     """
-
-    def answer(prompts: list[str], seed: int) -> list[str]:
-        torch.manual_seed(seed)
-        sampler = make_sampler(protocol.do_sample)
-        limits = {"max_new_tokens": protocol.max_new_tokens, "max_prompt_tokens": protocol.max_prompt_tokens}
-        return generate_texts(model, tokenizer, prompts, sampler=sampler, batch_size=batch_size, **limits)
-
     with tqdm(total=len(rows), desc="Answering") as progress:
         for number, indices in enumerate(batches_of(rows, batch_size)):
             if not all(i in done for i in indices):

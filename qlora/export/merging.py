@@ -1,8 +1,9 @@
-"""Merging an adapter into the base model's weights, a tensor at a time: the model is never in memory as a whole.
+"""Merging an adapter into the base model's weights, a tensor at a time, so that the whole model is never in memory.
 
-W + scaling * B @ A, added in fp32, where W is the original 16-bit weight or what its NF4 form dequantises to.
+W + scaling * B @ A, added in fp32, where W is the original 16-bit weight or its NF4 form, dequantized.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def check_plain_lora(path: str, config: PeftConfig):
 
 
 def without_storage(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
-    """The model on the CPU with weights that are a single zero each, so that peft has something to work on."""
+    """The model on the CPU, every weight a single zero expanded to its shape, so that peft can add an adapter."""
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config)
     for module in model.modules():
@@ -94,32 +95,36 @@ def without_storage(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
 
 
 def linear_layers(config: ChatGLMConfig) -> list[str]:
-    """Names of the linear layers apart from the head: those that are quantised, and that may have an adapter."""
+    """Names of the linear layers apart from the head: those that are quantized and may have an adapter."""
     model = without_storage(config)
     return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
 
 
 def weight_deltas(config: ChatGLMConfig, adapter_path: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """Name of a weight -> a function that gives what the adapter adds to it, fp32, as peft computes it."""
+    """Name of a weight -> a function that computes what the adapter adds to it."""
     model = load_adapter(without_storage(config), adapter_path)
     layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    return {
-        f"{name}.weight": lambda layer=layer: layer.get_delta_weight(layer.active_adapters[0]).float()
-        for name, layer in layers.items()
-    }
+    return {f"{name}.weight": functools.partial(delta_weight, layer) for name, layer in layers.items()}
+
+
+def delta_weight(layer: LoraLayer) -> torch.Tensor:
+    """What the adapter adds to a layer's weight, [out_features, in_features], fp32, as peft computes it."""
+    return layer.get_delta_weight(layer.active_adapters[0]).float()
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """What a weight becomes in 4 bits, in its own type."""
+    """A weight after quantization to NF4 and dequantization, in its own dtype."""
     packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     return bitsandbytes.functional.dequantize_4bit(packed, state)
 
 
 class WeightReader:
-    """Reads a checkpoint tensor by tensor; one file is mapped at a time. Packed weights come dequantised."""
+    """Reads a checkpoint tensor by tensor, with one file mapped at a time; 4-bit weights are dequantized."""
 
     def __init__(self, path: str):
-        self.path, self.mapped, self.tensors = path, None, {}
+        self.path = path
+        self.mapped: Path | None = None
+        self.tensors: dict[str, Callable[[], torch.Tensor]] = {}
         self.file_of = {name: file for file in weight_files(Path(path)) for name in self.map(file)}
 
     def map(self, file: Path) -> dict[str, Callable[[], torch.Tensor]]:
@@ -127,10 +132,10 @@ class WeightReader:
         if file != self.mapped:
             if file.suffix == ".safetensors":
                 opened = safe_open(file, "pt")
-                self.tensors = {name: lambda name=name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                self.tensors = {name: functools.partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118
             else:
                 stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                self.tensors = {name: lambda value=value: value for name, value in stored.items()}
+                self.tensors = {name: functools.partial(stored.get, name) for name in stored}
             self.mapped = file
         return self.tensors
 

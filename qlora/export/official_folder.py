@@ -1,9 +1,6 @@
-"""Writing a model folder: `.bin` shards as the official ones, or 4-bit weights as they are in memory."""
+"""Writing a model folder: `.bin` shards in the official format, or the 4-bit weights as they are in memory."""
 
-import contextlib
-import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,29 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.rotary import ChatGLMRotaryEmbedding
-from qlora.training.saving import publish_folder
+from qlora.atomic import write_json
 
 NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings", "quantization_config")
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into, which gets the name `path` once all is in it, and is gone where writing fails.
-
-    Raises:
-        ValueError: there is something of this name.
-    """
-    target = Path(path)
-    if target.exists():
-        raise ValueError(f"--output_dir {path} exists already: name another folder, or delete it.")
-    aside = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    try:
-        yield aside
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    publish_folder(aside, target)
 
 
 def write_checkpoint(
@@ -46,15 +23,15 @@ def write_checkpoint(
     shard_size: str = "1900MB",
     dtype: torch.dtype = torch.float16,
 ):
-    """Writes weights and configuration; one shard is in memory at a time, so the model may be larger than it.
+    """Writes weights and configuration; one shard is in memory at a time, so the model may be larger than the memory.
 
     Args:
-        folder: created if need be. The tokenizer's files are not written, nor the official code: config.json points
-            to it if it is there already.
+        folder: created if it is missing. The tokenizer's files and the official code are not written; config.json
+            points to the official code if it is in the folder already.
         config: the model's configuration.
-        tensor: gives the weight of a name and shape; the head is asked for under the embedding's name.
+        tensor: returns the weight of a name and shape; the head is asked for under the embedding's name.
         shard_size: largest size of a file.
-        dtype: type of the weights, of 16 bits.
+        dtype: 16-bit type of the weights.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -82,10 +59,10 @@ def write_checkpoint(
 
 
 def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str | Path):
-    """Writes a 4-bit model with its scales, which `load_quantized_model` then loads without quantising anew.
+    """Writes a 4-bit model with its scales, which `load_quantized_model` then loads without quantizing again.
 
-    The packed weights and their scales come back equal to the bit. Embedding and norms are stored in the type they
-    have: loaded for another `compute_dtype`, they are rounded from that.
+    The packed weights and their scales are bit-equal when they are read back. Embedding and norms are stored in their
+    present dtype; loaded for another `compute_dtype`, they are converted from it.
 
     Args:
         model: as `load_quantized_model` gives it, without an adapter.
@@ -119,8 +96,3 @@ def official_config(config: ChatGLMConfig, dtype: torch.dtype) -> dict:
     }
     torch_dtype = str(dtype).removeprefix("torch.")
     return {"auto_map": auto_map} | values | {"architectures": ["ChatGLMModel"], "torch_dtype": torch_dtype}
-
-
-def write_json(path: Path, values: dict):
-    """One key a line, sorted."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

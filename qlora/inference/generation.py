@@ -37,11 +37,11 @@ def generate_texts(
     """Answers every prompt, in batches of prompts of similar length; control tokens written in a prompt stay text.
 
     Args:
-        model: a peft model on its device; its adapter counts unless it is disabled.
+        model: a peft model on its device; its adapter is used unless it is disabled.
         tokenizer: the model's.
         prompts: texts as the user wrote them.
         max_new_tokens: longest answer in tokens.
-        sampler: picks the next token, see `make_sampler`.
+        sampler: see `make_sampler`.
         batch_size: prompts answered at once.
         max_prompt_tokens: longest prompt, `[gMASK]` and `<sop>` included; the rest is cut. None for no limit.
     Returns:

@@ -1,6 +1,7 @@
-"""Keeping what checkpointing keeps, the input of each half layer, in host memory.
+"""Activation offloading: the inputs that activation checkpointing saves wait in host memory for the backward pass.
 
-The copies run on a stream of their own beside the computation, and on the way back one half ahead of it.
+Copies run on a stream of their own, so that they overlap with the computation. In the backward pass the copy of the
+next sub-layer's input starts while the present sub-layer is computed.
 """
 
 import contextlib
@@ -11,68 +12,75 @@ import torch
 
 
 class OffloadedTensor:
-    """One tensor on its way to the host and back."""
+    """A tensor that autograd saved, on its way to pinned host memory and back."""
 
-    device_tensor: torch.Tensor | None = None  # while it is on the device
+    device_tensor: torch.Tensor | None = None  # None while the tensor is in host memory only
 
-    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, before: "OffloadedTensor | None"):
-        self.before = before
+    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, previous: "OffloadedTensor | None"):
+        self.previous = previous  # saved before this one, so needed after it in the backward pass
         self.host_tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.done = self.copy(tensor, self.host_tensor, stream)
+        self.copied = self.copy(tensor, self.host_tensor, stream)
         self.device_tensor = tensor
 
     @staticmethod
     def copy(source: torch.Tensor, target: torch.Tensor, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """Copies once the current stream has come this far; the event says when it is done."""
+        """Copies on `stream`, after the work that the current stream has now; the event marks the end of the copy."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             return stream.record_event()
 
-    def leave(self):
-        """Lets go of the tensor on the device; what the current stream does next waits for the copy."""
-        torch.cuda.current_stream().wait_event(self.done)
+    def release(self):
+        """Frees the device tensor; later work on the current stream waits for the copy, so memory is reused safely."""
+        torch.cuda.current_stream().wait_event(self.copied)
         self.device_tensor = None
 
     def __del__(self):
-        if self.device_tensor is not None:  # nobody took it, and its memory must not serve others before the copy ends
-            self.leave()
+        if self.device_tensor is not None:  # autograd dropped the graph before the copy was waited for
+            self.release()
 
-    def come_back(self, stream: torch.cuda.Stream):
-        """Starts the copy to the device, unless the tensor is there."""
+    def take(self) -> torch.Tensor:
+        """The device tensor, which now belongs to the caller; `prefetch` comes before."""
+        tensor, self.device_tensor = self.device_tensor, None
+        assert tensor is not None
+        return tensor
+
+    def prefetch(self, stream: torch.cuda.Stream):
+        """Starts the copy back to the device, unless the tensor is there already."""
         if self.device_tensor is None:
             self.device_tensor = torch.empty_like(self.host_tensor, device=stream.device)
-            self.done = self.copy(self.host_tensor, self.device_tensor, stream)
+            self.copied = self.copy(self.host_tensor, self.device_tensor, stream)
 
 
 class ActivationOffload:
-    """Saved-tensor hooks that move what is saved within `with offload.saved():` to the host."""
+    """Saved-tensor hooks that offload what autograd saves within `with offload.context():`."""
 
     def __init__(self):
         self.stream = torch.cuda.Stream()
-        # The graph of autograd keeps what was packed alive: what a failed attempt left is gone with its graph.
+        # A weak reference: the graph owns its offloaded tensors, so they go with the graph of a failed attempt.
         self.last: Callable[[], OffloadedTensor | None] = lambda: None
 
-    def saved(self) -> contextlib.AbstractContextManager:
-        """The context in which to call `checkpoint`."""
+    def context(self) -> contextlib.AbstractContextManager:
+        """The context in which to call `torch.utils.checkpoint.checkpoint`."""
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     def pack(self, tensor: torch.Tensor) -> OffloadedTensor | torch.Tensor:
+        """Starts the copy of a saved tensor to the host and frees the one saved before it."""
         if not tensor.is_cuda or tensor.numel() == 0:
             return tensor
-        before = self.last()
-        if before is not None:
-            before.leave()
-        offloaded = OffloadedTensor(tensor, self.stream, before)
+        previous = self.last()
+        if previous is not None:
+            previous.release()
+        offloaded = OffloadedTensor(tensor, self.stream, previous)
         self.last = weakref.ref(offloaded)
         return offloaded
 
     def unpack(self, offloaded: OffloadedTensor | torch.Tensor) -> torch.Tensor:
+        """The tensor on the device; starts the copy of the tensor that is needed next."""
         if isinstance(offloaded, torch.Tensor):
             return offloaded
-        offloaded.come_back(self.stream)
-        torch.cuda.current_stream().wait_event(offloaded.done)
-        if offloaded.before is not None:
-            offloaded.before.come_back(self.stream)  # needed next
-        tensor, offloaded.device_tensor = offloaded.device_tensor, None
-        return tensor
+        offloaded.prefetch(self.stream)
+        torch.cuda.current_stream().wait_event(offloaded.copied)
+        if offloaded.previous is not None:
+            offloaded.previous.prefetch(self.stream)
+        return offloaded.take()

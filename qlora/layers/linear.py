@@ -1,68 +1,176 @@
-"""Linear layers for training on frozen 4-bit weights: nothing is kept for the backward pass that it does not need.
+"""Frozen 4-bit linear layers, with and without a LoRA adapter.
 
-The weight is dequantised when it is used, in the forward and again in the backward pass; or once, where there is
-memory to keep it. The adapter's two thin matrices are added in place. T tokens, r rank.
+    NF4Linear                   x @ W.T + bias
+    LoRANF4Linear               x @ W.T + bias + scaling * dropout(x) @ A.T @ B.T    with gradients, for training
+    InferenceLoRANF4Linear      the same without dropout and without gradients
+
+W is stored in NF4 and dequantized where it is used, in the forward and again in the backward pass, or once by
+`cache_dequantized`. It is constant, so its backward pass needs no input: autograd saves the input only for A and B.
+
+Shapes: T tokens (all leading dimensions together), C_in and C_out features, r rank.
 """
 
-import functools
+from types import ModuleType
 
+import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
-from chatglm.modeling_chatglm import ResidualNorm
-from glm_kernels import kernels_supported
-from qlora.layers.nf4 import dequantized_weight
-from qlora.layers.residual import residual_norm
+from qlora.layers.nf4 import dequantize
 
 
-class FrozenMatmul(torch.autograd.Function):
-    """`x @ W.T + b` with a constant W: the backward pass needs W and not x."""
+class NF4Linear(nn.Module):
+    """A frozen linear layer with a weight in NF4; takes over the weight and bias of a bitsandbytes layer."""
+
+    def __init__(self, layer: Linear4bit):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight, self.bias = layer.weight, layer.bias
+        self.cached_weight: torch.Tensor | None = None  # no buffer: DDP would broadcast gigabytes at its start
+
+    def dequantized_weight(self) -> torch.Tensor:
+        """[C_out, C_in] in the compute dtype."""
+        if self.cached_weight is not None:
+            return self.cached_weight
+        return dequantize(self.weight, self.weight.quant_state)
+
+    def cache_dequantized(self):
+        """Dequantizes the weight once: 2 bytes a weight in 16-bit types instead of half a byte."""
+        self.cached_weight = self.dequantized_weight()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., C_in] -> [..., C_out]."""
+        if torch.is_grad_enabled():
+            return FrozenLinearFunction.apply(hidden_states, self)
+        if hidden_states.numel() == self.in_features:  # one token: a product with the packed weight reads least memory
+            quant_state = self.weight.quant_state
+            return bitsandbytes.matmul_4bit(hidden_states, self.weight.t(), bias=self.bias, quant_state=quant_state)
+        return F.linear(hidden_states, self.dequantized_weight(), self.bias)
+
+
+class LoRANF4Linear(nn.Module, LoraLayer):
+    """A 4-bit layer with one LoRA adapter; takes over the base layer and the adapter of a peft layer.
+
+    It is one of peft's `LoraLayer`s, so that saving, loading and `disable_adapter` work as for peft's own.
+    """
+
+    adapter_layer_names: tuple[str, ...]
+    other_param_names: tuple[str, ...]
+    base_layer: NF4Linear
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    scaling: dict[str, float]
+
+    def __init__(self, layer: LoraLayer):
+        nn.Module.__init__(self)
+        LoraLayer.__init__(self, layer.base_layer)
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            setattr(self, name, getattr(layer, name))
+        (self.adapter,) = layer.active_adapters
+        self._active_adapter, self._disable_adapters = self.adapter, layer.disable_adapters
+
+    def adapter_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, C_in] and B [C_out, r], fp32."""
+        return self.lora_A[self.adapter].get_parameter("weight"), self.lora_B[self.adapter].get_parameter("weight")
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., C_in] -> [..., C_out]."""
+        if self.disable_adapters:
+            return self.base_layer(hidden_states)
+        dropout = getattr(self.lora_dropout[self.adapter], "p", 0.0) if self.training else 0.0  # Identity has no p
+        # The seed comes from the CPU generator, whose state activation checkpointing restores before it recomputes.
+        seed = int(torch.randint(2**31, ())) if dropout else 0
+        scaling = self.scaling[self.adapter]
+        return LoRALinearFunction.apply(
+            hidden_states, *self.adapter_weights(), self.base_layer, scaling, dropout, seed
+        )
+
+
+class InferenceLoRANF4Linear(LoRANF4Linear):
+    """The same layer without gradients: A and scaling * B are converted to the compute dtype once."""
+
+    @torch.no_grad()
+    def __init__(self, layer: LoraLayer):
+        super().__init__(layer)
+        dtype = layer.base_layer.weight.quant_state.dtype
+        lora_A, lora_B = self.adapter_weights()
+        self.down = lora_A.detach().to(dtype)  # [r, C_in]
+        self.up = (lora_B * self.scaling[self.adapter]).to(dtype).T  # [r, C_out]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., C_in] -> [..., C_out]."""
+        output = self.base_layer(hidden_states)
+        if not self.disable_adapters:
+            low_rank = F.linear(hidden_states, self.down)  # [..., r]
+            output.view(-1, output.shape[-1]).addmm_(low_rank.view(-1, low_rank.shape[-1]), self.up)
+        return output
+
+
+class FrozenLinearFunction(torch.autograd.Function):
+    """`x @ W.T + bias` with constant W and bias: nothing is saved but the layer."""
 
     @staticmethod
-    def forward(ctx, hidden_states, layer):
-        # Not saved through autograd: checkpointing then stops recomputing before the layers that need nothing.
+    def forward(ctx, hidden_states: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
+        # A plain attribute, not a saved tensor: recomputation stops once all saved tensors of a block are there.
         ctx.layer = layer
-        return F.linear(hidden_states, dequantized_weight(layer), layer.bias)
+        return F.linear(hidden_states, layer.dequantized_weight(), layer.bias)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output @ dequantized_weight(ctx.layer), None
+        return grad_output @ ctx.layer.dequantized_weight(), None
 
 
-class LoraMatmul(torch.autograd.Function):
-    """`x @ W.T + b + scaling * dropout(x) @ A.T @ B.T` with constant W and trained A [r, in], B [out, r]."""
+class LoRALinearFunction(torch.autograd.Function):
+    """`x @ W.T + bias + scaling * dropout(x) @ A.T @ B.T` with constant W, and A [r, C_in], B [C_out, r] trained.
+
+    With G the gradient of the output [T, C_out] and L = dropout(x) @ A.T:
+        grad L = scaling * G @ B        grad A = (grad L).T @ dropout(x)        grad B = scaling * G.T @ L
+        grad x = G @ W + dropout(grad L @ A)
+    """
 
     @staticmethod
-    def forward(ctx, hidden_states, lora_A, lora_B, layer, scaling, dropout, seed):
-        rows, thin = hidden_states.flatten(0, -2), lora_operations(hidden_states)
-        up = lora_B.T.contiguous()
-        low_rank = thin.lora_down(rows, lora_A, 1.0, dropout, seed)
-        output = F.linear(rows, dequantized_weight(layer), layer.bias)
-        thin.lora_up_add(output, low_rank, up, scaling, 0.0, 0)
-        ctx.save_for_backward(rows, low_rank, lora_A, up)
+    def forward(
+        ctx,
+        hidden_states: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        layer: NF4Linear,
+        scaling: float,
+        dropout: float,
+        seed: int,
+    ) -> torch.Tensor:
+        x = hidden_states.flatten(0, -2)  # [T, C_in]
+        operations = lora_operations(x)
+        lora_B_T = lora_B.T.contiguous()  # [r, C_out]
+        low_rank = operations.lora_down(x, lora_A, 1.0, dropout, seed)  # [T, r]
+        output = F.linear(x, layer.dequantized_weight(), layer.bias)  # [T, C_out]
+        operations.lora_up_add(output, low_rank, lora_B_T, scaling, 0.0, 0)
+        ctx.save_for_backward(x, low_rank, lora_A, lora_B_T)
         ctx.layer, ctx.scaling, ctx.dropout, ctx.seed = layer, scaling, dropout, seed
         return output.view(*hidden_states.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_output):
-        rows, low_rank, lora_A, up = ctx.saved_tensors
-        grad, thin = grad_output.flatten(0, -2), lora_operations(grad_output)
-        low_rank_grad = thin.lora_down(grad, up, ctx.scaling, 0.0, 0)
-        grad_A = thin.lora_weight_grad(low_rank_grad, rows, 1.0, ctx.dropout, ctx.seed)
-        grad_B = thin.lora_weight_grad(low_rank, grad, ctx.scaling, 0.0, 0).T
-        hidden_grad = None
+        x, low_rank, lora_A, lora_B_T = ctx.saved_tensors
+        grad = grad_output.flatten(0, -2)  # [T, C_out]
+        operations = lora_operations(grad)
+        low_rank_grad = operations.lora_down(grad, lora_B_T, ctx.scaling, 0.0, 0)  # [T, r]
+        grad_A = operations.lora_weight_grad(low_rank_grad, x, 1.0, ctx.dropout, ctx.seed)  # [r, C_in]
+        grad_B = operations.lora_weight_grad(low_rank, grad, ctx.scaling, 0.0, 0).T  # [C_out, r]
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            hidden_grad = grad @ dequantized_weight(ctx.layer)
-            thin.lora_up_add(hidden_grad, low_rank_grad, lora_A, 1.0, ctx.dropout, ctx.seed)
-            hidden_grad = hidden_grad.view(*grad_output.shape[:-1], -1)
-        return hidden_grad, grad_A, grad_B, None, None, None, None
+            grad_x = grad @ ctx.layer.dequantized_weight()  # [T, C_in]
+            operations.lora_up_add(grad_x, low_rank_grad, lora_A, 1.0, ctx.dropout, ctx.seed)
+            grad_x = grad_x.view(*grad_output.shape[:-1], -1)
+        return grad_x, grad_A, grad_B, None, None, None, None
 
 
-def lora_operations(tensor: torch.Tensor):
-    """The module with `lora_down`, `lora_up_add` and `lora_weight_grad` for this device."""
+def lora_operations(tensor: torch.Tensor) -> ModuleType:
+    """The module with `lora_down`, `lora_up_add` and `lora_weight_grad` for this device and dtype."""
     if tensor.is_cuda and tensor.dtype != torch.float32:
         from glm_kernels import lora
 
@@ -70,31 +178,3 @@ def lora_operations(tensor: torch.Tensor):
     from glm_kernels import lora_reference
 
     return lora_reference
-
-
-def frozen_forward(layer: Linear4bit, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The forward of a 4-bit layer that is not trained."""
-    return FrozenMatmul.apply(hidden_states, layer)
-
-
-def lora_forward(layer: LoraLayer, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The forward of a 4-bit layer with one LoRA adapter."""
-    if layer.disable_adapters:
-        return layer.base_layer(hidden_states)
-    (adapter,) = layer.active_adapters
-    dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if layer.training else 0.0  # Identity has no p
-    # Drawn on the host, whose generator checkpointing restores before it recomputes.
-    seed = int(torch.randint(2**31, ())) if dropout else 0
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return LoraMatmul.apply(hidden_states, A, B, layer.base_layer, layer.scaling[adapter], dropout, seed)
-
-
-def replace_layers(model: nn.Module):
-    """Gives 4-bit layers, with and without adapter, the forwards above, and norms theirs; the rest stays as it is."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = functools.partial(lora_forward, module)
-        elif isinstance(module, Linear4bit):
-            module.forward = functools.partial(frozen_forward, module)
-        elif isinstance(module, ResidualNorm) and kernels_supported(module.weight):
-            module.forward = functools.partial(residual_norm, module)

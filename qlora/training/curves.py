@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def loss_figure(runs: dict[str, list[dict]]) -> "Figure":
     return figure
 
 
-def plot(axes: "Axes", history: list[dict], key: str, label: str, **style: object):
+def plot(axes: "Axes", history: list[dict], key: str, label: str, **style: Any):
     """A line through the values logged under a key; a dot where there is only one."""
     points = [(entry["step"], entry[key]) for entry in history if key in entry]
     if points:

@@ -1,99 +1,122 @@
-"""How much goes through the GPU at once, what is kept and what is computed again: chosen from the memory at hand.
+"""The memory plan: how an optimizer step is split into micro-batches, and what is recomputed, cached or offloaded.
 
-The mathematics does not depend on any of it. In order of what a byte buys, memory is spent on
-  1. more tokens at once, up to a whole optimizer step: each pass dequantises every weight anew;
-  2. keeping the activations of the MLP halves, then of the attention halves, which are otherwise recomputed;
-  3. keeping the weights dequantised.
-Where even the inputs of the half layers do not fit, they wait in host memory.
+The result of a step does not depend on the plan. Memory is spent in this order, by the time that a byte saves:
+  1. larger micro-batches, up to a whole step, since each micro-batch dequantizes every weight again;
+  2. saving the activations of the MLP sub-layers, then of the attention sub-layers, instead of recomputing them;
+  3. caching the dequantized weights.
+Where even the inputs of the sub-layers do not fit, they are offloaded to host memory.
 
-B bytes a number, C hidden size, V vocabulary, T tokens at once.
+`predict_peak` says what is counted. Units: bytes, tokens of a micro-batch, and floating-point operations.
 """
 
 import dataclasses
 import logging
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
 from chatglm import ChatGLMConfig
 from chatglm.loss import ROWS_AT_ONCE
-from glm_kernels import kernels_supported
 from qlora.layers.activation_offload import ActivationOffload
-from qlora.layers.nf4 import cache_dequantized
-from qlora.loading import GIB
+from qlora.layers.linear import NF4Linear
+from qlora.units import GIB, parse_size
 
 logger = logging.getLogger(__name__)
 
-RESERVE = GIB // 2  # of the free memory, for libraries' workspaces
-CPU_TOKENS = 1024  # at once without a GPU
-FLOPS_PER_BYTE = 250  # of current GPUs' matrix units and memory; only relative costs matter here
-PASS_TOKENS = 300  # a pass costs as much as this many tokens, for launching its kernels
-HOST_TOKENS = 2000  # for which an H100 needs as long as its host for a pass; twice as many if all is recomputed
-MARGIN = 0.03  # of the budget, for what fragmentation wastes
+RESERVE = GIB // 2  # bytes of the free memory, for the workspaces of libraries
+CPU_TOKENS = 1024  # tokens of a micro-batch without a GPU
+FLOPS_PER_BYTE = 250  # operations in the time of one byte of memory traffic; only relative costs matter here
+MICRO_BATCH_TOKENS = 300  # launching the kernels of a micro-batch takes the GPU as long as this many tokens
+HOST_TOKENS = 2000  # tokens that an H100 computes while its host launches one micro-batch; twice that if recomputed
+MARGIN = 0.03  # share of the budget that fragmentation may waste
+MOST_MICRO_BATCHES = 64  # that a step is split into
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the plan needs to know about the model and the run."""
+    """What the plan needs to know about the model and the run.
+
+    Attributes:
+        config: the model's.
+        bytes_per_number: of the compute dtype.
+        resident: bytes on the GPU before the first step: weights and adapter.
+        trainable: parameters of the adapter.
+        targets: layers with an adapter, which save their input for the gradient of A.
+        fused_attention: whether the attention kernel runs; otherwise queries and keys are saved before and after
+            the rotation.
+    """
 
     config: ChatGLMConfig
     bytes_per_number: int
-    resident: int  # bytes on the GPU before the first step: weights, adapter
-    trainable: int  # parameters of the adapter
-    targets: frozenset[str] = frozenset()  # layers with an adapter, which keeps their input
-    fused_attention: bool = True  # by the kernel; otherwise queries and keys are kept before and after rotation
+    resident: int
+    trainable: int
+    targets: frozenset[str] = frozenset()
+    fused_attention: bool = True
 
     @property
     def layers(self) -> int:
+        """Number of layers."""
         return self.config.num_layers
 
     @property
-    def half_input(self) -> int:
-        """Bytes a token of the input of half a layer."""
+    def sublayer_input(self) -> int:
+        """Bytes a token of the input of a sub-layer."""
         return self.bytes_per_number * self.config.hidden_size
 
     @property
     def attention(self) -> int:
-        """Bytes a token that the attention half keeps beside its input: norm, projection, output, statistics."""
-        return (5 if self.fused_attention else 8) * self.half_input + 4 * self.config.num_attention_heads + 16
+        """Bytes a token that an attention sub-layer saves beside its input: norm, projection, output, statistics."""
+        return (5 if self.fused_attention else 8) * self.sublayer_input + 4 * self.config.num_attention_heads + 16
 
     @property
     def mlp(self) -> int:
-        """Bytes a token that the MLP half keeps beside its input: what goes into the GELU, statistics."""
+        """Bytes a token that an MLP sub-layer saves beside its input: the input of the GELU, statistics."""
         inner = self.bytes_per_number * self.config.inner_hidden_size
-        adapters = self.half_input * ("dense_h_to_4h" in self.targets) + inner * ("dense_4h_to_h" in self.targets)
+        adapters = self.sublayer_input * ("dense_h_to_4h" in self.targets) + inner * ("dense_4h_to_h" in self.targets)
         return inner + adapters + 16
 
     @property
     def working(self) -> int:
-        """Bytes a token of what comes and goes in the backward pass of half a layer."""
-        return 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.half_input
+        """Bytes a token of the temporary tensors in the backward pass of a sub-layer."""
+        return 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.sublayer_input
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The choice, and the peak of allocated memory it should lead to."""
+    """The choice, and the peak of allocated memory that is predicted for it.
+
+    Attributes:
+        max_tokens: most tokens of a micro-batch.
+        recompute_mlp: number of layers whose MLP activations are recomputed in the backward pass.
+        recompute_attention: the same for the attention activations.
+        dequantized_layers: number of layers whose dequantized weights are cached.
+        offload: whether the inputs of recomputed sub-layers are in host memory until the backward pass.
+        predicted_peak: bytes; 0 where memory is not planned, on a CPU.
+        step_tokens: tokens of the longest optimizer step to expect; 0 on a CPU.
+        budget: bytes that the process is held to; None for no limit.
+    """
 
     max_tokens: int
-    kept_mlp: int = 0  # layers whose MLP half keeps its activations
-    kept_attention: int = 0
-    dense: int = 0  # layers whose weights stay dequantised
+    recompute_mlp: int
+    recompute_attention: int
+    dequantized_layers: int = 0
     offload: bool = False
-    predicted_peak: int = 0  # bytes
+    predicted_peak: int = 0
+    step_tokens: int = 0
+    budget: int | None = None
 
-    def table(self, step_tokens: int, layers: int) -> str:
-        """A few lines for the user."""
-        passes = math.ceil(step_tokens / self.max_tokens)
+    def table(self, layers: int) -> str:
+        """A few lines for the user; `layers` is the number of the model's layers."""
+        count = math.ceil(self.step_tokens / self.max_tokens)
+        micro_batches = "micro-batch" if count == 1 else "micro-batches"
+        recomputed = f"MLP {self.recompute_mlp}, attention {self.recompute_attention} of {layers} layers"
         rows = [
-            (
-                "tokens at once",
-                f"{self.max_tokens:,} ({passes} pass{'es' if passes > 1 else ''} for the longest step)",
-            ),
-            ("activations kept", f"MLP {self.kept_mlp}, attention {self.kept_attention} of {layers} layers"),
-            ("weights kept dequantised", f"{self.dense} of {layers} layers"),
+            ("tokens per micro-batch", f"{self.max_tokens:,} ({count} {micro_batches} for the longest step)"),
+            ("recomputed activations", recomputed),
+            ("cached dequantized weights", f"{self.dequantized_layers} of {layers} layers"),
             ("inputs of recomputed layers", "in host memory" if self.offload else "on the GPU"),
             ("predicted peak memory", f"{self.predicted_peak / GIB:.2f} GiB"),
         ]
@@ -104,44 +127,45 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
     """Bytes allocated at the worst moment of a step."""
     T, layers = plan.max_tokens, sizes.layers
     optimizer = 12 * sizes.trainable  # gradient and two moments, fp32
-    dense = plan.dense * sizes.config.weights_per_layer * sizes.bytes_per_number
-    kept = plan.kept_mlp * sizes.mlp + plan.kept_attention * sizes.attention
-    recomputed_halves = 2 * layers - plan.kept_mlp - plan.kept_attention
-    inputs = 2 * layers - (recomputed_halves if plan.offload else 0) + (3 if plan.offload else 0)
-    kept += inputs * sizes.half_input
-    logits = ROWS_AT_ONCE * sizes.config.vocab_size * sizes.bytes_per_number + 3 * T * sizes.half_input
-    recomputed = max(
-        sizes.mlp if plan.kept_mlp < layers else 0, sizes.attention if plan.kept_attention < layers else 0
-    )
-    largest = sizes.config.hidden_size * sizes.config.inner_hidden_size * sizes.bytes_per_number
-    layer = T * (sizes.working + recomputed) + (largest if plan.dense < layers else 0)
-    return sizes.resident + optimizer + dense + T * kept + max(logits, layer)
+    dequantized = plan.dequantized_layers * sizes.config.weights_per_layer * sizes.bytes_per_number
+    saved = (layers - plan.recompute_mlp) * sizes.mlp + (layers - plan.recompute_attention) * sizes.attention
+    offloaded_inputs = plan.recompute_mlp + plan.recompute_attention - 3 if plan.offload else 0  # 3 are being copied
+    saved += (2 * layers - offloaded_inputs) * sizes.sublayer_input
+    logits = ROWS_AT_ONCE * sizes.config.vocab_size * sizes.bytes_per_number + 3 * T * sizes.sublayer_input
+    recomputed = max(sizes.mlp if plan.recompute_mlp else 0, sizes.attention if plan.recompute_attention else 0)
+    largest_weight = sizes.config.hidden_size * sizes.config.inner_hidden_size * sizes.bytes_per_number
+    sublayer = T * (sizes.working + recomputed) + (largest_weight if plan.dequantized_layers < layers else 0)
+    return sizes.resident + optimizer + dequantized + T * saved + max(logits, sublayer)
 
 
 def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
-    """Time of a step in units of one operation."""
+    """Time of a step in units of one floating-point operation: that of the GPU, or of the host if it is slower."""
     config, layers = sizes.config, sizes.layers
     weights = config.weights_per_layer
-    passes = math.ceil(step_tokens / plan.max_tokens)
-    first_mlp = config.hidden_size * config.inner_hidden_size  # the second MLP matrix need not be applied again
-    recomputed = (layers - plan.kept_mlp) * first_mlp + (layers - plan.kept_attention) * 3 * config.hidden_size**2
+    micro_batches = math.ceil(step_tokens / plan.max_tokens)
+    first_mlp = config.hidden_size * config.inner_hidden_size  # recomputing needs no product with the second matrix
+    recomputed = plan.recompute_mlp * first_mlp + plan.recompute_attention * 3 * config.hidden_size**2
     arithmetic = step_tokens * (4 * config.multiplied_weights + 2 * recomputed)
-    reads = (layers - plan.dense) * weights * 2 + recomputed * (1 - plan.dense / layers)
-    dequantising = passes * reads * (sizes.bytes_per_number + 0.5) * FLOPS_PER_BYTE
-    launching = passes * PASS_TOKENS * 4 * weights * layers
-    recomputed_halves = 1 - (plan.kept_mlp + plan.kept_attention) / (2 * layers)
-    host = passes * HOST_TOKENS * (1 + recomputed_halves) * 4 * weights * layers
-    return max(arithmetic + dequantising + launching, host) * (1.1 if plan.offload else 1.0)
+    reads = (layers - plan.dequantized_layers) * weights * 2 + recomputed * (1 - plan.dequantized_layers / layers)
+    dequantizing = micro_batches * reads * (sizes.bytes_per_number + 0.5) * FLOPS_PER_BYTE
+    launching = micro_batches * MICRO_BATCH_TOKENS * 4 * weights * layers
+    recomputed_share = (plan.recompute_mlp + plan.recompute_attention) / (2 * layers)
+    host = micro_batches * HOST_TOKENS * (1 + recomputed_share) * 4 * weights * layers
+    return max(arithmetic + dequantizing + launching, host) * (1.1 if plan.offload else 1.0)
 
 
-def fill(sizes: Sizes, max_tokens: int, offload: bool, budget: int, fixed: dict[str, int]) -> MemoryPlan | None:
-    """The plan for this many tokens at once that spends what is left of the budget best; None if it does not fit."""
-    plan = dataclasses.replace(MemoryPlan(max_tokens, offload=offload), **fixed)
+def fill(sizes: Sizes, max_tokens: int, offload: bool, budget: int, fixed: dict[str, Any]) -> MemoryPlan | None:
+    """The plan for this size of micro-batches that spends the rest of the budget best; None if it does not fit."""
+    every = sizes.layers
+    plan = dataclasses.replace(MemoryPlan(max_tokens, every, every, offload=offload), **fixed)
     if predict_peak(sizes, plan) > budget:
         return None
-    for name in ("kept_mlp", "kept_attention", "dense"):
-        for count in [] if name in fixed else range(sizes.layers, 0, -1):
-            larger = dataclasses.replace(plan, **{name: count})
+    fewest_first, most_first = range(every), range(every, 0, -1)
+    counts = {"recompute_mlp": fewest_first, "recompute_attention": fewest_first, "dequantized_layers": most_first}
+    for name in [name for name in counts if name not in fixed]:
+        for count in counts[name]:
+            changed: dict[str, Any] = {name: count}
+            larger = dataclasses.replace(plan, **changed)
             if predict_peak(sizes, larger) <= budget:
                 plan = larger
                 break
@@ -149,7 +173,7 @@ def fill(sizes: Sizes, max_tokens: int, offload: bool, budget: int, fixed: dict[
 
 
 def choose_plan(
-    sizes: Sizes, step_tokens: int, longest_sample: int, budget: int, fixed: dict[str, int] | None = None
+    sizes: Sizes, step_tokens: int, longest_sample: int, budget: int, fixed: dict[str, Any] | None = None
 ) -> MemoryPlan:
     """The plan that should be fastest within a budget.
 
@@ -166,44 +190,39 @@ def choose_plan(
     if "max_tokens" in fixed:
         fixed["max_tokens"] = max(fixed["max_tokens"], longest_sample)
     candidates = []
-    for passes in range(1, 65):
-        max_tokens = max(math.ceil(step_tokens / passes), longest_sample)
+    for micro_batches in range(1, MOST_MICRO_BATCHES + 1):
+        max_tokens = max(math.ceil(step_tokens / micro_batches), longest_sample)
         plans = [fill(sizes, max_tokens, offload, usable, fixed) for offload in (False, True)]
         candidates += [plan for plan in plans if plan is not None]
     if not candidates:
-        least = predict_peak(sizes, dataclasses.replace(MemoryPlan(longest_sample, offload=True), **fixed))
+        smallest = MemoryPlan(longest_sample, sizes.layers, sizes.layers, offload=True)
+        least = predict_peak(sizes, dataclasses.replace(smallest, **fixed))
         raise ValueError(
             f"{budget / GIB:.2f} GiB of GPU memory are too little: the longest sample, {longest_sample} tokens, needs "
             f"{least / (1 - MARGIN) / GIB:.2f} GiB{' with what was fixed by flags' if fixed else ''}. Lower "
             "--max_input_length and --max_output_length, or use a larger GPU."
         )
-    return min(candidates, key=lambda plan: relative_cost(sizes, plan, step_tokens))
+    fastest = min(candidates, key=lambda plan: relative_cost(sizes, plan, step_tokens))
+    return dataclasses.replace(fastest, step_tokens=step_tokens)
+
+
+def plan_without_gpu(fixed: dict[str, Any]) -> MemoryPlan:
+    """The plan on a CPU: everything is saved unless the user has chosen otherwise."""
+    return dataclasses.replace(MemoryPlan(CPU_TOKENS, 0, 0), **fixed | {"offload": False})
 
 
 def longest_step(lengths: list[int], samples_per_step: int) -> int:
-    """Tokens that a step of randomly drawn samples will hardly exceed: the mean and three standard deviations."""
+    """Tokens that a step of randomly drawn samples hardly exceeds: the mean and three standard deviations."""
     values = torch.tensor(lengths, dtype=torch.float32)
     likely = samples_per_step * values.mean() + 3 * math.sqrt(samples_per_step) * values.std(correction=0)
     return min(math.ceil(likely), sum(sorted(lengths)[-samples_per_step:]))
 
 
-def parse_size(text: str) -> int:
-    """`8GiB`, `7.5GB`, `6000MiB` -> bytes.
-
-    Raises:
-        ValueError: it is not a number with one of these units.
-    """
-    units = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
-    for unit, factor in units.items():
-        number = text.strip().removesuffix(unit)
-        if number != text.strip() and number.replace(".", "", 1).strip().isdigit():
-            return int(float(number) * factor)
-    raise ValueError(f"--memory_budget {text}: expected a number with a unit, such as 8GiB, 7.5GB or 6000MiB.")
-
-
 def memory_budget(requested: str | None) -> int:
     """Bytes that this process may allocate on the GPU.
 
+    Args:
+        requested: as the user wrote it; None for the free memory.
     Raises:
         ValueError: more was requested than is free, or there is no GPU.
     """
@@ -220,68 +239,25 @@ def memory_budget(requested: str | None) -> int:
     return budget
 
 
-def plan_and_table(
-    sizes: Sizes, lengths: list[int], samples_per_step: int, budget: int, fixed: dict[str, int]
-) -> tuple[MemoryPlan, str]:
-    """The plan for samples of these lengths, and its table; arguments and errors as for `choose_plan`."""
-    step_tokens = longest_step(lengths, samples_per_step)
-    plan = choose_plan(sizes, step_tokens, max(lengths), budget, fixed)
-    return plan, plan.table(step_tokens, sizes.layers)
-
-
-def plan_memory(
-    model: PeftModel, lengths: list[int], samples_per_step: int, budget: str | None, fixed: dict[str, int]
-) -> int:
-    """Chooses a plan, shows it, and sets up the model's layers; `replace_layers` comes before.
-
-    A requested budget is enforced on the process.
-
-    Args:
-        model: on its device.
-        lengths: tokens of every training sample.
-        samples_per_step: of one optimizer step on this GPU.
-        budget: as the user wrote it; None for the free memory.
-        fixed: fields of the plan that the user has chosen.
-    Returns:
-        The most tokens to put through the model at once.
-    """
-    config = model.config
-    if not torch.cuda.is_available():
-        every = config.num_layers
-        plan = dataclasses.replace(MemoryPlan(CPU_TOKENS, every, every), **fixed | {"offload": False})
-        apply_plan(model, plan)
-        return plan.max_tokens
-    sizes = Sizes(
-        config,
-        model.get_base_model().dtype.itemsize,
-        torch.cuda.memory_allocated(),
-        sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        frozenset(model.peft_config["default"].target_modules),
-        kernels_supported(model.get_base_model().transformer.word_embeddings.weight),
-    )
-    available = memory_budget(budget)
-    plan, table = plan_and_table(sizes, lengths, samples_per_step, available, fixed)
-    if budget is not None:
-        torch.cuda.set_per_process_memory_fraction(available / torch.cuda.mem_get_info()[1])
-    logger.info("Memory plan for %s\n%s", torch.cuda.get_device_name(), table)
-    apply_plan(model, plan)
-    torch.cuda.reset_peak_memory_stats()
-    return plan.max_tokens
-
-
-def keep_or_recompute(model: PeftModel, keep: bool):
-    """Keeps all activations, or computes all of them again."""
-    layers = model.config.num_layers if keep else 0
-    apply_plan(model, MemoryPlan(0, layers, layers))
-
-
 def apply_plan(model: PeftModel, plan: MemoryPlan):
-    """Sets the layers up as planned."""
+    """Sets a model's blocks up as planned, and holds the process to the budget; `replace_layers` comes before."""
+    layers = model.get_base_model().transformer.layers
     offload = ActivationOffload() if plan.offload else None
-    for number, block in enumerate(model.get_base_model().transformer.layers):
-        block.recompute_mlp, block.recompute_attention = number >= plan.kept_mlp, number >= plan.kept_attention
+    for number, block in enumerate(layers):
+        block.recompute_mlp = number >= len(layers) - plan.recompute_mlp
+        block.recompute_attention = number >= len(layers) - plan.recompute_attention
         block.offload = offload
-        if number < plan.dense:
+        if number < plan.dequantized_layers:
             for layer in block.modules():
-                if isinstance(layer, Linear4bit):
-                    cache_dequantized(layer)
+                if isinstance(layer, NF4Linear):
+                    layer.cache_dequantized()
+    if torch.cuda.is_available():
+        if plan.budget is not None:
+            torch.cuda.set_per_process_memory_fraction(plan.budget / torch.cuda.mem_get_info()[1])
+        torch.cuda.reset_peak_memory_stats()
+
+
+def set_activation_checkpointing(model: PeftModel, enabled: bool):
+    """Recomputes the activations of all layers in the backward pass, or of none."""
+    layers = model.config.num_layers if enabled else 0
+    apply_plan(model, MemoryPlan(0, layers, layers))

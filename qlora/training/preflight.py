@@ -1,8 +1,11 @@
-"""What can be known of a run before its model is loaded: all of it is checked, and all that is wrong said at once."""
+"""Every check that can be made before the model is loaded; all problems are collected and reported at once.
+
+`run_preflight` returns a `Preflight`, which carries what was found, so that the run itself checks nothing again.
+"""
 
 import contextlib
+import dataclasses
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,28 +20,30 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from chatglm import ChatGLMConfig
 from glm_kernels import kernels_supported
-from qlora.arguments import FinetuneArguments, choose_compute_dtype
+from qlora.arguments import FinetuneArguments
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
+from qlora.errors import is_main_process
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
     add_lora,
     check_bitsandbytes,
     check_compiler,
     check_device,
+    choose_compute_dtype,
     load_tokenizer,
 )
-from qlora.training.memory_plan import Sizes, memory_budget, plan_and_table
+from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, memory_budget, plan_without_gpu
 from qlora.training.saving import check_output_dir, check_same_adapter, find_checkpoint
 from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
 
-ADAPTER_BYTES = 4  # for each trained parameter, fp32
-STATE_BYTES = 2**20  # of a checkpoint: the log, the schedule, the state of the random numbers
-OPTIMIZER_BYTES = 8  # the two moments of Adam, fp32: as much as a common optimizer keeps
+ADAPTER_BYTES = 4  # of a trained parameter in a saved adapter, fp32
+OPTIMIZER_BYTES = 8  # of a trained parameter in a saved optimizer: the two moments of Adam, fp32
+STATE_BYTES = 2**20  # of the other files of a checkpoint: log, schedule, states of the random generators
 
 
 class Steps(NamedTuple):
-    """How often a run does what."""
+    """Numbers of optimizer steps, evaluations and checkpoints of a run."""
 
     steps: int
     evaluations: int
@@ -54,7 +59,22 @@ class DiskSpace(NamedTuple):
 
 @dataclass
 class Preflight:
-    """A run as far as it can be known before its model is loaded; what could not be read is None."""
+    """What is known of a run before its model is loaded; what could not be found out is None.
+
+    Attributes:
+        args: the flags.
+        setup: TrainingArguments, compute dtype and the JSON's activation checkpointing.
+        resume_from: the checkpoint to resume from; None for a new run.
+        config: of the model, whose folder is complete.
+        tokenizer: of the model.
+        train_samples, eval_samples: tokenized; `eval_samples` is None for no evaluation, too.
+        bitsandbytes_works: on the GPU.
+        trainable: parameters of the adapter.
+        plan: the memory plan; None for the plain path, too.
+        steps: numbers of steps, evaluations and checkpoints.
+        disk: bytes needed and free.
+        problems: everything that is wrong, a sentence each.
+    """
 
     args: FinetuneArguments
     setup: TrainingSetup | None = None
@@ -63,9 +83,9 @@ class Preflight:
     tokenizer: PreTrainedTokenizer | None = None
     train_samples: Dataset | None = None
     eval_samples: Dataset | None = None
-    bitsandbytes_works: bool = False  # on the GPU
-    trainable: int | None = None  # parameters of the adapter
-    plan: str | None = None  # the memory plan; None also without a GPU, and for the plain path
+    bitsandbytes_works: bool = False
+    trainable: int | None = None
+    plan: MemoryPlan | None = None
     steps: Steps | None = None
     disk: DiskSpace | None = None
     problems: list[str] = field(default_factory=list)
@@ -73,11 +93,17 @@ class Preflight:
     @property
     def compute_dtype(self) -> torch.dtype:
         """The type of the arithmetic."""
-        return self.setup.compute_dtype if self.setup else choose_compute_dtype(self.args.compute_dtype, {})
+        return self.setup.compute_dtype if self.setup else choose_compute_dtype(self.args.compute_dtype)
+
+    def plan_table(self) -> str | None:
+        """The memory plan as lines of text; None where memory is not planned."""
+        if not (self.config and self.plan and self.plan.predicted_peak):
+            return None
+        return self.plan.table(self.config.num_layers)
 
     @contextlib.contextmanager
-    def noting_problems(self) -> Iterator[None]:
-        """Notes a user's mistake instead of raising it, so that the next check can be made."""
+    def collect_problems(self) -> Iterator[None]:
+        """Adds a user's mistake to `problems` instead of raising it, so that the next check can be made."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -85,8 +111,8 @@ class Preflight:
                 self.problems.append(str(error))
 
     def raise_problems(self):
-        """ValueError with all that is wrong, if anything is; only the main process says it."""
-        if self.problems and os.environ.get("RANK", "0") != "0":
+        """ValueError with all problems, if there are any; only the main process reports them."""
+        if self.problems and not is_main_process():
             raise SystemExit(1)
         if len(self.problems) == 1:
             raise ValueError(self.problems[0])
@@ -95,118 +121,138 @@ class Preflight:
 
 
 def run_preflight(args: FinetuneArguments) -> Preflight:
-    """Makes every check; what is wrong stands in `problems`. The tokenised rows stay in the cache of datasets."""
-    run = Preflight(args)
-    with run.noting_problems():
-        run.setup = read_training_args(
+    """Makes every check. The tokenized rows stay in the cache of the datasets library."""
+    preflight = Preflight(args)
+    with preflight.collect_problems():
+        preflight.setup = read_training_args(
             args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
         )
-    with run.noting_problems():
-        run.config = check_checkpoint(args.model_name_or_path)
-        run.tokenizer = load_tokenizer(args.model_name_or_path)
-    check_rows(run)  # by processes that had better begin before this one uses the GPU
-    check_gpu(run)
-    if run.config:
-        check_memory(run)
-    if run.setup:
-        check_output(run)
-    return run
+    with preflight.collect_problems():
+        preflight.config = check_checkpoint(args.model_name_or_path)
+        preflight.tokenizer = load_tokenizer(args.model_name_or_path)
+    check_rows(preflight)  # before the GPU is used: its processes are forked from this one
+    check_gpu(preflight)
+    if preflight.config:
+        check_memory(preflight, preflight.config)
+    if preflight.setup:
+        check_output(preflight, preflight.setup.training_args)
+    return preflight
 
 
-def check_gpu(run: Preflight):
-    """Is the model's GPU there, large enough, and do the libraries work on it?"""
-    config = run.config or ChatGLMConfig()  # where no model can be read: the 6B one was meant
-    with run.noting_problems():
-        check_device(config, run.compute_dtype)
+def check_gpu(preflight: Preflight):
+    """Checks that the GPU is there and large enough, and that the libraries work on it."""
+    config = preflight.config or ChatGLMConfig()  # where no model can be read: the 6B one was meant
+    with preflight.collect_problems():
+        check_device(config, preflight.compute_dtype)
     if torch.cuda.is_available():
-        with run.noting_problems():
+        with preflight.collect_problems():
             check_compiler()
-        with run.noting_problems():
+        with preflight.collect_problems():
             check_bitsandbytes()
-            run.bitsandbytes_works = True
+            preflight.bitsandbytes_works = True
 
 
-def check_rows(run: Preflight):
-    """Every file of rows, tokenised if the tokenizer could be loaded."""
-    args, files = run.args, run.args.train_files()
-    encoder = SampleEncoder(run.tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
-    loaded = {}
-    with run.setup.training_args.main_process_first(desc="tokenizing") if run.setup else contextlib.nullcontext():
-        for path in dict.fromkeys([*(path for path, _ in files), *filter(None, [args.eval_data_path])]):
-            with run.noting_problems():
-                loaded[path] = load_samples(path, encoder) if run.tokenizer else load_rows(path)
-    if run.tokenizer and all(path in loaded for path, _ in files):
-        with run.noting_problems():
-            seed = run.setup.training_args.seed if run.setup else 0
-            run.train_samples = mix_samples([(path, loaded[path], weight) for path, weight in files], seed)
-    if run.tokenizer:
-        run.eval_samples = loaded.get(args.eval_data_path)
+def check_rows(preflight: Preflight):
+    """Reads every data file, and tokenizes it if there is a tokenizer."""
+    args, setup, tokenizer = preflight.args, preflight.setup, preflight.tokenizer
+    files = args.train_files()
+    paths = [path for path, _ in files] + ([args.eval_data_path] if args.eval_data_path else [])
+    loaded: dict[str, Dataset] = {}
+    with setup.training_args.main_process_first(desc="tokenizing") if setup else contextlib.nullcontext():
+        for path in dict.fromkeys(paths):
+            with preflight.collect_problems():
+                if tokenizer:
+                    encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
+                    loaded[path] = load_samples(path, encoder)
+                else:
+                    load_rows(path)
+    if all(path in loaded for path, _ in files):
+        with preflight.collect_problems():
+            seed = setup.training_args.seed if setup else 0
+            preflight.train_samples = mix_samples([(path, loaded[path], weight) for path, weight in files], seed)
+    if args.eval_data_path:
+        preflight.eval_samples = loaded.get(args.eval_data_path)
 
 
-def check_memory(run: Preflight):
-    """The adapter's size and the memory plan, from a model without weights."""
-    args, planned = run.args, torch.cuda.is_available() and not run.args.plain
-    with run.noting_problems():
+def check_memory(preflight: Preflight, config: ChatGLMConfig):
+    """Finds the adapter's size and the memory plan, from a model without weights."""
+    args, setup = preflight.args, preflight.setup
+    with preflight.collect_problems():
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(run.config, dtype=run.compute_dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=preflight.compute_dtype)
             model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-        run.trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        budget = memory_budget(args.memory_budget) if planned or args.memory_budget else None
-        fixed = args.fixed_plan(run.setup.recompute if run.setup else None, run.config.num_layers)
-        if planned and run.setup and run.train_samples:
-            run.plan = plan_ahead(run, sum(weight.nbytes for weight in model.parameters()), budget, fixed)
+        preflight.trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        fixed = args.fixed_plan(setup.recompute if setup else None, config.num_layers)
+        if args.plain:
+            return
+        if not torch.cuda.is_available() and not args.memory_budget:
+            preflight.plan = plan_without_gpu(fixed)
+            return
+        budget = memory_budget(args.memory_budget)
+        if setup and preflight.train_samples:
+            unquantized = sum(weight.nbytes for weight in model.parameters())
+            lengths = numpy_column(preflight.train_samples, "length").tolist()
+            sizes = model_sizes(preflight, config, unquantized)
+            step_tokens = longest_step(lengths, samples_per_step(setup.training_args))
+            plan = choose_plan(sizes, step_tokens, max(lengths), budget, fixed)
+            preflight.plan = dataclasses.replace(plan, budget=budget if args.memory_budget else None)
 
 
-def plan_ahead(run: Preflight, unquantized: int, budget: int, fixed: dict[str, int]) -> str:
-    """The memory plan as `plan_memory` will make it when the model is loaded.
+def model_sizes(preflight: Preflight, config: ChatGLMConfig, unquantized: int) -> Sizes:
+    """What the memory plan needs to know.
 
     Args:
-        run: with its samples.
-        unquantized: bytes of the model in its compute type, with the adapter.
-        budget: bytes that may be allocated.
-        fixed: fields of the plan that the user has chosen.
-    Raises:
-        ValueError: even the longest sample alone does not fit.
+        preflight: with the number of trained parameters.
+        config: of the model.
+        unquantized: bytes of the model in its compute dtype, with the adapter.
     """
-    config, dtype, training_args = run.config, run.compute_dtype, run.setup.training_args
-    quantized = config.num_layers * config.weights_per_layer
-    resident = int(unquantized - quantized * (dtype.itemsize - BITS_PER_QUANTIZED_WEIGHT / 8))
-    targets = frozenset(run.args.lora_target_modules)
-    sizes = Sizes(config, dtype.itemsize, resident, run.trainable, targets, attention_kernels_supported(dtype))
-    lengths = numpy_column(run.train_samples, "length").tolist()
-    return plan_and_table(sizes, lengths, samples_per_step(training_args), budget, fixed)[1]
+    dtype = preflight.compute_dtype
+    quantized_weights = config.num_layers * config.weights_per_layer
+    resident = int(unquantized - quantized_weights * (dtype.itemsize - BITS_PER_QUANTIZED_WEIGHT / 8))
+    return Sizes(
+        config,
+        dtype.itemsize,
+        resident,
+        preflight.trainable or 0,
+        frozenset(preflight.args.lora_target_modules),
+        attention_kernels_supported(dtype),
+    )
 
 
 def attention_kernels_supported(dtype: torch.dtype) -> bool:
-    """Whether the GPU can run the attention kernel in this type."""
+    """Whether the GPU can run the attention kernels in this dtype."""
     return kernels_supported(torch.empty(0, dtype=dtype, device="cuda"))
 
 
-def check_output(run: Preflight):
-    """Where the run writes to and goes on from: is it there, is it writable, is it large enough?"""
-    training_args = run.setup.training_args
-    with run.noting_problems():
-        run.resume_from = find_checkpoint(run.args.resume_from_checkpoint, training_args.output_dir)
-        if run.resume_from:
-            check_same_adapter(run.resume_from, run.args.lora_rank, run.args.lora_alpha, run.args.lora_target_modules)
-        check_output_dir(training_args.output_dir, run.resume_from)
-    with run.noting_problems():
-        if run.train_samples:
-            run.steps = count_steps(training_args, len(run.train_samples))
-    with run.noting_problems():
-        check_disk(run, training_args.output_dir)
+def check_output(preflight: Preflight, training_args: TrainingArguments):
+    """Checks the checkpoint to resume from and the output_dir: it is free, it is writable, it has room."""
+    args = preflight.args
+    with preflight.collect_problems():
+        preflight.resume_from = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
+        if preflight.resume_from:
+            check_same_adapter(preflight.resume_from, args.lora_rank, args.lora_alpha, args.lora_target_modules)
+        check_output_dir(training_args.output_dir, preflight.resume_from)
+    with preflight.collect_problems():
+        if preflight.train_samples:
+            preflight.steps = count_steps(training_args, len(preflight.train_samples))
+    with preflight.collect_problems():
+        check_disk(preflight, training_args)
 
 
-def check_disk(run: Preflight, output_dir: str):
+def check_disk(preflight: Preflight, training_args: TrainingArguments):
     """ValueError unless output_dir can be written to and there is room for everything that the run will write."""
+    output_dir = training_args.output_dir
     folder = existing_parent(Path(output_dir))
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"output_dir {output_dir}: {folder} cannot be written to ({error.strerror}).") from error
-    if run.steps and run.trainable:
-        needed, free = disk_needed(run), shutil.disk_usage(folder).free
-        run.disk = DiskSpace(needed, free)
+    if preflight.steps and preflight.trainable:
+        model_folder = Path(preflight.args.model_name_or_path)
+        tokenizer = sum((model_folder / name).stat().st_size for name in TOKENIZER_FILES)
+        needed = disk_needed(training_args, preflight.steps.saves, preflight.trainable, tokenizer)
+        free = shutil.disk_usage(folder).free
+        preflight.disk = DiskSpace(needed, free)
         if needed > free:
             raise ValueError(
                 f"output_dir {output_dir} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free. Make room, or "
@@ -250,11 +296,17 @@ def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
     return Steps(steps, evaluations, saves)
 
 
-def disk_needed(run: Preflight) -> int:
-    """Bytes of the checkpoints that exist at once, and of the adapter at the end."""
-    args, saves, folder = run.setup.training_args, run.steps.saves, Path(run.args.model_name_or_path)
-    tokenizer = sum((folder / name).stat().st_size for name in TOKENIZER_FILES)
-    adapter = run.trainable * ADAPTER_BYTES + tokenizer
-    kept = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves  # the old one goes last
-    optimizer = 0 if args.save_only_model else run.trainable * OPTIMIZER_BYTES
-    return kept * (adapter + optimizer + STATE_BYTES) + adapter
+def disk_needed(args: TrainingArguments, saves: int, trainable: int, tokenizer: int) -> int:
+    """Bytes of the checkpoints that exist at once, and of the adapter at the end.
+
+    Args:
+        args: of the run.
+        saves: number of checkpoints that are written.
+        trainable: parameters of the adapter.
+        tokenizer: bytes of the tokenizer's files, which each checkpoint has.
+    """
+    adapter = trainable * ADAPTER_BYTES + tokenizer
+    limit = args.save_total_limit
+    checkpoints = min(saves, limit + 1) if limit else saves  # an old one is deleted after the new one is written
+    optimizer = 0 if args.save_only_model else trainable * OPTIMIZER_BYTES
+    return checkpoints * (adapter + optimizer + STATE_BYTES) + adapter

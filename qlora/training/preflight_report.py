@@ -1,4 +1,4 @@
-"""What `--check` prints: the run in a table, the lengths of its samples, the first samples as the model sees them."""
+"""What `--check` prints: a table of the run, the lengths of its samples, and the first samples as token text."""
 
 import itertools
 import os
@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizer
 
 from qlora.data.dataset import IGNORE_INDEX, numpy_column, summary
-from qlora.loading import GIB
 from qlora.training.preflight import Preflight
+from qlora.units import GIB
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 LONGEST_BAR, BARS = 40, 8  # characters, lines
@@ -24,15 +24,16 @@ PARTS = {  # trained on, control token -> name, colour
 END_OF_COLOUR = "\033[0m"
 
 
-def describe(run: Preflight) -> str:
-    """The run as far as it is known, with as many samples as `--check` asks for."""
-    lines = [f"{name:<11} {indented(value)}" for name, value in table(run) if value]
-    if run.train_samples:
-        lines.append(f"{'lengths':<11} {indented(histogram(numpy_column(run.train_samples, 'length')))}")
+def describe(preflight: Preflight) -> str:
+    """The report on a run, with as many samples as `--check` asks for."""
+    lines = [f"{name:<11} {indented(value)}" for name, value in table(preflight) if value]
+    if preflight.train_samples:
+        lines.append(f"{'lengths':<11} {indented(histogram(numpy_column(preflight.train_samples, 'length')))}")
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
-        first = run.train_samples.select(range(min(run.args.check, len(run.train_samples))))
-        lines += [show_sample(sample, run.tokenizer, colour) for sample in first]
-    if not run.problems:
+        count = min(preflight.args.check or 0, len(preflight.train_samples))
+        first = preflight.train_samples.select(range(count))
+        lines += [show_sample(sample, preflight.tokenizer, colour) for sample in first]
+    if not preflight.problems:
         lines.append("OK")
     return "\n".join(lines)
 
@@ -42,32 +43,34 @@ def indented(text: str) -> str:
     return text.replace("\n", "\n" + " " * 12)
 
 
-def table(run: Preflight) -> list[tuple[str, str | None]]:
+def table(preflight: Preflight) -> list[tuple[str, str | None]]:
     """Name and value of everything but the samples; None for what is not known."""
-    args, config, steps, disk = run.args, run.config, run.steps, run.disk
+    args, config, steps, disk = preflight.args, preflight.config, preflight.steps, preflight.disk
+    plan = preflight.plan_table()
     targets = ", ".join(args.lora_target_modules)
+    trainable = f"{preflight.trainable:,}" if preflight.trainable else None
     return [
         ("versions", ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + f", CUDA {torch.version.cuda}"),
-        ("GPU", describe_gpu(run)),
+        ("GPU", describe_gpu(preflight)),
         ("model", config and f"{args.model_name_or_path}, {config.multiplied_weights / 1e6:,.1f} million weights"),
-        ("adapter", run.trainable and f"rank {args.lora_rank} on {targets}, {run.trainable:,} parameters"),
-        ("arithmetic", str(run.compute_dtype).removeprefix("torch.")),
-        ("resumes", run.resume_from and f"from {run.resume_from}"),
+        ("adapter", trainable and f"rank {args.lora_rank} on {targets}, {trainable} parameters"),
+        ("arithmetic", str(preflight.compute_dtype).removeprefix("torch.")),
+        ("resumes", preflight.resume_from and f"from {preflight.resume_from}"),
         ("steps", steps and f"{steps.steps:,}, evaluations {steps.evaluations:,}, checkpoints {steps.saves:,}"),
         ("disk", disk and f"at most {disk.needed / 1e6:,.1f} MB for output_dir, of {disk.free / 1e6:,.0f} MB free"),
-        ("memory", run.plan and run.plan.strip().replace("\n  ", "\n")),
-        ("training", run.train_samples and summary(run.train_samples)),
-        ("evaluation", run.eval_samples and summary(run.eval_samples)),
+        ("memory", plan and plan.strip().replace("\n  ", "\n")),
+        ("training", preflight.train_samples and summary(preflight.train_samples)),
+        ("evaluation", preflight.eval_samples and summary(preflight.eval_samples)),
     ]
 
 
-def describe_gpu(run: Preflight) -> str:
+def describe_gpu(preflight: Preflight) -> str:
     """The GPU in a line."""
     if not torch.cuda.is_available():
         return "none"
     free, total = torch.cuda.mem_get_info()
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    works = "works" if run.bitsandbytes_works else "does not work"
+    works = "works" if preflight.bitsandbytes_works else "does not work"
     memory = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     return f"{torch.cuda.get_device_name()}, compute capability {capability}, {memory}, bitsandbytes {works}"
 

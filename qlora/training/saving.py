@@ -1,10 +1,12 @@
-"""What a run leaves on the disk appears whole or not at all; and which folders a run may go on from or write to."""
+"""Checkpoints: which of them a run may resume from, where a run may write, how a checkpoint or adapter is written.
+
+`QLoRATrainer` decides when; `qlora.atomic` makes files appear complete or not at all.
+"""
 
 import contextlib
 import errno
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -33,20 +35,20 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SCALER = "scaler.pt"  # only of a run in fp16
 
 
-def step_of(checkpoint: Path) -> int | None:
-    """N of a folder `checkpoint-N`, else None."""
+def step_of(checkpoint: Path) -> int:
+    """N of a folder `checkpoint-N`; -1 for anything else."""
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(match[1]) if match and checkpoint.is_dir() else None
+    return int(match[1]) if match and checkpoint.is_dir() else -1
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoint folders of a run, newest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if step_of(path) is not None]
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if step_of(path) >= 0]
     return sorted(found, key=step_of, reverse=True)
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint: a file is missing, damaged, or holds code; None for a whole one."""
+    """Why a run cannot resume from a checkpoint: a file is missing, damaged or holds code; None for a complete one."""
     if not checkpoint.is_dir():
         return "there is no such folder"
     for pattern in (*CHECKPOINT_FILES, SCALER):
@@ -61,10 +63,11 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
-    """The checkpoint to go on from.
+    """The checkpoint to resume from.
 
     Args:
-        requested: a folder, or 'last' for the newest whole one in `output_dir`; None for none.
+        requested: a folder, or 'last' for the newest complete one in `output_dir`; None for none.
+        output_dir: of the run.
     Raises:
         FileNotFoundError: there is none, or it has a `checkpoint_problem`.
     """
@@ -87,7 +90,7 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
 
 
 def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules: list[str]):
-    """Checks that a run goes on with the adapter of its checkpoint; only the dropout may be another.
+    """Checks that a resumed run asks for the adapter of its checkpoint; only the dropout may differ.
 
     Args:
         checkpoint: a folder in which `checkpoint_problem` finds nothing.
@@ -111,8 +114,11 @@ def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules:
 
 
 def check_output_dir(output_dir: str, checkpoint: str | None):
-    """A run starts in a folder without an earlier one, or goes on from the newest checkpoint in its folder.
+    """Checks that no earlier run is in a new run's folder, and no later checkpoint in that of a resumed run.
 
+    Args:
+        output_dir: of the run.
+        checkpoint: what the run resumes from; None for a new run.
     Raises:
         ValueError: a model's files, or another run's results, would be overwritten or mixed with this run's.
     """
@@ -125,7 +131,7 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
     if (Path(output_dir) / "adapter_config.json").exists():
         present.insert(0, "a finished adapter")
     if checkpoint and Path(checkpoint).resolve().parent == Path(output_dir).resolve():
-        step = step_of(Path(checkpoint)) or 0
+        step = step_of(Path(checkpoint))
         present = [
             path.name for path in checkpoints(output_dir) if step_of(path) > step and not checkpoint_problem(path)
         ]
@@ -139,105 +145,73 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
 
 
 @contextlib.contextmanager
-def staging_dir(output_dir: str, owner: bool) -> Iterator[Path]:
-    """A folder in `output_dir` to write into and to move the results from; it is gone in the end.
+def staging_dir(output_dir: str | Path, owner: bool) -> Iterator[Path]:
+    """A folder in `output_dir` to write into, from which finished results are moved; it is deleted at the end.
 
     Args:
-        owner: of the processes that write into it, this is the one that clears it away.
+        output_dir: of the run.
+        owner: whether this process deletes the folder; several processes write into it.
     Raises:
         TrainingStopped: the disk is full, or another failure to write.
     """
     staging = Path(output_dir) / STAGING
     if owner:
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
     try:
         yield staging
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):
-            raise  # not torch.save's way to say that it could not write
+            raise  # not one of torch.save's errors in writing
         reason = str(error).partition("\n")[0]
-        if is_for_want_of_room(error):
+        if is_out_of_space(error):
             reason += f" ({shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB are free there). Make room"
-        raise TrainingStopped(f"saving in {output_dir} failed: {reason}. {what_is_kept(output_dir)}") from error
+        raise TrainingStopped(f"saving in {output_dir} failed: {reason}. {resume_advice(output_dir)}") from error
     finally:
         if owner:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def is_for_want_of_room(error: OSError | SafetensorError | RuntimeError) -> bool:
-    """Whether a failure to write comes of a full disk, a quota, or a limit; torch does not say, and so it may be."""
-    in_words = re.search(r"os error (\d+)", str(error))  # as safetensors has it
+def is_out_of_space(error: OSError | SafetensorError | RuntimeError) -> bool:
+    """Whether the cause of a failed write is a full disk, a quota or a limit; torch gives no cause, so it may be."""
+    in_words = re.search(r"os error (\d+)", str(error))  # safetensors gives the number in its text
     number = int(in_words[1]) if in_words else getattr(error, "errno", None)
     return isinstance(error, RuntimeError) or number in NO_ROOM
 
 
-def what_is_kept(output_dir: str) -> str:
-    """A sentence on the newest whole checkpoint and how to go on from it."""
+def resume_advice(output_dir: str | Path) -> str:
+    """A sentence on the newest complete checkpoint and how to resume from it."""
     newest = next((path for path in checkpoints(output_dir) if not checkpoint_problem(path)), None)
     if newest is None:
         return "There is no checkpoint yet."
     return f"{newest} is whole: go on from it with --resume_from_checkpoint last."
 
 
-def publish_folder(source: Path, target: Path, replaced: Path | None = None):
-    """Gives a folder its final name, once it is on the disk.
-
-    Args:
-        replaced: new name of what has the final name; by default there may be nothing of this name.
-    """
-    flush(*source.rglob("*"), source)
-    if replaced and target.exists():
-        os.rename(target, replaced)
-    os.rename(source, target)
-    flush(target.parent)
-
-
 def delete_old_checkpoints(newest: Path, limit: int | None, best: str | None):
     """Deletes a run's oldest checkpoints, but never the one just written, nor the best.
 
     Args:
-        newest: the one just written; others of a later step are not of this run.
-        limit: how many may be there, `save_total_limit`; None, 0 or less for any number.
-        best: the one with the lowest evaluation loss so far, if the run looks for it.
+        newest: the one just written; checkpoints of a later step belong to another run.
+        limit: how many may exist, `save_total_limit`; None, 0 or less for any number.
+        best: the one with the lowest evaluation loss so far, if the run tracks it.
     """
     if not limit or limit < 0:
         return
     present = [path for path in checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
-    kept = {newest.name, Path(best).name if best else None}
-    old = [path for path in reversed(present) if path.name not in kept]
+    protected = {newest.name, Path(best).name if best else None}
+    old = [path for path in reversed(present) if path.name not in protected]
     for path in old[: max(len(present) - limit, 0)]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def publish_files(source: Path, target: Path):
-    """Moves files into a folder, once they are on the disk; the one that makes it an adapter comes last."""
-    files = sorted(source.iterdir(), key=lambda path: path.name == "adapter_config.json")
-    flush(*files)
-    for path in files:
-        os.replace(path, target / path.name)
-    flush(target)
-
-
-def flush(*paths: Path):
-    """Waits until files and folders are on the disk; not every file system can do so for folders."""
-    for path in paths:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
 def check_saved_adapter(model: PeftModel, folder: Path, final: Path):
-    """Reads an adapter back; warns if nothing was learnt.
+    """Reads a saved adapter back and compares it with the one in memory; warns if it is untrained.
 
     Args:
         model: the model whose adapter was saved.
         folder: where it is now.
-        final: where it will be, which the messages name.
+        final: where it will be published, which the messages name.
     Raises:
-        TrainingStopped: it is not the one in memory, or holds values that are not finite.
+        TrainingStopped: the two differ, or a value is not finite.
     """
     saved, held = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
     different = [name for name in held if name not in saved or not torch.equal(saved[name], held[name].cpu())]

@@ -1,4 +1,4 @@
-"""Losses and gradients that went bad: found where the Trainer looks at numbers anyway, named by step and rows."""
+"""Losses and gradients that are not finite: checked when the Trainer logs, reported with step and data rows."""
 
 import itertools
 import operator
@@ -29,17 +29,18 @@ class Step:
 
 
 class StepCheck:
-    """The steps since the last look. Looking is one transfer from the device, remembering is none.
+    """The steps since the last check. Adding a step does not synchronize with the device; a check does once.
 
     Args:
         accelerator: of the run; where it scales the loss, a gradient that overflows is normal: the step is skipped.
     """
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.steps, self.skipped = accelerator, [], 0
+        self.accelerator, self.skipped = accelerator, 0
+        self.steps: list[Step] = []
 
-    def look(self):
-        """Forgets the steps if all is well.
+    def check(self):
+        """Checks all steps added since the last check and drops them.
 
         Raises:
             TrainingStopped: a loss that is not finite or exactly zero, a gradient that is not finite.
@@ -47,7 +48,7 @@ class StepCheck:
         if not self.steps:
             return
         losses = torch.stack([step.loss for step in self.steps])
-        norms = torch.stack([step.gradient_norm for step in self.steps])
+        norms = torch.stack([step.gradient_norm for step in self.steps if step.gradient_norm is not None])
         values = self.accelerator.gather(torch.stack((losses, norms), dim=1)[None].float()).cpu()  # [processes, n, 2]
         for number, step in enumerate(self.steps):
             problem = self.problem(*values[:, number].T)

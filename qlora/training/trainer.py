@@ -1,7 +1,7 @@
-"""The HF Trainer, with one optimizer step's samples in one batch that is split to suit the GPU.
+"""The Hugging Face Trainer, with all samples of an optimizer step in one batch that is split into micro-batches here.
 
-`per_device_train_batch_size x gradient_accumulation_steps` fixes the mathematics: the loss of a step is the mean over
-all label tokens of these samples. How many of them go through the GPU at once changes nothing but time and memory.
+`per_device_train_batch_size x gradient_accumulation_steps` fixes the result: the loss of a step is the mean over all
+label tokens of these samples. The size of the micro-batches changes only time and memory.
 """
 
 import contextlib
@@ -18,23 +18,17 @@ from typing import TypeVar
 import torch
 from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from qlora.data.batching import StepBatch, count_tokens, label_count, own_samples, split_evenly
+from qlora.atomic import publish_files, publish_folder
+from qlora.data.batching import Sample, StepBatch, count_labels, count_tokens, own_samples, split_evenly
 from qlora.data.collator import PaddingCollator, PaddingFreeCollator
 from qlora.errors import TrainingStopped, stop_all_processes
-from qlora.loading import GIB
-from qlora.training.saving import (
-    check_saved_adapter,
-    delete_old_checkpoints,
-    publish_files,
-    publish_folder,
-    staging_dir,
-    what_is_kept,
-)
+from qlora.training.saving import check_saved_adapter, delete_old_checkpoints, resume_advice, staging_dir
 from qlora.training.step_check import Step, StepCheck, name_rows
 from qlora.training.training_args import samples_per_step
+from qlora.units import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +36,18 @@ Result = TypeVar("Result")
 
 
 def random_states() -> tuple[torch.Tensor, ...]:
-    """The states of the host's and the GPU's generators, both of which the host knows."""
+    """The states of the CPU's and the GPU's random generators; reading them does not synchronize."""
     return (torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else []))
 
 
 def set_random_states(states: tuple[torch.Tensor, ...]):
-    """Back to `random_states`."""
+    """Restores what `random_states` returned."""
     for set_state, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), states, strict=False):
         set_state(state)
 
 
 class LogBeforeSaving(TrainerCallback):
-    """A step that evaluates or saves logs first: its numbers are looked at, and a resumed log goes on from there."""
+    """Makes a step that evaluates or saves log first, so that its loss is checked and a resumed log is complete."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log = control.should_log or control.should_evaluate or control.should_save
@@ -62,29 +56,33 @@ class LogBeforeSaving(TrainerCallback):
 
 
 class QLoRATrainer(Trainer):
-    """Trains on whole optimizer steps and evaluates by the token.
+    """Trains on whole optimizer steps and evaluates the mean loss over tokens.
 
     Args:
+        model: in its compute dtype, with the layers that it is trained with.
         args: TrainingArguments as the JSON gave them.
-        max_tokens: most tokens that go through the model at once; None for the plain way, which is to take the
-            batches as the JSON has them, a padded row for each sample.
+        max_tokens: most tokens of a micro-batch; None for the plain path, whose micro-batches are the JSON's, a padded
+            row for each sample.
+        callbacks: more callbacks.
         kwargs: anything the Trainer takes; datasets have `input_ids` and `labels`, and `line` to name a row by.
     """
+
+    control: TrainerControl
 
     def __init__(self, model, args: TrainingArguments, max_tokens: int | None, callbacks=(), **kwargs):
         step_args = dataclasses.replace(
             args,
             per_device_train_batch_size=samples_per_step(args),
             gradient_accumulation_steps=1,
-            remove_unused_columns=False,  # samples keep their line in the data file
+            remove_unused_columns=False,  # `line` and `file` name a row in messages
         )
-        if step_args.n_gpu > 1:  # without torchrun one process trains on one GPU, whatever else is visible
+        if step_args.n_gpu > 1:  # one process trains on one GPU; torchrun starts more processes
             step_args._n_gpu = 1
-        if step_args.device.type == "cpu":  # not "cpu:0", where transformers 5.17 cannot load an optimizer to
+        if step_args.device.type == "cpu":  # not "cpu:0": transformers 5.17 cannot load an optimizer there
             step_args._setup_devices = torch.device("cpu")
         callbacks = [LogBeforeSaving(), *callbacks]
-        super().__init__(model=model, args=step_args, data_collator=StepBatch, callbacks=callbacks, **kwargs)
-        # The model is in its compute type already; of mixed precision only the loss scaling is wanted.
+        super().__init__(model=model, args=step_args, data_collator=StepBatch.collate, callbacks=callbacks, **kwargs)
+        # The model is in its compute dtype; of mixed precision only the loss scaling is needed.
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.max_tokens, self.plain_rows = max_tokens, args.per_device_train_batch_size
         self.collate = (PaddingFreeCollator if max_tokens else PaddingCollator)(self.model.config)
@@ -92,86 +90,94 @@ class QLoRATrainer(Trainer):
         self.step_check, self.run_dir = StepCheck(self.accelerator), args.output_dir
 
     def train(self, *args, **kwargs):
-        """As the Trainer trains; raises TrainingStopped also where Ctrl-C ends it."""
+        """See `Trainer.train`; Ctrl-C raises TrainingStopped."""
         try:
             return super().train(*args, **kwargs)
         except KeyboardInterrupt:
-            reason = f"interrupted after {self.state.global_step} steps. {what_is_kept(self.args.output_dir)}"
+            reason = f"interrupted after {self.state.global_step} steps. {resume_advice(self.args.output_dir)}"
             stop_all_processes(reason, self.accelerator.is_main_process)
 
-    def split(self, samples: list[dict]) -> list[list[dict]]:
-        """Groups of samples to go through the model one after the other."""
+    def split(self, samples: list[Sample]) -> list[list[Sample]]:
+        """The micro-batches of a step."""
         if self.max_tokens:
             return split_evenly(samples, self.max_tokens)
         return [samples[i : i + self.plain_rows] for i in range(0, len(samples), self.plain_rows)]
 
-    def micro_batch(self, samples: list[dict]) -> dict:
-        """A group of samples as the model's inputs, on its device."""
+    def model_inputs(self, micro_batch: list[Sample]) -> dict:
+        """A micro-batch as the keyword arguments of the model, on its device."""
         device = self.args.device
-        inputs = self.collate(samples)
+        inputs = self.collate(micro_batch)
         if device.type == "cuda":
             inputs = {name: value.pin_memory().to(device, non_blocking=True) for name, value in inputs.items()}
         return inputs
 
     def training_step(self, model: torch.nn.Module, inputs: StepBatch, num_items_in_batch=None) -> torch.Tensor:
-        """Forward and backward for all samples of an optimizer step, a group at a time."""
-        model.train()  # not only if `model.training` is False: that says nothing of the modules inside
+        """Forward and backward for all samples of an optimizer step, one micro-batch after the other."""
+        model.train()  # always: evaluation mode may have been set on an inner module
         num_labels, random_state = self.count_labels(inputs), random_states()
 
-        def forward_backward(groups: list[list[dict]]) -> torch.Tensor:
-            loss = torch.zeros((), device=self.args.device)
-            for number, group in enumerate(groups, 1):
-                last = number == len(groups)
+        def forward_backward(micro_batches: list[list[Sample]]) -> torch.Tensor:
+            step_loss = torch.zeros((), device=self.args.device)
+            for number, micro_batch in enumerate(micro_batches, 1):
+                last = number == len(micro_batches)  # DDP averages the gradients in its backward pass
                 with (
                     contextlib.nullcontext() if last else self.accelerator.no_sync(model),
                     self.compute_loss_context_manager(),
                 ):
-                    group_loss = model(**self.micro_batch(group), num_items_in_batch=num_labels).loss
-                    self.accelerator.backward(group_loss)
-                loss += group_loss.detach()
-            return loss
+                    loss = model(**self.model_inputs(micro_batch), num_items_in_batch=num_labels).loss
+                    self.accelerator.backward(loss)
+                step_loss += loss.detach()
+            return step_loss
 
         def undo():
             model.zero_grad()
             set_random_states(random_state)
 
-        loss = self.in_groups(inputs.items, forward_backward, undo)
+        loss = self.run_micro_batches(inputs.samples, forward_backward, undo)
         self.tokens_since_log += inputs.num_tokens
-        self.step_check.steps.append(Step(self.state.global_step + 1, self._get_learning_rate(), inputs.rows, loss))
+        learning_rate = self._get_learning_rate()
+        self.step_check.steps.append(Step(self.state.global_step + 1, learning_rate, inputs.source_rows, loss))
         return loss
 
-    def in_groups(
-        self, samples: list[dict], run: Callable[[list[list[dict]]], Result], undo: Callable[[], None] = lambda: None
+    def run_micro_batches(
+        self,
+        samples: list[Sample],
+        run: Callable[[list[list[Sample]]], Result],
+        undo: Callable[[], None] = lambda: None,
     ) -> Result:
-        """What `run` makes of groups of samples; where memory runs out, of smaller groups, from then on.
+        """The result of `run` on micro-batches; after an out-of-memory error on smaller ones, which later steps keep.
 
         Args:
-            samples: to be split into groups.
-            run: what to do with the groups.
-            undo: takes back what an attempt left that ran out of memory.
+            samples: to be split into micro-batches.
+            run: computes the result from the micro-batches.
+            undo: removes what a failed attempt left behind.
         """
         while True:
-            groups = self.split(samples)
+            micro_batches = self.split(samples)
             try:
-                return run(groups)
+                return run(micro_batches)
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
-            # Not in the handler: as long as it lasts, the error holds on to the tensors of the attempt.
-            self.make_groups_smaller(groups, reason)
+            # Outside the handler, in which the error's traceback still refers to the tensors of the attempt.
+            self.shrink_micro_batches(micro_batches, reason)
             undo()
 
-    def make_groups_smaller(self, groups: list[list[dict]], reason: str):
-        """Halves the most tokens of a group.
+    def shrink_micro_batches(self, micro_batches: list[list[Sample]], reason: str):
+        """Halves the most tokens of a micro-batch.
 
+        Args:
+            micro_batches: those that ran out of memory.
+            reason: the first sentence of the error.
         Raises:
-            TrainingStopped: the groups are single samples, or other processes wait for this one's gradients.
+            TrainingStopped: the micro-batches are single samples, or other processes wait for this one's gradients.
         """
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        largest = max((group for group in groups if len(group) > 1), key=count_tokens, default=None)
+        divisible = (micro_batch for micro_batch in micro_batches if len(micro_batch) > 1)
+        largest = max(divisible, key=count_tokens, default=None)
         if largest is None or (self.model.training and self.args.world_size > 1):
-            tokens = max(map(count_tokens, groups))
+            tokens = max(map(count_tokens, micro_batches))
             raise TrainingStopped(
                 f"{reason} after {self.state.global_step} steps, with {tokens} tokens at once. Set a lower "
                 "--memory_budget, or lower --max_input_length and --max_output_length; and see in `nvidia-smi` "
@@ -188,7 +194,7 @@ class QLoRATrainer(Trainer):
         )
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
-        """The norm of the step's gradient, which is remembered."""
+        """See `Trainer._get_grad_norm`; the norm is checked later."""
         norm = super()._get_grad_norm(model, grad_norm)
         self.step_check.steps[-1].gradient_norm = norm
         return norm
@@ -198,30 +204,36 @@ class QLoRATrainer(Trainer):
     ) -> tuple[list[StepBatch], None]:
         """The next step's batch; its labels are counted in `training_step`."""
         if self.state.global_step >= self.state.max_steps:
-            return [], None  # resumed from the last checkpoint: the Trainer would train a step more
+            return [], None  # resumed from the last checkpoint: the Trainer would train one step too many
         return list(itertools.islice(epoch_iterator, num_batches)), None
 
     def count_labels(self, inputs: StepBatch) -> int | torch.Tensor:
-        """Label tokens of a step, over all processes; DDP averages gradients, so the mean over processes."""
-        count = label_count(inputs.items)
+        """Label tokens of a step: the mean over all processes, since DDP averages gradients.
+
+        Raises:
+            TrainingStopped: there are none.
+        """
+        count = count_labels(inputs.samples)
         if count == 0:
-            raise TrainingStopped(f"step {self.state.global_step + 1} has no label tokens. {name_rows(inputs.rows)}")
+            raise TrainingStopped(
+                f"step {self.state.global_step + 1} has no label tokens. {name_rows(inputs.source_rows)}"
+            )
         if self.args.world_size > 1:
             counts = self.accelerator.gather(torch.tensor([count], device=self.args.device))
             return counts.sum() / self.args.world_size
         return count
 
     def floating_point_ops(self, inputs: StepBatch) -> int:
-        """Forward pass and gradient of the activations: 4 operations for each token and weight."""
+        """Operations of a step: forward pass and gradient of the activations, 4 for each token and weight."""
         return 4 * self.model.config.multiplied_weights * inputs.num_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        """Looks at the numbers of the steps; adds the speed since the last log and the peak of allocated GPU memory.
+        """Checks the steps since the last log; adds the tokens per second since then and the peak of GPU memory.
 
         Raises:
-            TrainingStopped: see `StepCheck.look`.
+            TrainingStopped: see `StepCheck.check`.
         """
-        self.step_check.look()
+        self.step_check.check()
         now = time.perf_counter()
         if "loss" in logs:
             logs["tokens_per_second"] = round(self.args.world_size * self.tokens_since_log / (now - self.log_started))
@@ -231,7 +243,7 @@ class QLoRATrainer(Trainer):
         super().log(logs, start_time)
 
     @torch.no_grad()
-    @torch.random.fork_rng(devices=[])  # the loader draws a number; training draws the same ones without evaluations
+    @torch.random.fork_rng(devices=[])  # the loader draws a number; training must not depend on evaluations
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -240,26 +252,26 @@ class QLoRATrainer(Trainer):
         ignore_keys=None,
         metric_key_prefix="eval",
     ) -> EvalLoopOutput:
-        """The mean loss over all label tokens; no logits are kept."""
+        """The mean loss over all label tokens; logits are not stored."""
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model).eval()
-        num_samples = len(dataloader.dataset)
+        num_samples = self.num_examples(dataloader)
         self.callback_handler.eval_dataloader = dataloader  # the progress bar's length
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
 
-        def loss_and_labels(groups: list[list[dict]]) -> torch.Tensor:
+        def loss_and_labels(micro_batches: list[list[Sample]]) -> torch.Tensor:
             sums = torch.zeros_like(totals)
-            for group in groups:
+            for micro_batch in micro_batches:
                 with self.compute_loss_context_manager():
-                    sums[0] += model(**self.micro_batch(group), num_items_in_batch=1).loss
-                sums[1] += label_count(group)
+                    sums[0] += model(**self.model_inputs(micro_batch), num_items_in_batch=1).loss
+                sums[1] += count_labels(micro_batch)
             return sums
 
         for number, batch in enumerate(dataloader):
             turn = number * self.args.world_size + self.args.process_index
-            samples = own_samples(batch.items, turn, self.args.eval_batch_size, num_samples)
+            samples = own_samples(batch.samples, turn, self.args.eval_batch_size, num_samples)
             if samples:
-                totals += self.in_groups(samples, loss_and_labels)
+                totals += self.run_micro_batches(samples, loss_and_labels)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         loss_sum, labels = self.accelerator.reduce(totals).tolist()
         self.log_started += time.perf_counter() - started
@@ -273,17 +285,17 @@ class QLoRATrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)
 
     def _get_output_dir(self, trial) -> str:
-        """Where checkpoints are written."""
+        """The folder in which the Trainer writes checkpoints: the staging folder while one is being saved."""
         return str(self.run_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial):
-        """Writes a checkpoint that has its name only when it is whole."""
+        """Writes a checkpoint into the staging folder and publishes it when it is complete."""
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         with staging_dir(output_dir, owner=self.args.should_save) as self.run_dir:
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.state.best_model_checkpoint == str(self.run_dir / name):  # as the Trainer found it there
+            if self.state.best_model_checkpoint == str(self.run_dir / name):  # the Trainer has the staging folder
                 self.state.best_model_checkpoint = str(output_dir / name)
             if self.args.should_save:
                 check_saved_adapter(self.model, self.run_dir / name, output_dir / name)
@@ -293,7 +305,7 @@ class QLoRATrainer(Trainer):
         self.run_dir = output_dir
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """Writes adapter, tokenizer and the log of the run, which appear in `output_dir` when they are whole."""
+        """Writes adapter, tokenizer and the log of the run, and publishes them when they are complete."""
         if _internal_call:
             return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or self.args.output_dir)
@@ -303,8 +315,8 @@ class QLoRATrainer(Trainer):
                 check_saved_adapter(self.model, staging, target)
                 self.state.save_to_json(str(staging / "trainer_state.json"))
                 publish_files(staging, target)
-        # None ends before the adapter is there; and a process that ends right after exchanging tensors may abort:
-        # gloo's threads still let go of them then, which they cannot while the interpreter is being torn down.
+        # No process may exit before the adapter is published. Also, gloo's threads release tensors after a collective
+        # operation, and abort if the interpreter is being finalized.
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")

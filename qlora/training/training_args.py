@@ -11,13 +11,14 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from qlora.arguments import choose_compute_dtype, nearest
+from qlora.command_line import nearest
 from qlora.data.strict_json import parse_json
+from qlora.loading import choose_compute_dtype
 
 logger = logging.getLogger(__name__)
 
-# Settings that would be passed over in silence, or change the mathematics with the split of a step: loss, steps and
-# evaluation are this project's own. Switched off, they may stand in the JSON.
+# Settings that this trainer would ignore, or whose effect would depend on the split of a step, since loss, step and
+# evaluation are its own. They may be in the JSON as long as they are off.
 NOT_FOR_THIS_TRAINER = (
     "accelerator_config",
     "activation_checkpointing_kwargs",
@@ -58,7 +59,7 @@ POSITIVE_KEYS = (
 )
 RECOMPUTE_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # the older and the newer name
 
-# Keys of older transformers that live on under another name.
+# Keys of older transformers and their present names.
 RENAMED_KEYS = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
@@ -103,14 +104,14 @@ def read_training_args(
     problems = check_keys(values) + ([] if evaluate else check_no_evaluation(values))
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}.")
-    dtype = choose_compute_dtype(compute_dtype, values)
+    dtype = set_precision(values, compute_dtype)
     if not evaluate:
         values["eval_strategy"] = "no"
-    values.setdefault("use_cpu", not torch.cuda.is_available())  # else torchrun's processes would not find each other
+    values.setdefault("use_cpu", not torch.cuda.is_available())  # without a GPU torchrun's processes need gloo
     values.setdefault("ddp_find_unused_parameters", False)
-    values.setdefault("ddp_broadcast_buffers", False)  # they never change
-    values.setdefault("dataloader_pin_memory", False)  # batches are pinned once they are tensors
-    values.setdefault("logging_nan_inf_filter", False)  # it would wait for the GPU in every step
+    values.setdefault("ddp_broadcast_buffers", False)  # buffers never change
+    values.setdefault("dataloader_pin_memory", False)  # the trainer pins micro-batches itself
+    values.setdefault("logging_nan_inf_filter", False)  # it would synchronize with the GPU in every step
     recompute = [values.pop(key) for key in RECOMPUTE_KEYS if key in values]
     try:
         training_args = TrainingArguments(**values)
@@ -123,6 +124,20 @@ def read_training_args(
             f"{' '.join(missing)}`."
         )
     return TrainingSetup(training_args, dtype, recompute[0] if recompute else None)
+
+
+def set_precision(values: dict, name: str | None) -> torch.dtype:
+    """The compute dtype: as asked, else as the JSON's `fp16` or `bf16` say, else what the hardware does best.
+
+    Sets `fp16` in `values` where the Trainer must scale the loss, and `bf16` to False: the model is in its compute
+    dtype, so that no autocast is needed.
+    """
+    if name is None:
+        name = next((key for key in ("bf16", "fp16") if values.get(key)), None)
+    dtype = choose_compute_dtype(name)
+    values["bf16"] = False
+    values["fp16"] = dtype == torch.float16 and torch.cuda.is_available()
+    return dtype
 
 
 def samples_per_step(args: TrainingArguments) -> int:
@@ -164,7 +179,7 @@ def check_no_evaluation(values: dict) -> list[str]:
 
 
 def is_in_use(value: object, default: object) -> bool:
-    """A setting that asks for something; the few that are on by default ask when they are off."""
+    """Whether a setting changes something: it is on, or it is on by default and off here."""
     return value != default and (default is True or value not in (None, False, 0, "", "no", [], {}))
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.modeling_chatglm import prefix_lm_mask, prefix_lm_position_ids
+from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 from qlora.loading import load_quantized_model
 
@@ -343,9 +344,10 @@ def concatenate(request: pytest.FixtureRequest, model) -> Callable[[list[dict]],
     """Samples in one row, attended to sample by sample or under a mask."""
 
     def collate(samples: list[dict]) -> dict:
-        batch = PaddingFreeCollator(model.config)(samples)
+        batch = PaddingFreeCollator(model.config)(StepBatch.collate(samples).samples)
         if request.param == "masked":
-            del batch["packed_sequences"]
+            lengths = torch.tensor(batch.pop("packed_sequences").lengths).sum(dim=1)
+            batch["attention_mask"] = torch.arange(1, len(samples) + 1).repeat_interleave(lengths)[None]
         return batch
 
     return collate

@@ -9,8 +9,8 @@ def samples_of(*lengths: int) -> list[dict]:
     return [{"input_ids": [number] * length} for number, length in enumerate(lengths)]
 
 
-def sizes(groups: list[list[dict]]) -> list[int]:
-    return [sum(len(sample["input_ids"]) for sample in group) for group in groups]
+def sizes(micro_batches: list[list[dict]]) -> list[int]:
+    return [sum(len(sample["input_ids"]) for sample in micro_batch) for micro_batch in micro_batches]
 
 
 @pytest.mark.parametrize(
@@ -27,13 +27,13 @@ def sizes(groups: list[list[dict]]) -> list[int]:
 )
 def test_split_keeps_every_sample_and_the_limit(lengths, max_tokens, count):
     samples = samples_of(*lengths)
-    groups = split_evenly(samples, max_tokens)
-    assert len(groups) == count and all(groups)
-    found = sorted(sample["input_ids"][0] for group in groups for sample in group)
+    micro_batches = split_evenly(samples, max_tokens)
+    assert len(micro_batches) == count and all(micro_batches)
+    found = sorted(sample["input_ids"][0] for micro_batch in micro_batches for sample in micro_batch)
     assert found == list(range(len(lengths)))
-    assert max(sizes(groups)) <= max(max_tokens, max(lengths))
+    assert max(sizes(micro_batches)) <= max(max_tokens, max(lengths))
 
 
 def test_groups_are_about_equally_long():
-    groups = split_evenly(samples_of(*range(40, 168, 4)), max_tokens=1100)
-    assert max(sizes(groups)) - min(sizes(groups)) <= 40
+    micro_batches = split_evenly(samples_of(*range(40, 168, 4)), max_tokens=1100)
+    assert max(sizes(micro_batches)) - min(sizes(micro_batches)) <= 40

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from chatglm import ChatGLMConfig
+from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 
 GMASK, SOP, EOP = 507, 508, 509
@@ -23,27 +24,31 @@ SAMPLES = [sample(*pair) for pair in PAIRS]
 SIZES = [len(s["input_ids"]) for s in SAMPLES]
 
 
+def collate(samples: list[dict]) -> dict:
+    return PaddingFreeCollator(CONFIG)(StepBatch.collate(samples).samples)
+
+
 @pytest.fixture
 def batch() -> dict:
-    return PaddingFreeCollator(CONFIG)(SAMPLES)
+    return collate(SAMPLES)
 
 
-def test_ids_and_labels_follow_one_another(batch):
-    for name in ("input_ids", "labels"):
-        assert batch[name].tolist() == [[i for s in SAMPLES for i in s[name]]]
+def test_samples_follow_one_another(batch):
+    assert batch["input_ids"].tolist() == [[i for s in SAMPLES for i in s["input_ids"]]]
 
 
 def test_shapes_and_types(batch):
     total, learned = sum(SIZES), sum(len(answer) + 1 for _, answer in PAIRS)
-    shapes = {"input_ids": (1, total), "attention_mask": (1, total), "labels": (1, total)}
-    shapes |= {"position_ids": (1, 2, total), "logits_to_keep": (learned,), "shift_labels": (1, learned)}
+    shapes = {"input_ids": (1, total), "position_ids": (1, 2, total)}
+    shapes |= {"logits_to_keep": (learned,), "shift_labels": (1, learned)}
+    assert batch.keys() == shapes.keys() | {"packed_sequences"}  # nothing goes to the GPU that is not read there
     assert {name: tuple(batch[name].shape) for name in shapes} == shapes
     assert {batch[name].dtype for name in shapes} == {torch.int64}
 
 
-def test_attention_mask_numbers_the_samples(batch):
-    expected = [number for number, size in enumerate(SIZES, 1) for _ in range(size)]
-    assert batch["attention_mask"].tolist() == [expected]
+def test_layout_has_prompt_and_answer_of_each_sample(batch):
+    # The prompt with [gMASK]; the answer from <sop> on, with <eop>.
+    assert batch["packed_sequences"].lengths == [[len(prompt) + 1, len(answer) + 2] for prompt, answer in PAIRS]
 
 
 def test_each_sample_has_positions_of_its_own(batch):
@@ -59,25 +64,25 @@ def test_each_sample_has_positions_of_its_own(batch):
 def test_a_sample_alone_and_among_others_looks_the_same(batch):
     start = 0
     for one, size in zip(SAMPLES, SIZES, strict=True):
-        alone = PaddingFreeCollator(CONFIG)([one])
+        alone = collate([one])
         rows = slice(start, start + size)
         assert torch.equal(alone["position_ids"], batch["position_ids"][:, :, rows])
         start += size
 
 
-def test_kept_positions_predict_the_labels(batch):
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    kept, targets = batch["logits_to_keep"], batch["shift_labels"][0]
-    assert torch.equal(labels[kept + 1], targets)
-    assert torch.equal(ids[kept + 1], targets)
+def test_positions_predict_the_labels(batch):
+    ids, labels = batch["input_ids"][0], torch.tensor([i for s in SAMPLES for i in s["labels"]])
+    positions, targets = batch["logits_to_keep"], batch["shift_labels"][0]
+    assert torch.equal(labels[positions + 1], targets)
+    assert torch.equal(ids[positions + 1], targets)
     assert (targets != -100).all()
     assert len(targets) == int((labels != -100).sum())
     # What predicts a label lies in the same sample.
-    segments = batch["attention_mask"][0]
-    assert torch.equal(segments[kept], segments[kept + 1])
+    sample_of = torch.arange(len(SAMPLES)).repeat_interleave(torch.tensor(SIZES))
+    assert torch.equal(sample_of[positions], sample_of[positions + 1])
 
 
 def test_a_prompt_without_sop_is_all_prompt():
-    batch = PaddingFreeCollator(CONFIG)([{"input_ids": [11, 12, 13], "labels": [-100, -100, -100]}])
+    batch = collate([{"input_ids": [11, 12, 13], "labels": [-100, -100, -100]}])
     assert batch["position_ids"].tolist() == [[[0, 1, 2], [0, 0, 0]]]
     assert batch["logits_to_keep"].tolist() == []

@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import ROOT, add_random_lora, import_script, write_rows
 
-from qlora.evaluation import predictions as evaluation
 from qlora.evaluation.metrics import METRICS, mean_scores, score
 from qlora.evaluation.page import render_page
-from qlora.loading import load_quantized_model
+from qlora.evaluation.predictions import reference_text
+from qlora.evaluation.protocols import PROTOCOLS
+from qlora.inference import generation
+from qlora.loading import load_adapter, load_quantized_model, load_tokenizer
 
 for library in ("jieba", "rouge_chinese", "nltk"):
     pytest.importorskip(library)
@@ -40,9 +42,9 @@ def script():
 @pytest.fixture
 def run(script, adapter, data, monkeypatch):
     """Runs the script, quickly: answers of at most 12 tokens."""
-    for name, protocol in evaluation.PROTOCOLS.items():
+    for name, protocol in PROTOCOLS.items():
         short = type(protocol)(**vars(protocol) | {"max_new_tokens": 12})
-        monkeypatch.setitem(evaluation.PROTOCOLS, name, short)
+        monkeypatch.setitem(PROTOCOLS, name, short)
 
     def main(folder: Path, *flags: object):
         given = ["--adapter_path", adapter, "--data_path", data, "--output_dir", folder, "--batch_size", BATCH, *flags]
@@ -80,7 +82,7 @@ def test_every_row_is_answered_twice_and_scored(run, tmp_path, sample_rows, prot
 
 def test_rerun_answers_only_what_is_missing(run, tmp_path, monkeypatch):
     whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
-    asked, most, generate_texts = [], [100], evaluation.generate_texts
+    asked, most, generate_texts = [], [100], generation.generate_texts
 
     def counted(model, tokenizer, prompts: list[str], **kwargs) -> list[str]:
         if len(asked) == most[0]:
@@ -88,7 +90,7 @@ def test_rerun_answers_only_what_is_missing(run, tmp_path, monkeypatch):
         asked.extend(prompts)
         return generate_texts(model, tokenizer, prompts, **kwargs)
 
-    monkeypatch.setattr(evaluation, "generate_texts", counted)
+    monkeypatch.setattr(generation, "generate_texts", counted)
     run(whole, "--protocol", "published")
     assert len(asked) == 2 * ROWS
 
@@ -128,7 +130,7 @@ def test_too_little_memory_is_said_and_another_batch_size_may_follow(run, tmp_pa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "generate_texts", out_of_memory)
+        patch.setattr(generation, "generate_texts", out_of_memory)
         with pytest.raises(
             SystemExit, match=r"error: 4 prompts at once are too many, lower --batch_size: CUDA out of"
         ):
@@ -147,8 +149,8 @@ def test_predictions_without_settings_are_not_mixed_either(run, tmp_path):
 def test_greedy_answers_are_those_of_inference(run, tmp_path, script, adapter, tiny_checkpoint, sample_rows):
     run(tmp_path, "--batch_size", 1)
     (row, *_) = read_predictions(tmp_path)
-    model = script.load_adapter(load_quantized_model(str(tiny_checkpoint), torch.float32), str(adapter)).eval()
-    tokenizer = script.load_tokenizer(str(tiny_checkpoint))
+    model = load_adapter(load_quantized_model(str(tiny_checkpoint), torch.float32), str(adapter)).eval()
+    tokenizer = load_tokenizer(str(tiny_checkpoint))
     batch = tokenizer(sample_rows[0]["instruction"], split_special_tokens=True, return_tensors="pt")
     for name, off in (("base", True), ("adapter", False)):
         with model.disable_adapter() if off else torch.no_grad():
@@ -162,12 +164,12 @@ def test_references_are_cut_as_the_official_evaluation_does(genuine_tokenizer):
     ids = genuine_tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) > 64
     expected = genuine_tokenizer.decode(ids[:62])
-    assert evaluation.reference_text(genuine_tokenizer, text, 64) == expected
-    assert evaluation.reference_text(genuine_tokenizer, text, None) == text.replace("，", ",")
+    assert reference_text(genuine_tokenizer, text, 64) == expected
+    assert reference_text(genuine_tokenizer, text, None) == text.replace("，", ",")
 
 
 def test_control_tokens_in_a_reference_stay_text(tokenizer):
-    assert "sop" in evaluation.reference_text(tokenizer, "裙<sop>裙", None)
+    assert "sop" in reference_text(tokenizer, "裙<sop>裙", None)
 
 
 def test_page_escapes_what_models_write():

@@ -11,9 +11,10 @@ from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, ROOT, import_script
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from chatglm import ChatGLMForConditionalGeneration
+from qlora.atomic import atomic_folder
 from qlora.checkpoint import check_checkpoint, weight_files
 from qlora.export.merging import merged_tensors
-from qlora.export.official_folder import atomic_folder, write_quantized
+from qlora.export.official_folder import write_quantized
 from qlora.loading import load_adapter, load_quantized_model, load_tokenizer
 
 MODULES = ["query_key_value", "dense_h_to_4h"]

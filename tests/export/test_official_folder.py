@@ -11,9 +11,10 @@ from peft import get_peft_model_state_dict
 
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from qlora.checkpoint import check_checkpoint
+from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 from qlora.export.official_folder import write_quantized
-from qlora.layers.linear import replace_layers
+from qlora.layers.replacement import replace_layers
 from qlora.loading import add_lora, load_quantized_model, load_tokenizer
 
 IDS = [25, 50, 228, 507, 508, 129, 52, 509]
@@ -79,11 +80,13 @@ def test_another_compute_dtype_may_be_asked_for(model, quantized_folder, dtype):
 def test_training_on_it_is_the_same(golden_folder, tokenizer, tmp_path, dtype):
     original = load_quantized_model(str(golden_folder), dtype)
     write_quantized(original, tokenizer, str(tmp_path / "nf4"))
-    batch = PaddingFreeCollator(original.config)([{"input_ids": IDS, "labels": [-100] * 5 + IDS[5:]}])
+    batch = PaddingFreeCollator(original.config)(
+        StepBatch.collate([{"input_ids": IDS, "labels": [-100] * 5 + IDS[5:]}]).samples
+    )
     results = []
     for base in (original, load_quantized_model(str(tmp_path / "nf4"), dtype)):
         tuned = add_random_lora(base, ["query_key_value", "dense"])
-        replace_layers(tuned)
+        replace_layers(tuned, for_training=True)
         loss = tuned.train()(**batch).loss
         loss.backward()
         results.append({"loss": loss} | {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad})

@@ -7,8 +7,9 @@ import torch
 from conftest import GOLDEN_CHECKPOINT, add_random_lora
 
 from chatglm import ChatGLMForConditionalGeneration
-from qlora.inference import decoding
-from qlora.inference.decoding import Decoder, decode, make_sampler, use_inference_kernels
+from qlora.inference.decoding import Decoder, decode, make_sampler
+from qlora.layers import replacement
+from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 
 PAD = 3
@@ -87,7 +88,7 @@ def test_state_stays_in_place(model):
     ids, mask = left_padded([[10, 11, 507, 508]])
     with torch.no_grad():
         decoder = Decoder(model, ids, mask, 8, make_sampler(do_sample=False))
-        names = ("token", "position_ids", "new_tokens", "cache_position", "finished", "seen")
+        names = ("token", "position_ids", "new_tokens", "cache_position", "finished", "attention_mask")
         before = {name: getattr(decoder, name).data_ptr() for name in names}
         decoder.step()
         decoder.step()
@@ -96,11 +97,11 @@ def test_state_stays_in_place(model):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_forwards_for_inference_give_what_the_layers_give(golden_folder, cases, monkeypatch, kernels):
+def test_layers_for_inference_give_what_those_of_peft_give(golden_folder, cases, monkeypatch, kernels):
     """With kernels, in Triton's interpreter, too: norms, and attention of single tokens."""
     if kernels:
         pytest.importorskip("triton")
-        monkeypatch.setattr(decoding, "kernels_supported", lambda tensor: True)
+        monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: True)
     model = load_quantized_model(str(golden_folder), torch.float32)
     model = add_random_lora(model, ["query_key_value", "dense"]).eval()
     ids, mask = left_padded([case["prompt"] for case in cases["generate"][:2]] + [[5, 6, 507, 508]])
@@ -118,7 +119,7 @@ def test_forwards_for_inference_give_what_the_layers_give(golden_folder, cases, 
         return torch.stack(seen)
 
     expected = [logits(adapter) for adapter in (True, False)]
-    use_inference_kernels(model)
+    replace_layers(model, for_training=False)
     for adapter, wanted in zip((True, False), expected, strict=True):
         torch.testing.assert_close(logits(adapter), wanted, atol=1e-4, rtol=1e-4)
     assert (expected[0] - expected[1]).abs().max() > 1e-2

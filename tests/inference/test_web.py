@@ -29,9 +29,10 @@ from chatglm.chat import CJK, build_prompt
 from qlora.arguments import InferenceArguments
 from qlora.data.rows import read_prompts
 from qlora.export.official_folder import write_checkpoint
-from qlora.inference.decoding import make_sampler, use_inference_kernels
+from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import generate_answers
 from qlora.inference.web import Answerer, Page, check_web, with_settings
+from qlora.layers.replacement import replace_layers
 from qlora.loading import load_adapter, load_quantized_model
 
 PROMPT = "类型#裤*风格#简约"
@@ -65,7 +66,7 @@ def adapter_path(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def model(checkpoint: Path, adapter_path: Path) -> PeftModel:
     model = load_adapter(load_quantized_model(str(checkpoint), torch.float32), str(adapter_path)).eval()
-    use_inference_kernels(model)
+    replace_layers(model, for_training=False)
     return model
 
 

@@ -1,4 +1,4 @@
-"""qlora/layers/linear.py: the forwards for training against those of peft and bitsandbytes."""
+"""qlora/layers/: the layers for training against those of peft and bitsandbytes."""
 
 import copy
 from pathlib import Path
@@ -9,8 +9,8 @@ from conftest import add_random_lora
 from peft import PeftModel
 from transformers import set_seed
 
-from qlora.layers import linear
-from qlora.layers.linear import replace_layers
+from qlora.layers import replacement
+from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 
 TARGETS = ["query_key_value", "dense_4h_to_h"]
@@ -39,9 +39,9 @@ def test_training_forward_equals_that_of_peft(golden_folder, batch, monkeypatch,
     """With the norms' kernels, in Triton's interpreter, too."""
     if kernels:
         pytest.importorskip("triton")
-        monkeypatch.setattr(linear, "kernels_supported", lambda tensor: True)
+        monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: True)
     plain, ours = make_model(golden_folder), make_model(golden_folder)
-    replace_layers(ours)
+    replace_layers(ours, for_training=True)
     expected, found = (loss_and_gradients(model.train(training), batch) for model in (plain, ours))
     torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
     assert found[1].keys() == expected[1].keys()
@@ -52,7 +52,7 @@ def test_training_forward_equals_that_of_peft(golden_folder, batch, monkeypatch,
 
 def test_switched_off_adapter_is_the_base_model(golden_folder, batch):
     model = make_model(golden_folder).eval()
-    replace_layers(model)
+    replace_layers(model, for_training=True)
     with torch.no_grad():
         tuned = model(**batch).logits
         with model.disable_adapter():
@@ -64,7 +64,7 @@ def test_switched_off_adapter_is_the_base_model(golden_folder, batch):
 
 def test_half_precision_gives_gradients_in_fp32(golden_folder, batch):
     model = make_model(golden_folder, torch.bfloat16).train()
-    replace_layers(model)
+    replace_layers(model, for_training=True)
     loss, gradients = loss_and_gradients(model, batch)
     exact, _ = loss_and_gradients(make_model(golden_folder).train(), batch)
     assert loss.item() == pytest.approx(exact.item(), abs=0.1)
@@ -73,7 +73,7 @@ def test_half_precision_gives_gradients_in_fp32(golden_folder, batch):
 
 def test_dropout_is_the_same_when_activations_are_recomputed(golden_folder, batch):
     model = make_model(golden_folder, dropout=0.5).train()
-    replace_layers(model)
+    replace_layers(model, for_training=True)
     results = []
     for recompute in (False, True):
         for block in model.get_base_model().transformer.layers:
@@ -88,7 +88,7 @@ def test_dropout_is_the_same_when_activations_are_recomputed(golden_folder, batc
 
 def test_dropout_keeps_the_expected_output(golden_folder, batch):
     model = make_model(golden_folder, dropout=0.3)
-    replace_layers(model)
+    replace_layers(model, for_training=True)
     layer = model.get_base_model().transformer.layers[0].attention.query_key_value
     hidden_states = torch.randn(2, 5, 64)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_dropout_keeps_the_expected_output(golden_folder, batch):
 def test_layers_run_under_autocast(golden_folder):
     # `"bf16": true` in the JSON makes the Trainer use autocast, whose layer norms give fp32 on a GPU.
     model = make_model(golden_folder, torch.bfloat16).train()
-    replace_layers(model)
+    replace_layers(model, for_training=True)
     layer = model.get_base_model().transformer.layers[0].attention.query_key_value
     hidden_states = torch.randn(2, 5, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, write_rows
+from qlora.training.preflight_report import describe, histogram, show_sample
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import train_qlora
@@ -21,7 +22,6 @@ from qlora.loading import add_lora, load_quantized_model
 from qlora.training import preflight
 from qlora.training.memory_plan import GIB
 from qlora.training.preflight import Preflight, Steps, check_memory, count_steps, run_preflight
-from qlora.training.preflight_report import describe, histogram, show_sample
 from qlora.training.training_args import read_training_args
 
 
@@ -69,15 +69,15 @@ def run_main(flags: dict, *more: str):
 
 
 def test_good_run_has_no_problems(flags, tiny_checkpoint, tiny_config):
-    run = run_preflight(FinetuneArguments(**flags))
-    assert run.problems == []
-    run.raise_problems()
-    assert run.config.multiplied_weights == tiny_config.multiplied_weights
-    assert (len(run.train_samples), len(run.eval_samples)) == (48, 11)
-    assert run.steps == Steps(steps=12, evaluations=3, saves=3)
+    found = run_preflight(FinetuneArguments(**flags))
+    assert found.problems == []
+    found.raise_problems()
+    assert found.config.multiplied_weights == tiny_config.multiplied_weights
+    assert (len(found.train_samples), len(found.eval_samples)) == (48, 11)
+    assert found.steps == Steps(steps=12, evaluations=3, saves=3)
     model = add_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.05, ["query_key_value"])
-    assert run.trainable == model.get_nb_trainable_parameters()[0]
-    assert 0 < run.disk.needed < run.disk.free
+    assert found.trainable == model.get_nb_trainable_parameters()[0]
+    assert 0 < found.disk.needed < found.disk.free
 
 
 def test_run_is_as_foreseen(flags, values):
@@ -96,11 +96,11 @@ def test_run_is_as_foreseen(flags, values):
 
 def test_folder_of_4_bit_weights_has_no_problems(flags, tiny_checkpoint, tokenizer, tmp_path):
     write_quantized(load_quantized_model(str(tiny_checkpoint), torch.float32), tokenizer, str(tmp_path / "nf4"))
-    run, other = (
+    found, other = (
         run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(folder)}))
         for folder in (tmp_path / "nf4", tiny_checkpoint)
     )
-    assert run.problems == [] and run.trainable == other.trainable
+    assert found.problems == [] and found.trainable == other.trainable
 
 
 def test_check_prints_and_leaves_nothing(flags, values, capsys):
@@ -201,27 +201,27 @@ def test_rows_are_checked_without_a_tokenizer(flags, tmp_path):
 @pytest.fixture
 def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Preflight:
     """The shipped JSON in bf16, the 6B model, genuine ADGEN rows."""
-    run = Preflight(FinetuneArguments(), config=ChatGLMConfig())
-    run.setup = read_training_args(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
-    run.train_samples = load_samples(str(genuine_rows), SampleEncoder(genuine_tokenizer, "", 512, 1536))
+    found = Preflight(FinetuneArguments(), config=ChatGLMConfig())
+    found.setup = read_training_args(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
+    found.train_samples = load_samples(str(genuine_rows), SampleEncoder(genuine_tokenizer, "", 512, 1536))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(preflight, "attention_kernels_supported", lambda dtype: True)
-    return run
+    return found
 
 
 @pytest.mark.parametrize(("budget", "predicted"), [(78.5, 23.3), (16, 15.2), (8, 7.7), (4.6, 4.4)])
 def test_memory_is_predicted_as_in_the_run_itself(full_size, monkeypatch, budget, predicted):
-    # README, "Speed and memory": what the runs on a GPU predicted from the loaded model.
+    # docs/performance.md: what the runs on a GPU predicted from the loaded model.
     monkeypatch.setattr(preflight, "memory_budget", lambda requested: int(budget * GIB))
-    check_memory(full_size)
+    check_memory(full_size, full_size.config)
     assert full_size.trainable == 1_835_008
-    shown = re.search(r"predicted peak memory +([\d.]+) GiB", full_size.plan)
+    shown = re.search(r"predicted peak memory +([\d.]+) GiB", full_size.plan_table())
     assert float(shown[1]) == pytest.approx(predicted, abs=0.05)
 
 
 def test_too_little_memory(full_size, monkeypatch):
     monkeypatch.setattr(preflight, "memory_budget", lambda requested: 3 * GIB)
-    check_memory(full_size)
+    check_memory(full_size, full_size.config)
     assert full_size.plan is None and "3.00 GiB of GPU memory are too little" in full_size.problems[0]
 
 
@@ -321,11 +321,11 @@ def test_histogram_counts_every_sample_once(lengths):
 def test_rows_of_several_files_know_their_file(flags, sample_rows, tmp_path):
     second = str(write_rows(tmp_path / "second.jsonl", sample_rows[48:60]))
     first = flags["train_data_path"][0]
-    run = run_preflight(FinetuneArguments(**flags | {"train_data_path": [first, f"{second}:0.5"]}))
-    assert not run.problems
-    assert run.train_samples["file"][:] == [first] * 48 + [second] * 6
-    run.args.check = 49
-    assert f" {first}, " in describe(run) and f" {second}, " in describe(run)
+    found = run_preflight(FinetuneArguments(**flags | {"train_data_path": [first, f"{second}:0.5"]}))
+    assert not found.problems
+    assert found.train_samples["file"][:] == [first] * 48 + [second] * 6
+    found.args.check = 49
+    assert f" {first}, " in describe(found) and f" {second}, " in describe(found)
 
 
 def test_data_too_small_for_a_step_that_is_not_dropped(flags, values):
@@ -338,8 +338,8 @@ def test_more_layers_than_there_are(flags):
 
 
 def test_one_process_of_many_says_what_is_wrong(flags, tmp_path, monkeypatch):
-    run = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path / "nowhere")}))
+    found = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path / "nowhere")}))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as raised:
-        run.raise_problems()
+        found.raise_problems()
     assert raised.value.code == 1

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, write_json
 
-import qlora.training.trainer
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.data.batching import StepBatch
@@ -55,15 +54,15 @@ def change_output(monkeypatch) -> Callable[[Callable], None]:
 
 @pytest.fixture
 def lines_of_steps(monkeypatch) -> dict[int, list[int]]:
-    """The lines of the rows that go through the model in each step, while it runs; the last group's under 0."""
-    lines, micro_batch = defaultdict(list), QLoRATrainer.micro_batch
+    """The lines of the rows that go through the model in each step, while it runs; the last micro-batch's under 0."""
+    lines, model_inputs = defaultdict(list), QLoRATrainer.model_inputs
 
     def remember(self, samples):
         lines[0] = [sample["line"] for sample in samples]
         lines[self.state.global_step + 1] += lines[0]
-        return micro_batch(self, samples)
+        return model_inputs(self, samples)
 
-    monkeypatch.setattr(QLoRATrainer, "micro_batch", remember)
+    monkeypatch.setattr(QLoRATrainer, "model_inputs", remember)
     return lines
 
 
@@ -123,13 +122,16 @@ def test_loss_of_zero_is_an_error(flags, change_output):
 
 
 def test_batch_without_label_tokens_is_an_error(flags, monkeypatch):
-    monkeypatch.setattr(qlora.training.trainer, "StepBatch", without_labels)
+    monkeypatch.setattr(StepBatch, "collate", without_labels)
     message = error_of(train_qlora, *flags(evaluate=False))
     assert re.search(r"step 1 has no label tokens\. Its rows are on lines \d+(, \d+){7} of", message)
 
 
 def without_labels(samples: list[dict]) -> StepBatch:
-    return StepBatch([sample | {"labels": [-100] * len(sample["labels"])} for sample in samples])
+    tensors = [{name: torch.tensor(sample[name]) for name in ("input_ids", "labels")} for sample in samples]
+    return StepBatch(
+        [s | t | {"labels": torch.full_like(t["labels"], -100)} for s, t in zip(samples, tensors, strict=True)]
+    )
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
@@ -170,19 +172,19 @@ def step_check(*gradient_norms: float, scaler: object | None) -> StepCheck:
 
 def test_steps_that_loss_scaling_skips_are_normal():
     infinite = [float("inf")] * MOST_SKIPPED
-    step_check(*infinite, 1.0, *infinite, scaler=object()).look()
+    step_check(*infinite, 1.0, *infinite, scaler=object()).check()
     with pytest.raises(TrainingStopped, match=f"step {MOST_SKIPPED + 1} .* in {MOST_SKIPPED + 1} steps in a row"):
-        step_check(*infinite, float("nan"), scaler=object()).look()
+        step_check(*infinite, float("nan"), scaler=object()).check()
     with pytest.raises(TrainingStopped, match=r"step 2 .*the gradient is not finite"):
-        step_check(1.0, *infinite, scaler=None).look()
+        step_check(1.0, *infinite, scaler=None).check()
 
 
-def test_skipped_steps_are_counted_over_looks():
+def test_skipped_steps_are_counted_over_several_checks():
     check = step_check(*[float("inf")] * MOST_SKIPPED, scaler=object())
-    check.look()
+    check.check()
     check.steps += step_check(float("inf"), scaler=object()).steps
     with pytest.raises(TrainingStopped, match="steps in a row"):
-        check.look()
+        check.check()
 
 
 def test_rows_of_several_files_are_named_by_file():
@@ -195,7 +197,7 @@ def test_rows_of_several_files_are_named_by_file():
 
 @pytest.fixture
 def run_out(change_output) -> Callable[[int, str, bool], None]:
-    """Lets memory run out in the N-th pass, in training or in evaluation."""
+    """Lets memory run out in the N-th micro-batch, in training or in evaluation."""
 
     def install(fails: int, where: str, training: bool = True):
         passes = 0
@@ -259,14 +261,14 @@ def test_out_of_memory_with_single_samples_ends_with_advice(flags, change_output
 
 
 def test_out_of_memory_in_a_step_of_several_processes_ends_with_advice():
-    # The others wait for the gradients of exactly one pass.
+    # The others wait for the gradients of exactly one backward pass.
     trainer = SimpleNamespace(model=SimpleNamespace(training=True), args=SimpleNamespace(world_size=2), max_tokens=100)
     trainer.state = SimpleNamespace(global_step=3)
-    groups = [[{"input_ids": [1] * 40}, {"input_ids": [1] * 50}]]
+    micro_batches = [[{"input_ids": [1] * 40}, {"input_ids": [1] * 50}]]
     with pytest.raises(TrainingStopped, match="CUDA out of memory after 3 steps, with 90 tokens at once"):
-        QLoRATrainer.make_groups_smaller(trainer, groups, "CUDA out of memory")
+        QLoRATrainer.shrink_micro_batches(trainer, micro_batches, "CUDA out of memory")
     trainer.model.training = False
-    QLoRATrainer.make_groups_smaller(trainer, groups, "CUDA out of memory")
+    QLoRATrainer.shrink_micro_batches(trainer, micro_batches, "CUDA out of memory")
     assert trainer.max_tokens == 45
 
 

@@ -1,0 +1,68 @@
+"""Folders and files that appear under their final name only when they are complete."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to write into; it is renamed to `path` at the end, and deleted where writing fails.
+
+    Raises:
+        ValueError: `path` exists.
+    """
+    target = Path(path)
+    if target.exists():
+        raise ValueError(f"--output_dir {path} exists already: name another folder, or delete it.")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    publish_folder(partial, target)
+
+
+def publish_folder(source: Path, target: Path, replaced: Path | None = None):
+    """Renames a folder to its final name, after its contents are on the disk.
+
+    Args:
+        source: the folder.
+        target: its final name, on the same file system.
+        replaced: new name of an existing `target`; without it nothing may exist under this name.
+    """
+    flush(*source.rglob("*"), source)
+    if replaced and target.exists():
+        os.rename(target, replaced)
+    os.rename(source, target)
+    flush(target.parent)
+
+
+def publish_files(source: Path, target: Path):
+    """Moves files into a folder, after they are on the disk; adapter_config.json, which marks an adapter, last."""
+    files = sorted(source.iterdir(), key=lambda path: path.name == "adapter_config.json")
+    flush(*files)
+    for path in files:
+        os.replace(path, target / path.name)
+    flush(target)
+
+
+def flush(*paths: Path):
+    """Waits until files and folders are on the disk; some file systems cannot do so for folders."""
+    for path in paths:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def write_json(path: Path, values: dict):
+    """One key a line, sorted."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

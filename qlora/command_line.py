@@ -1,0 +1,141 @@
+"""Command lines from dataclasses, without importing torch or transformers: a wrong flag is answered at once.
+
+transformers' HfArgumentParser does the same after nearly a second of imports. A field's metadata has what argparse
+takes (`help`, `choices`, `nargs`, `const`, `action`), and besides
+
+    aliases     other names that `--help` shows
+    old_names   names of an earlier release, still read but not shown
+    expert      True for a flag that only `--help_all` shows
+    hidden      True for a flag of an earlier release that has no present name, still read but not shown
+"""
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import sys
+import typing
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+Arguments = TypeVar("Arguments")
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def parse_command_line(kind: type[Arguments], args: list[str] | None = None) -> Arguments:
+    """Parses flags into a dataclass; hyphens and underscores in a flag's name are alike.
+
+    Args:
+        kind: the dataclass, whose fields are str, int, float, bool, any of these or None, or list[str].
+        args: the flags; by default those of the program.
+    Raises:
+        ValueError: an unknown flag (with the nearest known one) or a value out of range.
+        SystemExit: `--help`, or a value of another type.
+    """
+    names = flag_names(kind)
+    args = [present_name(arg, names) for arg in (sys.argv[1:] if args is None else args)]
+    parser = build_parser(kind, show_expert="--help_all" in args)
+    parsed, unknown = parser.parse_known_args(args)
+    unknown = [name for name in unknown if name.startswith("-")] or unknown
+    if unknown:
+        raise ValueError(
+            "; ".join(f"unknown argument {name}{nearest(name, shown_flags(kind))}" for name in unknown) + "."
+        )
+    for field in fields_of(kind):
+        if field.metadata.get("hidden") and getattr(parsed, field.name) is not None:
+            logger.warning("--%s is of an earlier release. %s", field.name, field.metadata["help"])
+    return kind(**vars(parsed))
+
+
+def fields_of(kind: Any) -> tuple[dataclasses.Field, ...]:
+    """The fields of a dataclass."""
+    return dataclasses.fields(kind)
+
+
+def flag_names(kind: type) -> dict[str, str]:
+    """Every name under which a flag is read -> its present name; all with underscores."""
+    names = {"--help_all": "--help_all"}
+    for field in fields_of(kind):
+        flag = f"--{field.name}"
+        names |= dict.fromkeys([flag, *field.metadata.get("aliases", ())], flag)
+        names |= dict.fromkeys([f"--{old}" for old in field.metadata.get("old_names", ())], flag)
+    return names
+
+
+def present_name(arg: str, names: dict[str, str]) -> str:
+    """An argument with its flag under its present name; as it is, if it is no known flag."""
+    flag, equals, value = arg.partition("=")
+    name = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
+    return names.get(name, flag) + equals + value
+
+
+def build_parser(kind: type, show_expert: bool) -> argparse.ArgumentParser:
+    """The parser of a dataclass."""
+    summary = (kind.__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(description=summary, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
+    types = typing.get_type_hints(kind)
+    if any(field.metadata.get("expert") for field in fields_of(kind)):
+        parser.add_argument("--help_all", action="help", help="show the flags for experts, too, and exit")
+    for field in fields_of(kind):
+        given = field.metadata
+        explicit = {name: given[name] for name in ("choices", "nargs", "const", "action") if name in given}
+        is_shown = not given.get("hidden") and (show_expert or not given.get("expert"))
+        help_or_not = help_text(field) if is_shown else argparse.SUPPRESS
+        names = [f"--{field.name}", *given.get("aliases", ())]
+        parser.add_argument(*names, **value_options(field, types[field.name]) | explicit, help=help_or_not)
+    return parser
+
+
+def value_options(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """What argparse needs to know of a field's type and default."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    options: dict[str, Any] = {"type": boolean if kinds[0] is bool else kinds[0]}
+    if "choices" not in field.metadata:
+        options["metavar"] = {int: "N", float: "X", bool: "true|false"}.get(kinds[0], "VALUE")
+    if typing.get_origin(hint) is list:
+        options["nargs"] = "+"
+    if hint is bool:  # `--plain` alone is `--plain true`
+        options |= {"nargs": "?", "const": True}
+    if field.default_factory is not dataclasses.MISSING:
+        options["default"] = field.default_factory()
+    elif field.default is not dataclasses.MISSING:
+        options["default"] = field.default
+    else:
+        options["required"] = True
+    return options
+
+
+def boolean(text: str) -> bool:
+    """`true`, `false` and the like."""
+    if text.lower() not in BOOLEANS:
+        raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+    return BOOLEANS[text.lower()]
+
+
+def help_text(field: dataclasses.Field) -> str:
+    """The help of a field with its default, where there is one."""
+    default = shown_default(field)
+    return (field.metadata["help"] + (f" (default: {default})" if default else "")).replace("%", "%%")
+
+
+def shown_default(field: dataclasses.Field) -> str:
+    """A default as the user would type it; empty where the flag has none, or where False is the default."""
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    if value is None or value is False or value is dataclasses.MISSING:
+        return ""
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def shown_flags(kind: type) -> list[str]:
+    """Every flag that `--help_all` shows, under each of its names."""
+    shown = [field for field in fields_of(kind) if not field.metadata.get("hidden")]
+    return [name for field in shown for name in (f"--{field.name}", *field.metadata.get("aliases", ()))]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """` (did you mean X?)`, or nothing where no known name is close."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {matches[0]}?)" if matches else ""
