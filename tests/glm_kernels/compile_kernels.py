@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4
+from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4, rotary
 
 HEAD = {"HEADS": 32, "HEAD_DIM": 128}
 TYPES = {
@@ -51,7 +51,7 @@ def all_kernels(capability: int) -> dict[str, int]:
     over_queries = over_keys | {"BLOCK": attention.BLOCK_M}
     decode = {"HEAD_DIM": 128, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
     launches = {
-        "rotate": (attention.rotate_kernel, HEAD | {"PAIRS": 4096}, 3),
+        "rotate": (rotary.rotate_kernel, HEAD | {"PAIRS": 4096}, 3),
         "attention": (attention.forward_kernel, over_keys, 3),
         "query gradient": (attention.query_grad_kernel, over_keys, 2),
         "key and value gradient": (attention.key_value_grad_kernel, over_queries, 2),

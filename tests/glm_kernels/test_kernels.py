@@ -15,10 +15,11 @@ from chatglm.modeling_chatglm import ResidualNorm
 from chatglm.packed_attention import attention_by_sample
 from chatglm.rotary import ChatGLMRotaryEmbedding, apply_rotary, split_and_rotate
 from glm_kernels import lora, lora_reference, nf4
-from glm_kernels.attention import PackedAttention, rotate_in_place
+from glm_kernels.attention import PackedAttention
 from glm_kernels.cross_entropy import cross_entropy_in_place
 from glm_kernels.decode_attention import decode_attention
 from glm_kernels.layer_norm import layer_norm, residual_norm_grad
+from glm_kernels.rotary import rotate_in_place
 from qlora.layers.residual import residual_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
