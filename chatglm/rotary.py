@@ -56,7 +56,7 @@ def split_and_rotate(
 
 def rotate_in_place(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int):
     """Rotary positions on the queries and keys in `projected` [B, T, 3C], by the kernel; no gradient."""
-    from glm_kernels import attention
+    from glm_kernels import rotary
 
     cos, sin = (table.reshape(-1, head_dim) for table in (cos, sin))  # [B * T, D]
-    attention.rotate_in_place(projected.flatten(0, 1), cos, sin, head_dim)
+    rotary.rotate_in_place(projected.flatten(0, 1), cos, sin, head_dim)

@@ -1,11 +1,31 @@
-"""Triton kernels. This file needs no Triton: it says where the kernels run, and the tile sizes that callers share."""
+"""Triton kernels for training and running ChatGLM-6B on NVIDIA GPUs.
+
+    attention.py         prefix-LM attention of the samples in a row, and its gradient
+    cross_entropy.py     cross-entropy, and its gradient in place of the logits
+    decode_attention.py  attention of one new token, with rotary positions and cache update
+    layer_norm.py        layer norm, and its gradient joined with that of the residual
+    lora.py              products with the LoRA matrices, with dropout; lora_reference.py in plain PyTorch
+    nf4.py               dequantization of NF4 weights
+    rotary.py            rotary positions of queries and keys, in place
+    launch.py            launches of compiled kernels with little host time
+
+This file does not import Triton: code that also runs without a GPU needs TILE and `kernels_supported` from it.
+"""
 
 import torch
 
-TILE = 64  # tokens that a program of the attention kernels works on
+# Tokens of one sample that a program of the attention kernels works on. `chatglm.packed_attention` cuts the samples
+# into tiles of this size.
+TILE = 64
 
 
-def kernels_supported(projected: torch.Tensor) -> bool:
-    """The Triton kernels are for 16-bit numbers on Ampere GPUs and newer."""
-    is_half = projected.dtype in (torch.bfloat16, torch.float16)
-    return projected.is_cuda and is_half and torch.cuda.get_device_capability(projected.device) >= (8, 0)
+def kernels_supported(tensor: torch.Tensor) -> bool:
+    """Whether the kernels support the tensor's device and dtype.
+
+    Args:
+        tensor: any shape; an activation or a weight.
+    Returns:
+        True for bf16 and fp16 on a GPU of compute capability 8.0 (Ampere) or newer.
+    """
+    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.is_cuda and is_half and torch.cuda.get_device_capability(tensor.device) >= (8, 0)

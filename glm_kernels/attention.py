@@ -1,10 +1,25 @@
-"""Triton kernels: rotary positions in place, and attention of a prefix language model over concatenated samples.
+"""Triton kernels: attention of a prefix language model over the samples concatenated in a row, and its gradient.
 
-A row holds samples one after the other; `tiles` lists the pieces of TILE tokens they are cut into, as
-(first token of the sample, tokens in it, tokens of its context, first token of the tile within the sample).
-Each program works for one head on one tile; every row belongs to a sample. The softmax is computed block by block, its
-sums in fp32.
+Formula, for each sample and head. Q, K, V are its rotated queries, rotated keys and values; key k is visible to query
+q if k <= q or k is in the context:
+    S   = D ** -0.5 * Q @ K.T               -inf where the key is not visible
+    P   = softmax(S) = exp2(S * log2(e) - lse)
+    O   = P @ V
+    lse = log2(sum over keys of exp(S))
+Gradient; P is recomputed from lse:
+    delta = sum over D of O * dO
+    dS  = P * (dO @ V.T - delta)            dV = P.T @ dO
+    dQ  = D ** -0.5 * dS @ K                dK = D ** -0.5 * dS.T @ Q
+Scores, softmax and sums are in fp32; the operands of products are in the dtype of the activations. The scores are
+scaled by log2(e), so that exp2, one GPU instruction, takes the place of exp.
 
+Shapes: T tokens of the row, H heads, D head dimension, C = H * D hidden size, TILE tokens of a program, BLOCK_N keys
+and BLOCK_M queries per iteration. The fused projection [T, 3C] is [T, H, 3, D]: query, key and value of each head.
+`tiles` [number of tiles, 4] int32: each sample is cut into tiles of TILE tokens, the last with the remainder. Columns:
+    0  first token of the sample in the row     2  tokens of the sample's context
+    1  tokens of the sample                     3  first token of the tile in the sample
+One program a head of a tile. The samples cover the row, so that the programs write every token of the outputs.
+Reference: `chatglm.packed_attention.attention_by_sample`.
 Source: "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", algorithms 1 and 2.
 """
 
@@ -16,202 +31,211 @@ import triton.language as tl
 
 from glm_kernels import TILE
 from glm_kernels.launch import launch
+from glm_kernels.rotary import rotate_in_place
 
-BLOCK_N, BLOCK_M = 32, 64  # at once, in the loops over keys and over queries
+BLOCK_N = 32  # keys per iteration, in the kernels of the output and of the query gradient
+BLOCK_M = 64  # queries per iteration, in the kernel of the key and value gradients
 LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def rotate_kernel(projected, cos, sin, sign, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
-    """Turns the query and the key of every head of one token by the angles of its position, in place."""
-    token = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, PAIRS)
-    per_head: tl.constexpr = HEAD_DIM // 2
-    there = pair < HEADS * 2 * per_head
-    head, within = pair // (2 * per_head), pair % (2 * per_head)  # within: query or key, half of the head, frequency
-    part, angle = within // per_head, within % per_head
-    half, frequency = angle // (HEAD_DIM // 4), angle % (HEAD_DIM // 4)
-    first_at = projected + token * HEADS * 3 * HEAD_DIM + head * 3 * HEAD_DIM + part * HEAD_DIM
-    first_at += half * (HEAD_DIM // 2) + frequency
-    angle_at = token * HEAD_DIM + half * (HEAD_DIM // 2) + frequency
-    c = tl.load(cos + angle_at, mask=there, other=0.0).to(tl.float32)
-    s = tl.load(sin + angle_at, mask=there, other=0.0).to(tl.float32) * sign
-    first = tl.load(first_at, mask=there, other=0.0).to(tl.float32)
-    second = tl.load(first_at + HEAD_DIM // 4, mask=there, other=0.0).to(tl.float32)
-    tl.store(first_at, (first * c - second * s).to(projected.dtype.element_ty), mask=there)
-    tl.store(first_at + HEAD_DIM // 4, (second * c + first * s).to(projected.dtype.element_ty), mask=there)
+def load_tokens(base, sample_start, index, sample_length, stride, HEAD_DIM: tl.constexpr):
+    """The vectors [N, D] of tokens `index` [N] of a sample, `stride` elements apart; zeros beyond its end."""
+    offsets = (sample_start + index).to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
+    return tl.load(base + offsets, mask=(index < sample_length)[:, None], other=0.0)  # [N, D]
 
 
 @triton.jit
-def load_rows(base, start, index, length, stride, HEAD_DIM: tl.constexpr):
-    """Rows `index` of a sample that begins at row `start`; zeros beyond its end."""
-    at = (start + index).to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
-    return tl.load(base + at, mask=(index < length)[:, None], other=0.0)
+def store_tokens(base, vectors, sample_start, index, sample_length, stride, HEAD_DIM: tl.constexpr):
+    """Stores vectors [N, D] for tokens `index` [N] of a sample, `stride` elements apart; none beyond its end."""
+    offsets = (sample_start + index).to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
+    tl.store(base + offsets, vectors.to(base.dtype.element_ty), mask=(index < sample_length)[:, None])  # [N, D]
 
 
 @triton.jit
-def store_rows(base, value, start, index, length, stride, HEAD_DIM: tl.constexpr):
-    """The counterpart of `load_rows`."""
-    at = (start + index).to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_DIM)[None, :]
-    tl.store(base + at, value.to(base.dtype.element_ty), mask=(index < length)[:, None])
+def load_tile(tiles, tile):
+    """sample_start, sample_length, context_length and the tile's first token in the sample: one row of `tiles`."""
+    columns = tiles + tile * 4
+    return tl.load(columns), tl.load(columns + 1), tl.load(columns + 2), tl.load(columns + 3)  # scalars
 
 
 @triton.jit
-def read_tile(tiles, tile):
-    """Of a tile: the first token of its sample, tokens in it, tokens of its context, first token of the tile in it."""
-    at = tiles + tile * 4
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-
-
-@triton.jit
-def visible(query_index, key_index, length, context):
-    """[queries, keys]: the key is of the same sample, and in its context or not after the query."""
-    return (key_index < length)[None, :] & (
-        (key_index[None, :] <= query_index[:, None]) | (key_index < context)[None, :]
+def prefix_lm_mask(query_index, key_index, sample_length, context_length):
+    """[M, N] bool: key_index [N] is in the sample, and either not after query_index [M] or in the context."""
+    return (key_index < sample_length)[None, :] & (
+        (key_index[None, :] <= query_index[:, None]) | (key_index < context_length)[None, :]
     )
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
-    projected, output, lse, tiles, scale, tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    projected, output, lse, tiles, log2_scale, tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp (base 2) of one tile of queries of one head."""
+    """output [T, C] and lse [H, T] for one head of one tile of queries. `tokens` is T."""
     head = tl.program_id(1)
-    start, length, context, first_query = read_tile(tiles, tl.program_id(0))
+    sample_start, sample_length, context_length, first_query = load_tile(tiles, tl.program_id(0))
     stride: tl.constexpr = HEADS * 3 * HEAD_DIM
-    queries = projected + head * 3 * HEAD_DIM
+    query_base = projected + head * 3 * HEAD_DIM
+    key_base, value_base = query_base + HEAD_DIM, query_base + 2 * HEAD_DIM
     query_index = first_query + tl.arange(0, TILE)
-    query = load_rows(queries, start, query_index, length, stride, HEAD_DIM)
-    best = tl.full([TILE], float("-inf"), tl.float32)
-    total = tl.zeros([TILE], tl.float32)
-    accumulated = tl.zeros([TILE, HEAD_DIM], tl.float32)
-    for first_key in range(0, tl.maximum(context, tl.minimum(first_query + TILE, length)), BLOCK):
-        key_index = first_key + tl.arange(0, BLOCK)
-        key = load_rows(queries + HEAD_DIM, start, key_index, length, stride, HEAD_DIM)
-        value = load_rows(queries + 2 * HEAD_DIM, start, key_index, length, stride, HEAD_DIM)
-        scores = tl.dot(query, tl.trans(key)) * scale
-        scores = tl.where(visible(query_index, key_index, length, context), scores, float("-inf"))
-        better = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - better[:, None])
-        shrink = tl.exp2(best - better)
-        total = total * shrink + tl.sum(weights, 1)
-        accumulated = accumulated * shrink[:, None] + tl.dot(weights.to(value.dtype), value)
-        best = better
-    store_rows(
-        output + head * HEAD_DIM, accumulated / total[:, None], start, query_index, length, HEADS * HEAD_DIM, HEAD_DIM
-    )
-    tl.store(lse + head * tokens + start + query_index, best + tl.log2(total), mask=query_index < length)
+    query = load_tokens(query_base, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
+    running_max = tl.full([TILE], float("-inf"), tl.float32)
+    running_sum = tl.zeros([TILE], tl.float32)
+    acc = tl.zeros([TILE, HEAD_DIM], tl.float32)
+    # Keys beyond both the context and the last query of the tile are visible to none of its queries. Key 0 is visible
+    # to all: running_max is finite after the first iteration.
+    key_end = tl.maximum(context_length, tl.minimum(first_query + TILE, sample_length))
+    for first_key in range(0, key_end, BLOCK_N):
+        key_index = first_key + tl.arange(0, BLOCK_N)
+        key = load_tokens(key_base, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [BLOCK_N, D]
+        value = load_tokens(value_base, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [BLOCK_N, D]
+        scores = tl.dot(query, tl.trans(key)) * log2_scale  # [TILE, BLOCK_N]
+        visible = prefix_lm_mask(query_index, key_index, sample_length, context_length)
+        scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(scores, 1))  # [TILE]
+        probabilities = tl.exp2(scores - new_max[:, None])  # [TILE, BLOCK_N], not yet normalized
+        rescale = tl.exp2(running_max - new_max)  # [TILE]
+        running_sum = running_sum * rescale + tl.sum(probabilities, 1)  # [TILE]
+        acc = acc * rescale[:, None] + tl.dot(probabilities.to(value.dtype), value)  # [TILE, D]
+        running_max = new_max
+    out_stride: tl.constexpr = HEADS * HEAD_DIM
+    out_base = output + head * HEAD_DIM
+    out = acc / running_sum[:, None]  # [TILE, D]
+    store_tokens(out_base, out, sample_start, query_index, sample_length, out_stride, HEAD_DIM)  # [TILE, D]
+    lse_pointers = lse + head * tokens + sample_start + query_index
+    tl.store(lse_pointers, running_max + tl.log2(running_sum), mask=query_index < sample_length)  # [TILE]
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def query_grad_kernel(
     projected, output, output_grad, lse, delta, projected_grad, tiles, scale, log2_scale, tokens,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one tile of queries, and `delta`, the sum of output x its gradient of each query."""
+    """dQ in projected_grad [T, H, 3, D], and delta [H, T], for one head of one tile of queries."""
     head = tl.program_id(1)
-    start, length, context, first_query = read_tile(tiles, tl.program_id(0))
+    sample_start, sample_length, context_length, first_query = load_tile(tiles, tl.program_id(0))
     stride: tl.constexpr = HEADS * 3 * HEAD_DIM
-    queries = projected + head * 3 * HEAD_DIM
+    query_base = projected + head * 3 * HEAD_DIM
+    key_base, value_base = query_base + HEAD_DIM, query_base + 2 * HEAD_DIM
     query_index = first_query + tl.arange(0, TILE)
-    query = load_rows(queries, start, query_index, length, stride, HEAD_DIM)
+    query = load_tokens(query_base, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
     out_stride: tl.constexpr = HEADS * HEAD_DIM
-    out_grad = load_rows(output_grad + head * HEAD_DIM, start, query_index, length, out_stride, HEAD_DIM)
-    out = load_rows(output + head * HEAD_DIM, start, query_index, length, out_stride, HEAD_DIM)
-    delta_of_query = tl.sum(out.to(tl.float32) * out_grad.to(tl.float32), 1)
-    statistics_at = head * tokens + start + query_index
-    tl.store(delta + statistics_at, delta_of_query, mask=query_index < length)
-    lse_of_query = tl.load(lse + statistics_at, mask=query_index < length, other=0.0)
-    accumulated = tl.zeros([TILE, HEAD_DIM], tl.float32)
-    for first_key in range(0, tl.maximum(context, tl.minimum(first_query + TILE, length)), BLOCK):
-        key_index = first_key + tl.arange(0, BLOCK)
-        key = load_rows(queries + HEAD_DIM, start, key_index, length, stride, HEAD_DIM)
-        value = load_rows(queries + 2 * HEAD_DIM, start, key_index, length, stride, HEAD_DIM)
-        scores = tl.dot(query, tl.trans(key)) * log2_scale
-        seen = visible(query_index, key_index, length, context)
-        weights = tl.where(seen, tl.exp2(scores - lse_of_query[:, None]), 0.0)
-        scores_grad = weights * (tl.dot(out_grad, tl.trans(value)) - delta_of_query[:, None])
-        accumulated += tl.dot(scores_grad.to(key.dtype), key)
-    store_rows(projected_grad + head * 3 * HEAD_DIM, accumulated * scale, start, query_index, length, stride, HEAD_DIM)
+    out_grad_base = output_grad + head * HEAD_DIM
+    out_grad = load_tokens(out_grad_base, sample_start, query_index, sample_length, out_stride, HEAD_DIM)  # [TILE, D]
+    out_base = output + head * HEAD_DIM
+    out = load_tokens(out_base, sample_start, query_index, sample_length, out_stride, HEAD_DIM)  # [TILE, D]
+    delta_of_query = tl.sum(out.to(tl.float32) * out_grad.to(tl.float32), 1)  # [TILE]
+    statistics_offsets = head * tokens + sample_start + query_index
+    tl.store(delta + statistics_offsets, delta_of_query, mask=query_index < sample_length)  # [TILE]
+    lse_of_query = tl.load(lse + statistics_offsets, mask=query_index < sample_length, other=0.0)  # [TILE]
+    acc = tl.zeros([TILE, HEAD_DIM], tl.float32)
+    # The same keys as in forward_kernel.
+    key_end = tl.maximum(context_length, tl.minimum(first_query + TILE, sample_length))
+    for first_key in range(0, key_end, BLOCK_N):
+        key_index = first_key + tl.arange(0, BLOCK_N)
+        key = load_tokens(key_base, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [BLOCK_N, D]
+        value = load_tokens(value_base, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [BLOCK_N, D]
+        scores = tl.dot(query, tl.trans(key)) * log2_scale  # [TILE, BLOCK_N]
+        visible = prefix_lm_mask(query_index, key_index, sample_length, context_length)
+        probabilities = tl.where(visible, tl.exp2(scores - lse_of_query[:, None]), 0.0)
+        probabilities_grad = tl.dot(out_grad, tl.trans(value))  # [TILE, BLOCK_N]
+        scores_grad = probabilities * (probabilities_grad - delta_of_query[:, None])
+        acc += tl.dot(scores_grad.to(key.dtype), key)  # [TILE, D]
+    query_grad_base = projected_grad + head * 3 * HEAD_DIM
+    store_tokens(query_grad_base, acc * scale, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def key_value_grad_kernel(
     projected, output_grad, lse, delta, projected_grad, tiles, scale, log2_scale, tokens,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one tile of keys and values, from every query that sees any of them."""
+    """dK and dV in projected_grad [T, H, 3, D], for one head of one tile of keys; delta is from query_grad_kernel."""
     head = tl.program_id(1)
-    start, length, context, first_key = read_tile(tiles, tl.program_id(0))
+    sample_start, sample_length, context_length, first_key = load_tile(tiles, tl.program_id(0))
     stride: tl.constexpr = HEADS * 3 * HEAD_DIM
-    queries = projected + head * 3 * HEAD_DIM
+    out_stride: tl.constexpr = HEADS * HEAD_DIM
+    query_base = projected + head * 3 * HEAD_DIM
+    key_base, value_base = query_base + HEAD_DIM, query_base + 2 * HEAD_DIM
     key_index = first_key + tl.arange(0, TILE)
-    key = load_rows(queries + HEAD_DIM, start, key_index, length, stride, HEAD_DIM)
-    value = load_rows(queries + 2 * HEAD_DIM, start, key_index, length, stride, HEAD_DIM)
+    key = load_tokens(key_base, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
+    value = load_tokens(value_base, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
     key_grad = tl.zeros([TILE, HEAD_DIM], tl.float32)
     value_grad = tl.zeros([TILE, HEAD_DIM], tl.float32)
-    for first_query in range(tl.where(first_key < context, 0, first_key), length, BLOCK):
-        query_index = first_query + tl.arange(0, BLOCK)
-        query = load_rows(queries, start, query_index, length, stride, HEAD_DIM)
-        out_grad = load_rows(output_grad + head * HEAD_DIM, start, query_index, length, HEADS * HEAD_DIM, HEAD_DIM)
-        statistics_at = head * tokens + start + query_index
-        lse_of_query = tl.load(lse + statistics_at, mask=query_index < length, other=0.0)
-        delta_of_query = tl.load(delta + statistics_at, mask=query_index < length, other=0.0)
-        scores = tl.dot(query, tl.trans(key)) * log2_scale
-        seen = visible(query_index, key_index, length, context) & (query_index < length)[:, None]
-        weights = tl.where(seen, tl.exp2(scores - lse_of_query[:, None]), 0.0)
-        value_grad += tl.dot(tl.trans(weights.to(out_grad.dtype)), out_grad)
-        scores_grad = weights * (tl.dot(out_grad, tl.trans(value)) - delta_of_query[:, None])
-        key_grad += tl.dot(tl.trans(scores_grad.to(query.dtype)), query)
-    grads = projected_grad + head * 3 * HEAD_DIM
-    store_rows(grads + HEAD_DIM, key_grad * scale, start, key_index, length, stride, HEAD_DIM)
-    store_rows(grads + 2 * HEAD_DIM, value_grad, start, key_index, length, stride, HEAD_DIM)
-
-
-def rotate_in_place(
-    projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int, inverse: bool = False
-):
-    """Rotates queries and keys of `projected` [T, 3C] by cos, sin [T, D]; `inverse` undoes it."""
-    heads = projected.shape[-1] // (3 * head_dim)
-    pairs = triton.next_power_of_2(heads * head_dim)
-    sign = -1.0 if inverse else 1.0
-    shape = {"HEADS": heads, "HEAD_DIM": head_dim, "PAIRS": pairs}
-    launch(rotate_kernel, (len(projected),), projected, cos, sin, sign, **shape, num_warps=8)
+    # If the tile has keys of the context, all queries of the sample see those; if not, only queries from first_key on.
+    for first_query in range(tl.where(first_key < context_length, 0, first_key), sample_length, BLOCK_M):
+        query_index = first_query + tl.arange(0, BLOCK_M)
+        query = load_tokens(query_base, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [BLOCK_M, D]
+        out_grad_base = output_grad + head * HEAD_DIM
+        # [BLOCK_M, D]
+        out_grad = load_tokens(out_grad_base, sample_start, query_index, sample_length, out_stride, HEAD_DIM)
+        statistics_offsets = head * tokens + sample_start + query_index
+        in_range = query_index < sample_length
+        lse_of_query = tl.load(lse + statistics_offsets, mask=in_range, other=0.0)  # [BLOCK_M]
+        delta_of_query = tl.load(delta + statistics_offsets, mask=in_range, other=0.0)  # [BLOCK_M]
+        scores = tl.dot(query, tl.trans(key)) * log2_scale  # [BLOCK_M, TILE]
+        # prefix_lm_mask bounds the keys only. Queries beyond the sample must not add to the gradients.
+        visible = prefix_lm_mask(query_index, key_index, sample_length, context_length) & in_range[:, None]
+        probabilities = tl.where(visible, tl.exp2(scores - lse_of_query[:, None]), 0.0)
+        value_grad += tl.dot(tl.trans(probabilities.to(out_grad.dtype)), out_grad)  # [TILE, D]
+        probabilities_grad = tl.dot(out_grad, tl.trans(value))  # [BLOCK_M, TILE]
+        scores_grad = probabilities * (probabilities_grad - delta_of_query[:, None])
+        key_grad += tl.dot(tl.trans(scores_grad.to(query.dtype)), query)  # [TILE, D]
+    grad_base = projected_grad + head * 3 * HEAD_DIM  # query, key and value gradient are D apart
+    key_grad_base = grad_base + HEAD_DIM
+    key_grad *= scale
+    store_tokens(key_grad_base, key_grad, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
+    value_grad_base = grad_base + 2 * HEAD_DIM
+    store_tokens(value_grad_base, value_grad, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
 
 
 class PackedAttention(torch.autograd.Function):
-    """Rotary positions and attention. `projected` is overwritten: queries and keys in it are rotated afterwards."""
+    """Rotary positions, then prefix-LM attention within each sample of a row."""
 
     @staticmethod
     def forward(ctx, projected, cos, sin, tiles, head_dim):
+        """Output of the attention.
+
+        Args:
+            projected: [T, 3C], bf16 or fp16, contiguous. Its queries and keys are rotated in place, and it is saved
+                for the backward pass: no other operation may need it as it was.
+            cos: [T, D], contiguous.
+            sin: [T, D], contiguous.
+            tiles: [number of tiles, 4], int32, contiguous; see the top of this file.
+            head_dim: D, a power of 2.
+        Returns:
+            [T, C], in the dtype of `projected`.
+        """
         heads = projected.shape[-1] // (3 * head_dim)
-        shape = {"HEADS": heads, "HEAD_DIM": head_dim, "TILE": TILE}
+        constants = {"HEADS": heads, "HEAD_DIM": head_dim, "TILE": TILE}
         rotate_in_place(projected, cos, sin, head_dim)
         output = projected.new_empty(len(projected), heads * head_dim)
         lse = torch.empty(heads, len(projected), dtype=torch.float32, device=projected.device)
         launch(
             forward_kernel, (len(tiles), heads), projected, output, lse, tiles, head_dim**-0.5 * LOG2_E,
-            len(projected), **shape, BLOCK=BLOCK_N, num_stages=3,
+            len(projected), **constants, BLOCK_N=BLOCK_N, num_stages=3,
         )  # fmt: skip
         ctx.save_for_backward(projected, cos, sin, tiles, output, lse)
-        ctx.shape = shape
+        ctx.constants = constants
         return output
 
     @staticmethod
     def backward(ctx, output_grad):
+        """[T, C] -> [T, 3C], the gradient of the fused projection before its rotation."""
         projected, cos, sin, tiles, output, lse = ctx.saved_tensors
         output_grad = output_grad.contiguous()
         grad, delta = torch.empty_like(projected), torch.empty_like(lse)
-        head_dim, grid = ctx.shape["HEAD_DIM"], (len(tiles), ctx.shape["HEADS"])
+        head_dim, grid = ctx.constants["HEAD_DIM"], (len(tiles), ctx.constants["HEADS"])
         scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E, len(projected))
+        # In this order: the first kernel stores delta, the second loads it.
         launch(
-            query_grad_kernel, grid, projected, output, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape,
-            BLOCK=BLOCK_N, num_stages=2,
+            query_grad_kernel, grid, projected, output, output_grad, lse, delta, grad, tiles, *scales,
+            **ctx.constants, BLOCK_N=BLOCK_N, num_stages=2,
         )  # fmt: skip
         launch(
-            key_value_grad_kernel, grid, projected, output_grad, lse, delta, grad, tiles, *scales, **ctx.shape,
-            BLOCK=BLOCK_M, num_stages=2,
+            key_value_grad_kernel, grid, projected, output_grad, lse, delta, grad, tiles, *scales,
+            **ctx.constants, BLOCK_M=BLOCK_M, num_stages=2,
         )  # fmt: skip
         rotate_in_place(grad, cos, sin, head_dim, inverse=True)
         return grad, None, None, None, None

@@ -1,4 +1,16 @@
-"""Triton kernel: cross-entropy and its gradient, which takes the place of the logits."""
+"""Triton kernel: cross-entropy of logits, and its gradient in place of the logits.
+
+Formula, for each row x [V] of logits with label y:
+    log_sum_exp = log(sum(exp(x)))
+    loss        = log_sum_exp - x[y]
+    x           = exp(x - log_sum_exp) - one_hot(y)         with GRADIENT: the gradient of the sum of the losses
+Computed in fp32. The sum is an online softmax: a running maximum and a running sum that is rescaled when the maximum
+grows, so that one pass over the logits computes both.
+
+Shapes: N rows, V vocabulary size, BLOCK logits of a row per iteration. One program a row.
+Reference: `torch.nn.functional.cross_entropy`, and `chatglm.loss.cross_entropy_in_place` on the CPU.
+Source: "Online normalizer calculation for softmax", algorithm 3.
+"""
 
 import torch
 import triton
@@ -6,41 +18,50 @@ import triton.language as tl
 
 from glm_kernels.launch import launch
 
-BLOCK = 8192  # logits of a row at once
+BLOCK = 8192  # logits of a row per iteration
 
 
 @triton.jit
-def cross_entropy_kernel(logits, labels, losses, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """One row: its loss, and in place of its logits softmax - one-hot."""
-    row = tl.program_id(0).to(tl.int64)
-    base = logits + row * vocabulary
-    label = tl.load(labels + row)
-    target = tl.load(base + label).to(tl.float32)  # before its place is overwritten
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, vocabulary, BLOCK):
+def cross_entropy_kernel(logits, labels, losses, vocab_size, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Loss of one row, and with GRADIENT its gradient in place of the logits."""
+    row = tl.program_id(0).to(tl.int64)  # int64, because row * V may pass 2**31
+    row_base = logits + row * vocab_size
+    label = tl.load(labels + row)  # scalar
+    label_logit = tl.load(row_base + label).to(tl.float32)  # scalar, read before the gradient overwrites it
+    # Each of the BLOCK elements has a maximum and a sum of its own; they are reduced to one after the loop.
+    running_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    running_sum = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, vocab_size, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        value = tl.load(base + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
-        better = tl.maximum(best, value)
-        # A lane that has seen nothing yet has -inf for its best, and -inf - -inf is no number.
-        total = total * tl.where(best == better, 1.0, tl.exp(best - better)) + tl.where(
-            value == float("-inf"), 0.0, tl.exp(value - better)
-        )
-        best = better
-    top = tl.max(best, 0)
-    log_normalizer = top + tl.log(tl.sum(tl.where(best == float("-inf"), 0.0, total * tl.exp(best - top)), 0))
-    tl.store(losses + row, log_normalizer - target)
+        logit = tl.load(row_base + index, mask=index < vocab_size, other=float("-inf")).to(tl.float32)  # [BLOCK]
+        new_max = tl.maximum(running_max, logit)
+        # new_max is -inf until the first finite logit. `where` excludes that case, because -inf - -inf is NaN.
+        rescale = tl.where(running_max == new_max, 1.0, tl.exp(running_max - new_max))
+        running_sum = running_sum * rescale + tl.where(logit == float("-inf"), 0.0, tl.exp(logit - new_max))
+        running_max = new_max
+    row_max = tl.max(running_max, 0)  # scalar
+    rescaled_sum = tl.where(running_max == float("-inf"), 0.0, running_sum * tl.exp(running_max - row_max))
+    log_sum_exp = row_max + tl.log(tl.sum(rescaled_sum, 0))  # scalar
+    tl.store(losses + row, log_sum_exp - label_logit)  # scalar
     if GRADIENT:
-        for first in range(0, vocabulary, BLOCK):
+        for first in range(0, vocab_size, BLOCK):
             index = first + tl.arange(0, BLOCK)
-            value = tl.load(base + index, mask=index < vocabulary, other=0.0).to(tl.float32)
-            grad = tl.exp(value - log_normalizer) - tl.where(index == label, 1.0, 0.0)
-            tl.store(base + index, grad.to(logits.dtype.element_ty), mask=index < vocabulary)
+            logit = tl.load(row_base + index, mask=index < vocab_size, other=0.0).to(tl.float32)  # [BLOCK]
+            grad = tl.exp(logit - log_sum_exp) - tl.where(index == label, 1.0, 0.0)
+            tl.store(row_base + index, grad.to(logits.dtype.element_ty), mask=index < vocab_size)  # [BLOCK]
 
 
 def cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, gradient: bool) -> torch.Tensor:
-    """Losses of the rows, [N] fp32; with `gradient`, logits [N, V] become the gradient of their sum."""
+    """Cross-entropy of each row; with `gradient`, the logits are replaced by the gradient of the sum of the losses.
+
+    Args:
+        logits: [N, V], contiguous; overwritten with `gradient`.
+        labels: [N], long, each in 0 .. V - 1; -100 is not ignored.
+        gradient: compute the gradient too.
+    Returns:
+        [N], fp32, in nats.
+    """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    shape = {"GRADIENT": gradient, "BLOCK": BLOCK, "num_warps": 16}
-    launch(cross_entropy_kernel, (len(logits),), logits, labels, losses, logits.shape[1], **shape)
+    constants = {"GRADIENT": gradient, "BLOCK": BLOCK, "num_warps": 16}
+    launch(cross_entropy_kernel, (len(logits),), logits, labels, losses, logits.shape[1], **constants)
     return losses

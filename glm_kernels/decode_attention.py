@@ -1,6 +1,16 @@
-"""Triton kernel: one decoding step of attention, from the fused projection to the output, for one head of one row.
+"""Triton kernel: attention of one new token a row, from the fused projection to the output, with the cache update.
 
-It rotates query and key, writes key and value into the cache, and attends to what the cache holds.
+Formula, for each row and head; t is the cache position of the new token, `rotary` is that of `glm_kernels.rotary`:
+    q, k, v   = rotary(query), rotary(key), value       of the fused projection
+    keys[t]   = k          values[t] = v
+    score[j]  = D ** -0.5 * q . keys[j]                 for j = t, and for j < t with visible[j]; else -inf
+    output    = sum over j of softmax(score)[j] * values[j]
+Computed in fp32; the scores are scaled by log2(e), so that exp2 takes the place of exp.
+
+Shapes: B rows, H heads, S positions in the cache, D head dimension, C = H * D hidden size, BLOCK keys per iteration.
+The fused projection [B, 3C] is [B, H, 3, D]: query, key and value of each head. One program a head of a row.
+Reference: `chatglm.rotary.split_and_rotate`, and `torch.nn.functional.scaled_dot_product_attention` over the cache.
+Source: "Online normalizer calculation for softmax", its parallel form.
 """
 
 import math
@@ -11,59 +21,65 @@ import triton.language as tl
 
 from glm_kernels.launch import launch
 
-BLOCK, STAGES = 64, 3  # keys at once, and loads in flight
+BLOCK, STAGES = 64, 3  # keys per iteration; iterations whose loads are in flight at once
 
 
 @triton.jit
-def rotated(base, cos, sin, HEAD_DIM: tl.constexpr):
-    """A query or key [D] turned by its position, rounded as the cache holds it."""
-    dim = tl.arange(0, HEAD_DIM)
-    first = dim % (HEAD_DIM // 2) < HEAD_DIM // 4
-    partner = tl.where(first, dim + HEAD_DIM // 4, dim - HEAD_DIM // 4)
-    turned = tl.load(base + partner).to(tl.float32) * tl.where(first, -1.0, 1.0)
-    result = tl.load(base + dim).to(tl.float32) * tl.load(cos + dim).to(tl.float32)
-    return (result + turned * tl.load(sin + dim).to(tl.float32)).to(base.dtype.element_ty)
+def load_rotated(x, cos, sin, HEAD_DIM: tl.constexpr):
+    """x * cos + rotate_half(x) * sin of a query or key x [D], in the dtype of the cache; rotate_half within D/2."""
+    dim = tl.arange(0, HEAD_DIM)  # [D]
+    is_first = dim % (HEAD_DIM // 2) < HEAD_DIM // 4  # of a pair (first, second), D/4 elements apart
+    partner = tl.where(is_first, dim + HEAD_DIM // 4, dim - HEAD_DIM // 4)
+    rotated_half = tl.load(x + partner).to(tl.float32) * tl.where(is_first, -1.0, 1.0)  # [D]
+    result = tl.load(x + dim).to(tl.float32) * tl.load(cos + dim).to(tl.float32)  # [D], [D]
+    return (result + rotated_half * tl.load(sin + dim).to(tl.float32)).to(x.dtype.element_ty)  # [D]
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def decode_attention_kernel(
-    projected, cos, sin, keys, values, visible, cache_position, output, scale, capacity,
+    projected, cos, sin, keys, values, visible, cache_position, output, log2_scale, capacity,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Output of one head of one row. `capacity` is S; `log2_scale` is D ** -0.5 * log2(e)."""
     row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    past = tl.load(cache_position)
-    dim = tl.arange(0, HEAD_DIM)
-    own = projected + (row * heads + head) * 3 * HEAD_DIM
-    cache = (row * heads + head) * capacity * HEAD_DIM
-    query = rotated(own, cos + row * HEAD_DIM, sin + row * HEAD_DIM, HEAD_DIM).to(tl.float32) * scale
-    key = rotated(own + HEAD_DIM, cos + row * HEAD_DIM, sin + row * HEAD_DIM, HEAD_DIM)
-    value = tl.load(own + 2 * HEAD_DIM + dim)
-    tl.store(keys + cache + past * HEAD_DIM + dim, key)
-    tl.store(values + cache + past * HEAD_DIM + dim, value)
-    # Each of BLOCK lanes takes every BLOCK-th key and keeps a softmax of its own, so that lanes need not wait for each
-    # other before the end. The token itself begins the first lane: what has just been written is not read back.
-    lane = tl.arange(0, BLOCK)
-    best = tl.where(lane == 0, tl.sum(query * key.to(tl.float32), 0), float("-inf"))
-    total = tl.where(lane == 0, 1.0, 0.0)
-    accumulated = total[:, None] * value.to(tl.float32)[None, :]
-    for first in tl.range(0, past, BLOCK, num_stages=STAGES):
-        index = first + lane
-        there = index < past
-        seen = tl.load(visible + row * capacity + index, mask=there, other=0) != 0
-        at = cache + index[:, None] * HEAD_DIM + dim[None, :]
-        tile = tl.load(keys + at, mask=there[:, None], other=0.0)
-        value_tile = tl.load(values + at, mask=there[:, None], other=0.0)
-        scores = tl.where(seen, tl.sum(tile.to(tl.float32) * query[None, :], 1), float("-inf"))
-        better = tl.maximum(best, scores)
-        seen_any = better > float("-inf")  # a lane that has seen nothing has no scale: -inf - -inf is no number
-        weights = tl.where(seen_any, tl.exp2(scores - better), 0.0)
-        shrink = tl.where(seen_any, tl.exp2(best - better), 0.0)
-        accumulated = accumulated * shrink[:, None] + value_tile.to(tl.float32) * weights[:, None]
-        total = total * shrink + weights
-        best = better
-    factor = tl.exp2(best - tl.max(best, 0))
-    result = tl.sum(accumulated * factor[:, None], 0) / tl.sum(total * factor, 0)
-    tl.store(output + (row * heads + head) * HEAD_DIM + dim, result.to(output.dtype.element_ty))
+    past_length = tl.load(cache_position)  # scalar: tokens in the cache before the new one
+    dim = tl.arange(0, HEAD_DIM)  # [D]
+    head_base = projected + (row * heads + head) * 3 * HEAD_DIM  # query at 0, key at D, value at 2D
+    cache_offset = (row * heads + head) * capacity * HEAD_DIM
+    query = load_rotated(head_base, cos + row * HEAD_DIM, sin + row * HEAD_DIM, HEAD_DIM)  # [D]
+    query = query.to(tl.float32) * log2_scale
+    key = load_rotated(head_base + HEAD_DIM, cos + row * HEAD_DIM, sin + row * HEAD_DIM, HEAD_DIM)  # [D]
+    value = tl.load(head_base + 2 * HEAD_DIM + dim)  # [D]
+    tl.store(keys + cache_offset + past_length * HEAD_DIM + dim, key)  # [D]
+    tl.store(values + cache_offset + past_length * HEAD_DIM + dim, value)  # [D]
+    # Lane i computes a partial softmax over the keys i, i + BLOCK, i + 2 * BLOCK and so on. An iteration then needs no
+    # reduction over keys; the lanes are combined after the loop. Lane 0 starts with the new token, whose key and value
+    # are in registers, so that the loop does not read back what was just stored.
+    lane = tl.arange(0, BLOCK)  # [BLOCK]
+    running_max = tl.where(lane == 0, tl.sum(query * key.to(tl.float32), 0), float("-inf"))  # [BLOCK], sum: scalar
+    running_sum = tl.where(lane == 0, 1.0, 0.0)  # [BLOCK]
+    acc = running_sum[:, None] * value.to(tl.float32)[None, :]  # [BLOCK, D]
+    for first_key in tl.range(0, past_length, BLOCK, num_stages=STAGES):
+        key_index = first_key + lane
+        in_range = key_index < past_length
+        is_visible = tl.load(visible + row * capacity + key_index, mask=in_range, other=0) != 0  # [BLOCK]
+        offsets = cache_offset + key_index[:, None] * HEAD_DIM + dim[None, :]
+        key_block = tl.load(keys + offsets, mask=in_range[:, None], other=0.0)  # [BLOCK, D]
+        value_block = tl.load(values + offsets, mask=in_range[:, None], other=0.0)  # [BLOCK, D]
+        scores = tl.sum(key_block.to(tl.float32) * query[None, :], 1)  # [BLOCK]
+        scores = tl.where(is_visible, scores, float("-inf"))
+        new_max = tl.maximum(running_max, scores)
+        # A lane's maximum is -inf until its first visible key. `where` excludes that case: -inf - -inf is NaN.
+        has_key = new_max > float("-inf")
+        probabilities = tl.where(has_key, tl.exp2(scores - new_max), 0.0)  # [BLOCK], not yet normalized
+        rescale = tl.where(has_key, tl.exp2(running_max - new_max), 0.0)
+        acc = acc * rescale[:, None] + value_block.to(tl.float32) * probabilities[:, None]
+        running_sum = running_sum * rescale + probabilities
+        running_max = new_max
+    # Lane 0 has at least the new token: the maximum over the lanes is finite.
+    lane_rescale = tl.exp2(running_max - tl.max(running_max, 0))  # [BLOCK], max: scalar
+    result = tl.sum(acc * lane_rescale[:, None], 0) / tl.sum(running_sum * lane_rescale, 0)  # [D] / scalar
+    tl.store(output + (row * heads + head) * HEAD_DIM + dim, result.to(output.dtype.element_ty))  # [D]
 
 
 def decode_attention(
@@ -75,16 +91,18 @@ def decode_attention(
     visible: torch.Tensor,
     cache_position: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of one new token a row; S positions in the cache.
+    """Attention of one new token a row, over the cache and itself.
 
     Args:
-        projected: [B, 3C], query, key and value of each head side by side, not rotated.
-        cos, sin: [B, D], of the tokens' positions.
-        keys, values: [B, H, S, D], contiguous; the new ones are written into them.
-        visible: [B, S], bool: what may be seen of the positions before `cache_position`.
-        cache_position: one long number on the device, where the new ones go.
+        projected: [B, 3C], contiguous: query, key and value of each head, not rotated.
+        cos: [B, D], contiguous, of the new tokens' positions.
+        sin: [B, D], contiguous.
+        keys: [B, H, S, D], contiguous, rotated; the new key is written at `cache_position`.
+        values: [B, H, S, D], contiguous; the new value is written at `cache_position`.
+        visible: [B, S], bool, contiguous: which keys before `cache_position` count.
+        cache_position: one long number on the device, below S; the same for all rows.
     Returns:
-        [B, C].
+        [B, C], in the dtype of `projected`.
     """
     B, H, S, D = keys.shape
     output = projected.new_empty(B, H * D)

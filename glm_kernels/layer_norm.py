@@ -1,6 +1,15 @@
-"""Triton kernels: layer norm, and its gradient joined with that of the residual beside it.
+"""Triton kernels: layer norm, and its gradient joined with that of the residual.
 
-One program a row of C columns; the statistics are fp32.
+Formula, for each vector x [C]; means are over C, statistics in fp32:
+    x_hat   = (x - mean(x)) * rstd          rstd = 1 / sqrt(mean((x - mean(x)) ** 2) + eps)
+    norm(x) = x_hat * weight + bias
+Gradient of x in sum = residual_scale * norm(x) + branch(norm(x)); weight and bias are frozen:
+    x_hat_grad = (branch_grad + residual_scale * sum_grad) * weight
+    x_grad     = (x_hat_grad - mean(x_hat_grad) - x_hat * mean(x_hat_grad * x_hat)) * rstd
+
+Shapes: C hidden size, BLOCK = C rounded up to a power of 2. One program a vector.
+Reference: `torch.nn.functional.layer_norm` and its autograd.
+Source: "Layer Normalization", section 3.
 """
 
 import torch
@@ -11,70 +20,85 @@ from glm_kernels.launch import launch
 
 
 @triton.jit
-def normalize(row, index, columns, eps, BLOCK: tl.constexpr):
-    """A row without mean and deviation, and 1 / deviation; zeros beyond its end."""
-    there = index < columns
-    value = tl.load(row + index, mask=there, other=0.0).to(tl.float32)
-    centred = tl.where(there, value - tl.sum(value, 0) / columns, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, 0) / columns + eps)
-    return centred * scale, scale
+def normalize(x, index, hidden_size, eps, BLOCK: tl.constexpr):
+    """x_hat [BLOCK] and rstd (scalar) of one vector, fp32; x_hat is zero where index >= C."""
+    in_range = index < hidden_size
+    value = tl.load(x + index, mask=in_range, other=0.0).to(tl.float32)  # [BLOCK]
+    # Zero beyond C, so that those elements do not count in the variance.
+    centred = tl.where(in_range, value - tl.sum(value, 0) / hidden_size, 0.0)  # [BLOCK], sum: scalar
+    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / hidden_size + eps)  # scalar
+    return centred * rstd, rstd
 
 
 @triton.jit
-def norm_kernel(rows, weight, bias, output, eps, columns, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * columns
+def norm_kernel(x, weight, bias, output, eps, hidden_size, BLOCK: tl.constexpr):
+    """output = norm(x) for one vector."""
+    offset = tl.program_id(0).to(tl.int64) * hidden_size  # of the vector
     index = tl.arange(0, BLOCK)
-    there = index < columns
-    normed, _ = normalize(rows + row, index, columns, eps, BLOCK)
-    scale = tl.load(weight + index, mask=there, other=0.0).to(tl.float32)
-    shift = tl.load(bias + index, mask=there, other=0.0).to(tl.float32)
-    tl.store(output + row + index, (normed * scale + shift).to(output.dtype.element_ty), mask=there)
+    in_range = index < hidden_size
+    x_hat, _ = normalize(x + offset, index, hidden_size, eps, BLOCK)  # [BLOCK]
+    w = tl.load(weight + index, mask=in_range, other=0.0).to(tl.float32)  # [BLOCK]
+    b = tl.load(bias + index, mask=in_range, other=0.0).to(tl.float32)  # [BLOCK]
+    tl.store(output + offset + index, (x_hat * w + b).to(output.dtype.element_ty), mask=in_range)  # [BLOCK]
 
 
 @triton.jit
-def norm_grad_kernel(rows, weight, branch_grad, sum_grad, grad, eps, residual_scale, columns, BLOCK: tl.constexpr):
-    """Gradient of x in `residual_scale * norm(x) + branch(norm(x))`."""
-    row = tl.program_id(0).to(tl.int64) * columns
+def norm_grad_kernel(x, weight, branch_grad, sum_grad, x_grad, eps, residual_scale, hidden_size, BLOCK: tl.constexpr):
+    """Gradient of one vector x in sum = residual_scale * norm(x) + branch(norm(x))."""
+    offset = tl.program_id(0).to(tl.int64) * hidden_size  # of the vector
     index = tl.arange(0, BLOCK)
-    there = index < columns
-    normed, inverse_deviation = normalize(rows + row, index, columns, eps, BLOCK)
-    by_branch = tl.load(branch_grad + row + index, mask=there, other=0.0).to(tl.float32)
-    by_sum = tl.load(sum_grad + row + index, mask=there, other=0.0).to(tl.float32)
-    scale = tl.load(weight + index, mask=there, other=0.0).to(tl.float32)
-    wanted = (by_branch + residual_scale * by_sum) * scale
-    along = tl.sum(wanted * normed, 0) / columns
-    result = (wanted - tl.sum(wanted, 0) / columns - normed * along) * inverse_deviation
-    tl.store(grad + row + index, result.to(grad.dtype.element_ty), mask=there)
+    in_range = index < hidden_size
+    x_hat, rstd = normalize(x + offset, index, hidden_size, eps, BLOCK)  # [BLOCK], scalar
+    from_branch = tl.load(branch_grad + offset + index, mask=in_range, other=0.0).to(tl.float32)  # [BLOCK]
+    from_sum = tl.load(sum_grad + offset + index, mask=in_range, other=0.0).to(tl.float32)  # [BLOCK]
+    w = tl.load(weight + index, mask=in_range, other=0.0).to(tl.float32)  # [BLOCK]
+    x_hat_grad = (from_branch + residual_scale * from_sum) * w  # [BLOCK]
+    mean_product = tl.sum(x_hat_grad * x_hat, 0) / hidden_size  # scalar
+    result = (x_hat_grad - tl.sum(x_hat_grad, 0) / hidden_size - x_hat * mean_product) * rstd  # [BLOCK], sum: scalar
+    tl.store(x_grad + offset + index, result.to(x_grad.dtype.element_ty), mask=in_range)  # [BLOCK]
 
 
-def layer_norm(rows: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
-    """[..., C] -> [..., C] in the type of `rows`."""
-    rows, columns = rows.contiguous(), rows.shape[-1]
-    output = torch.empty_like(rows)
-    block = triton.next_power_of_2(columns)
-    grid = (rows.numel() // columns,)
-    launch(norm_kernel, grid, rows, norm.weight, norm.bias, output, norm.eps, columns, BLOCK=block, num_warps=8)
+def layer_norm(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
+    """Layer norm over the last dimension.
+
+    Args:
+        x: [..., C].
+        norm: its weight and bias are [C].
+    Returns:
+        [..., C], in the dtype of `x`.
+    """
+    x, hidden_size = x.contiguous(), x.shape[-1]
+    output = torch.empty_like(x)
+    block = triton.next_power_of_2(hidden_size)
+    grid = (x.numel() // hidden_size,)
+    launch(norm_kernel, grid, x, norm.weight, norm.bias, output, norm.eps, hidden_size, BLOCK=block, num_warps=8)
     return output
 
 
 def residual_norm_grad(
-    rows: torch.Tensor, norm: torch.nn.LayerNorm, branch_grad: torch.Tensor, sum_grad: torch.Tensor, scale: float
+    x: torch.Tensor,
+    norm: torch.nn.LayerNorm,
+    branch_grad: torch.Tensor,
+    sum_grad: torch.Tensor,
+    residual_scale: float,
 ) -> torch.Tensor:
-    """Gradient of x in `sum = scale * norm(x) + branch(norm(x))`.
+    """Gradient of x in sum = residual_scale * norm(x) + branch(norm(x)).
 
     Args:
-        rows: x, [..., C].
-        norm: its weight and bias are constant.
-        branch_grad: [..., C], gradient of the branch's input.
+        x: [..., C], contiguous.
+        norm: frozen; its weight is [C].
+        branch_grad: [..., C], gradient of the branch's input, norm(x).
         sum_grad: [..., C], gradient of the sum.
-        scale: of the residual.
+        residual_scale: factor of norm(x) in the sum.
+    Returns:
+        [..., C], in the dtype of `x`.
     """
-    columns = rows.shape[-1]
-    grad = torch.empty_like(rows)
+    hidden_size = x.shape[-1]
+    x_grad = torch.empty_like(x)
     branch_grad, sum_grad = branch_grad.contiguous(), sum_grad.contiguous()
-    block = triton.next_power_of_2(columns)
+    block = triton.next_power_of_2(hidden_size)
     launch(
-        norm_grad_kernel, (rows.numel() // columns,), rows, norm.weight, branch_grad, sum_grad, grad, norm.eps, scale,
-        columns, BLOCK=block, num_warps=8,
+        norm_grad_kernel, (x.numel() // hidden_size,), x, norm.weight, branch_grad, sum_grad, x_grad, norm.eps,
+        residual_scale, hidden_size, BLOCK=block, num_warps=8,
     )  # fmt: skip
-    return grad
+    return x_grad

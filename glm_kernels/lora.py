@@ -1,9 +1,17 @@
-"""Triton kernels for the adapter's thin matrices, with the dropout before them.
+"""Triton kernels: the products with LoRA's low-rank matrices, with the dropout before them.
 
-A thin matrix has r rows, a few; a matrix product with it is as fast as the other operand can be read, once. Dropout
-is a hash of seed and index, so that the backward pass repeats it without a mask in memory.
+Formula; weight [r, N] is A [r, in] or B.T [r, out], p is the dropout probability:
+    lora_down:         low_rank [T, r]    = scale * dropout(x) @ weight.T
+    lora_up_add:       output [T, N]      = output + scale * dropout(low_rank @ weight)
+    lora_weight_grad:  weight_grad [r, N] = scale * low_rank.T @ dropout(x)
+    dropout(x) = x * mask / (1 - p)         mask[i] = hash(i, seed) >= p * 2**32, i = token * N + feature
+The hash makes the mask a function of the seed: the backward pass recomputes it, and no mask is stored. r is small, so
+that each product takes about as long as reading or writing the matrix [T, N] once.
 
-Shapes: T tokens, N features, R the rank padded to what a matrix instruction needs.
+Shapes: T tokens, N features, r rank, R = r rounded up to a power of 2 and to 16, the least that `tl.dot` takes.
+A program's tile is TOKENS x FEATURES; SPLITS programs share the sum over the tokens of a weight gradient.
+Reference: `glm_kernels.lora_reference`.
+Source: "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; the hash is MurmurHash3's 32-bit finalizer.
 """
 
 import torch
@@ -12,14 +20,15 @@ import triton.language as tl
 
 from glm_kernels.launch import launch
 
-TOKENS, SPLITS = 32, 8
-UP_FEATURES, GRAD_FEATURES = 128, 64
-DOWN_TILE = 4096  # numbers of the thin matrix at once: more do not fit the shared memory of consumer GPUs
+TOKENS = 32  # tokens of a tile, in every kernel
+SPLITS = 8  # programs that share the sum over the tokens, in lora_weight_grad
+UP_FEATURES, GRAD_FEATURES = 128, 64  # features of a tile, in lora_up_add and in lora_weight_grad
+DOWN_TILE = 4096  # elements of a tile of the weight in lora_down: more exceed the shared memory of consumer GPUs
 
 
 @triton.jit
-def keep(index, seed, threshold):
-    """True for an index that dropout keeps: a hash of it (MurmurHash3's mixer) is at least `threshold`."""
+def keep_mask(index, seed, threshold):
+    """Whether dropout keeps the elements `index`: their hash is at least `threshold`, p * 2**32. Shape of `index`."""
     h = index.to(tl.uint32) * 0x9E3779B1 ^ seed.to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
@@ -27,108 +36,150 @@ def keep(index, seed, threshold):
 
 
 @triton.jit
-def load_dropped(base, token, feature, tokens, features, seed, threshold, DROPOUT: tl.constexpr):
-    """A tile [tokens, features] of a matrix, zero where dropout drops or beyond the end; not scaled up."""
+def load_with_dropout(x, token, feature, tokens, features, seed, threshold, DROPOUT: tl.constexpr):
+    """A tile [TOKENS, FEATURES] of x [T, N]; zero where dropped or out of range. `scale` includes 1 / (1 - p)."""
     index = token.to(tl.int64)[:, None] * features + feature[None, :]
-    there = (token < tokens)[:, None] & (feature < features)[None, :]
+    mask = (token < tokens)[:, None] & (feature < features)[None, :]
     if DROPOUT:
-        there = there & keep(index, seed, threshold)
-    return tl.load(base + index, mask=there, other=0.0)
+        mask = mask & keep_mask(index, seed, threshold)
+    return tl.load(x + index, mask=mask, other=0.0)  # [TOKENS, FEATURES]
 
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
 def lora_down_kernel(
-    rows, thin, output, factor, seed, threshold, tokens, features, rank,
+    x, weight, low_rank, scale, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """output [T, r] = factor * dropped(rows) [T, N] @ thin [r, N].T"""
+    """low_rank [T, r] = scale * dropout(x [T, N]) @ weight [r, N].T, for TOKENS tokens."""
     token, r = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, R)
-    accumulated = tl.zeros([TOKENS, R], tl.float32)
-    for first in range(0, features, FEATURES):
-        feature = first + tl.arange(0, FEATURES)
-        tile = load_dropped(rows, token, feature, tokens, features, seed, threshold, DROPOUT)
+    acc = tl.zeros([TOKENS, R], tl.float32)
+    for first_feature in range(0, features, FEATURES):
+        feature = first_feature + tl.arange(0, FEATURES)
+        x_tile = load_with_dropout(x, token, feature, tokens, features, seed, threshold, DROPOUT)  # [TOKENS, FEATURES]
         mask = (r < rank)[None, :] & (feature < features)[:, None]
-        thin_tile = tl.load(thin + r[None, :] * features + feature[:, None], mask=mask, other=0.0)
-        accumulated += tl.dot(tile, thin_tile.to(tile.dtype))
-    at = token[:, None] * rank + r[None, :]
+        # Loaded transposed, as the product needs it.
+        weight_tile = tl.load(weight + r[None, :] * features + feature[:, None], mask=mask, other=0.0)  # [FEATURES, R]
+        acc += tl.dot(x_tile, weight_tile.to(x_tile.dtype))  # [TOKENS, R]
+    offsets = token[:, None] * rank + r[None, :]
     mask = (token < tokens)[:, None] & (r < rank)[None, :]
-    tl.store(output + at, (accumulated * factor).to(output.dtype.element_ty), mask=mask)
+    tl.store(low_rank + offsets, (acc * scale).to(low_rank.dtype.element_ty), mask=mask)  # [TOKENS, R]
 
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
 def lora_up_add_kernel(
-    low_rank, thin, rows, factor, seed, threshold, tokens, features, rank,
+    low_rank, weight, output, scale, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """rows [T, N] += factor * dropped(low_rank [T, r] @ thin [r, N])"""
+    """output [T, N] += scale * dropout(low_rank [T, r] @ weight [r, N]), for one tile of the output."""
     token, r = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, R)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     mask = (token < tokens)[:, None] & (r < rank)[None, :]
-    left = tl.load(low_rank + token[:, None] * rank + r[None, :], mask=mask, other=0.0)
+    low_rank_tile = tl.load(low_rank + token[:, None] * rank + r[None, :], mask=mask, other=0.0)  # [TOKENS, R]
     mask = (r < rank)[:, None] & (feature < features)[None, :]
-    right = tl.load(thin + r[:, None] * features + feature[None, :], mask=mask, other=0.0)
-    change = tl.dot(left, right.to(left.dtype)) * factor
+    weight_tile = tl.load(weight + r[:, None] * features + feature[None, :], mask=mask, other=0.0)  # [R, FEATURES]
+    update = tl.dot(low_rank_tile, weight_tile.to(low_rank_tile.dtype)) * scale  # [TOKENS, FEATURES]
     index = token.to(tl.int64)[:, None] * features + feature[None, :]
-    there = (token < tokens)[:, None] & (feature < features)[None, :]
+    mask = (token < tokens)[:, None] & (feature < features)[None, :]
     if DROPOUT:
-        change = tl.where(keep(index, seed, threshold), change, 0.0)
-    value = tl.load(rows + index, mask=there, other=0.0).to(tl.float32) + change
-    tl.store(rows + index, value.to(rows.dtype.element_ty), mask=there)
+        update = tl.where(keep_mask(index, seed, threshold), update, 0.0)
+    updated = tl.load(output + index, mask=mask, other=0.0).to(tl.float32) + update  # [TOKENS, FEATURES]
+    tl.store(output + index, updated.to(output.dtype.element_ty), mask=mask)  # [TOKENS, FEATURES]
 
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
 def lora_weight_grad_kernel(
-    low_rank, rows, output, factor, seed, threshold, tokens, features, rank,
+    low_rank, x, weight_grad, scale, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """output [r, N], fp32, += factor * low_rank [T, r].T @ dropped(rows) [T, N]; each program a share of the tokens"""
+    """weight_grad [r, N] += scale * low_rank [T, r].T @ dropout(x [T, N]), for FEATURES features and a share of T.
+
+    The SPLITS programs of the same features add to the same elements: weight_grad is fp32 and starts at zero.
+    """
     feature, r = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES), tl.arange(0, R)
-    accumulated = tl.zeros([R, FEATURES], tl.float32)
-    for first in range(tl.program_id(1) * TOKENS, tokens, SPLITS * TOKENS):
-        token = first + tl.arange(0, TOKENS)
+    acc = tl.zeros([R, FEATURES], tl.float32)
+    # Program s of SPLITS takes the tiles s, s + SPLITS, s + 2 * SPLITS and so on of the tokens.
+    for first_token in range(tl.program_id(1) * TOKENS, tokens, SPLITS * TOKENS):
+        token = first_token + tl.arange(0, TOKENS)
         mask = (token < tokens)[None, :] & (r < rank)[:, None]
-        left = tl.load(low_rank + token[None, :] * rank + r[:, None], mask=mask, other=0.0)
-        tile = load_dropped(rows, token, feature, tokens, features, seed, threshold, DROPOUT)
-        accumulated += tl.dot(left, tile)
-    at = r[:, None] * features + feature[None, :]
+        # Loaded transposed, as the product needs it.
+        low_rank_tile = tl.load(low_rank + token[None, :] * rank + r[:, None], mask=mask, other=0.0)  # [R, TOKENS]
+        x_tile = load_with_dropout(x, token, feature, tokens, features, seed, threshold, DROPOUT)  # [TOKENS, FEATURES]
+        acc += tl.dot(low_rank_tile, x_tile)  # [R, FEATURES]
+    offsets = r[:, None] * features + feature[None, :]
     mask = (r < rank)[:, None] & (feature < features)[None, :]
-    tl.atomic_add(output + at, accumulated * factor, mask=mask)
+    tl.atomic_add(weight_grad + offsets, acc * scale, mask=mask)  # [R, FEATURES]
 
 
-def arguments(rows: torch.Tensor, rank: int, factor: float, dropout: float, seed: int) -> tuple[tuple, dict]:
-    """What all kernels take: factor with dropout's scale, seed, threshold, sizes; and their constants."""
+def kernel_arguments(x: torch.Tensor, rank: int, scale: float, dropout: float, seed: int) -> tuple[tuple, dict]:
+    """The arguments that all kernels share.
+
+    Args:
+        x: the matrix [T, N] that dropout applies to.
+        rank: r.
+        scale, dropout, seed: those of the public functions.
+    Returns:
+        The run-time arguments from `scale` to `rank`, with dropout's 1 / (1 - p) in the scale and the probability as a
+        threshold of 32 bits; and the constexpr parameters.
+    """
     threshold = int(dropout * 2**32)
     constants = {"DROPOUT": dropout > 0, "R": max(16, triton.next_power_of_2(rank)), "TOKENS": TOKENS}
-    return (factor / (1 - dropout), seed, threshold, *rows.shape, rank), constants
+    return (scale / (1 - dropout), seed, threshold, *x.shape, rank), constants
 
 
-def lora_down(rows: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int) -> torch.Tensor:
-    """`factor * dropout(rows) @ thin.T`: [T, N] and [r, N] -> [T, r] in the type of `rows`."""
-    output = rows.new_empty(len(rows), len(thin))
-    values, constants = arguments(rows, len(thin), factor, dropout, seed)
+def lora_down(x: torch.Tensor, weight: torch.Tensor, scale: float, dropout: float, seed: int) -> torch.Tensor:
+    """scale * dropout(x) @ weight.T
+
+    Args:
+        x: [T, N], contiguous, bf16 or fp16.
+        weight: [r, N], contiguous; converted to the dtype of `x` tile by tile.
+        scale: factor of the product.
+        dropout: probability p, 0 <= p < 1.
+        seed: of the dropout mask, 0 <= seed < 2**31.
+    Returns:
+        [T, r], in the dtype of `x`.
+    """
+    low_rank = x.new_empty(len(x), len(weight))
+    values, constants = kernel_arguments(x, len(weight), scale, dropout, seed)
     features = max(16, DOWN_TILE // constants["R"])
-    grid = (triton.cdiv(len(rows), TOKENS),)
-    launch(lora_down_kernel, grid, rows, thin, output, *values, **constants, FEATURES=features, num_stages=4)
-    return output
+    grid = (triton.cdiv(len(x), TOKENS),)
+    launch(lora_down_kernel, grid, x, weight, low_rank, *values, **constants, FEATURES=features, num_stages=4)
+    return low_rank
 
 
 def lora_up_add(
-    rows: torch.Tensor, low_rank: torch.Tensor, thin: torch.Tensor, factor: float, dropout: float, seed: int
+    output: torch.Tensor, low_rank: torch.Tensor, weight: torch.Tensor, scale: float, dropout: float, seed: int
 ):
-    """`rows += factor * dropout(low_rank @ thin)`: [T, r] and [r, N] into [T, N]."""
-    values, constants = arguments(rows, len(thin), factor, dropout, seed)
-    grid = (triton.cdiv(len(rows), TOKENS), triton.cdiv(rows.shape[1], UP_FEATURES))
-    launch(lora_up_add_kernel, grid, low_rank, thin, rows, *values, **constants, FEATURES=UP_FEATURES)
+    """output += scale * dropout(low_rank @ weight)
+
+    Args:
+        output: [T, N], contiguous, bf16 or fp16; updated in place.
+        low_rank: [T, r], contiguous, in the dtype of `output`.
+        weight: [r, N], contiguous; converted to the dtype of `low_rank` tile by tile.
+        scale: factor of the product.
+        dropout: probability p, 0 <= p < 1; the mask is that of `lora_down` for a matrix [T, N].
+        seed: of the dropout mask, 0 <= seed < 2**31.
+    """
+    values, constants = kernel_arguments(output, len(weight), scale, dropout, seed)
+    grid = (triton.cdiv(len(output), TOKENS), triton.cdiv(output.shape[1], UP_FEATURES))
+    launch(lora_up_add_kernel, grid, low_rank, weight, output, *values, **constants, FEATURES=UP_FEATURES)
 
 
-def lora_weight_grad(
-    low_rank: torch.Tensor, rows: torch.Tensor, factor: float, dropout: float, seed: int
-) -> torch.Tensor:
-    """`factor * low_rank.T @ dropout(rows)`: [T, r] and [T, N] -> [r, N] in fp32."""
+def lora_weight_grad(low_rank: torch.Tensor, x: torch.Tensor, scale: float, dropout: float, seed: int) -> torch.Tensor:
+    """scale * low_rank.T @ dropout(x)
+
+    Args:
+        low_rank: [T, r], contiguous, in the dtype of `x`.
+        x: [T, N], contiguous, bf16 or fp16.
+        scale: factor of the product.
+        dropout: probability p, 0 <= p < 1; the mask is that of `lora_down`.
+        seed: of the dropout mask, 0 <= seed < 2**31.
+    Returns:
+        [r, N], fp32. The programs add in no fixed order, so that the last bits may differ from run to run.
+    """
     rank = low_rank.shape[1]
-    output = torch.zeros(rank, rows.shape[1], dtype=torch.float32, device=rows.device)
-    values, constants = arguments(rows, rank, factor, dropout, seed)
-    grid = (triton.cdiv(rows.shape[1], GRAD_FEATURES), SPLITS)
+    weight_grad = torch.zeros(rank, x.shape[1], dtype=torch.float32, device=x.device)
+    values, constants = kernel_arguments(x, rank, scale, dropout, seed)
+    grid = (triton.cdiv(x.shape[1], GRAD_FEATURES), SPLITS)
     constants |= {"FEATURES": GRAD_FEATURES, "SPLITS": SPLITS}
-    launch(lora_weight_grad_kernel, grid, low_rank, rows, output, *values, **constants, num_stages=4)
-    return output
+    launch(lora_weight_grad_kernel, grid, low_rank, x, weight_grad, *values, **constants, num_stages=4)
+    return weight_grad

@@ -1,4 +1,16 @@
-"""Triton kernel: dequantising NF4 weights in one pass over memory, where bitsandbytes takes three kernels."""
+"""Triton kernel: dequantizes NF4 weights with double quantization, in one pass over memory; bitsandbytes takes three.
+
+Formula, for weight i of the flattened matrix; 64 weights share a scale, 256 scales share a second scale:
+    block     = i // 64
+    scale     = scale_table[scale_codes[block]] * scales_of_scales[block // 256] + offset
+    weight[i] = nf4[code of weight i] * scale
+Byte j of `packed` holds the 4-bit codes of weight 2j (upper bits) and weight 2j + 1 (lower bits).
+
+Shapes: `blocks` blocks of 64 weights in the matrix, BLOCKS of them a program. In uint8: packed [blocks, 32] and
+scale_codes [blocks]. In fp32: scales_of_scales [blocks / 256, rounded up], scale_table [256], nf4 [16], offset [].
+Reference: `bitsandbytes.functional.dequantize_4bit`; the test asks for equal bits.
+Source: "QLoRA: Efficient Finetuning of Quantized LLMs", section 3; the layout of `bitsandbytes.functional.QuantState`.
+"""
 
 import torch
 import triton
@@ -7,28 +19,40 @@ from bitsandbytes.functional import QuantState
 
 from glm_kernels.launch import launch
 
-BLOCKS = 32  # of 64 weights that a program dequantises
+BLOCKS = 32  # blocks of 64 weights that a program dequantizes
 
 
 @triton.jit
 def dequantize_kernel(
     packed, weight, nf4, scale_codes, scale_table, scales_of_scales, offset, blocks, BLOCKS: tl.constexpr
 ):
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    there = block < blocks
-    scale_code = tl.load(scale_codes + block, mask=there, other=0).to(tl.int32)
-    scale = tl.load(scale_table + scale_code) * tl.load(scales_of_scales + block // 256, mask=there, other=0.0)
-    scale = (scale + tl.load(offset))[:, None]
-    pair = tl.load(packed + block[:, None] * 32 + tl.arange(0, 32)[None, :], mask=there[:, None], other=0).to(tl.int32)
-    first, second = tl.load(nf4 + (pair >> 4)) * scale, tl.load(nf4 + (pair & 15)) * scale
-    weights_at = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(weight + weights_at, tl.interleave(first, second).to(weight.dtype.element_ty), mask=there[:, None])
+    """Weights of BLOCKS blocks."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    in_range = block < blocks
+    scale_code = tl.load(scale_codes + block, mask=in_range, other=0).to(tl.int32)  # [BLOCKS]
+    scale = tl.load(scale_table + scale_code)  # [BLOCKS]
+    scale = scale * tl.load(scales_of_scales + block // 256, mask=in_range, other=0.0)  # [BLOCKS]
+    scale = (scale + tl.load(offset))[:, None]  # [BLOCKS, 1], offset: scalar
+    pair_pointers = packed + block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    pair = tl.load(pair_pointers, mask=in_range[:, None], other=0).to(tl.int32)  # [BLOCKS, 32]
+    first, second = tl.load(nf4 + (pair >> 4)) * scale, tl.load(nf4 + (pair & 15)) * scale  # [BLOCKS, 32] each
+    weight_offsets = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    weights = tl.interleave(first, second)  # [BLOCKS, 64]
+    tl.store(weight + weight_offsets, weights.to(weight.dtype.element_ty), mask=in_range[:, None])  # [BLOCKS, 64]
 
 
 def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """uint8 pairs -> [out_features, in_features] in `state.dtype`."""
+    """The weight matrix, equal to the bit to that of `bitsandbytes.functional.dequantize_4bit`.
+
+    Args:
+        packed: uint8, two weights a byte, contiguous, as in `Linear4bit.weight`.
+        state: of NF4 with double quantization, 64 weights a scale and 256 scales a second scale.
+    Returns:
+        [out_features, in_features] in `state.dtype`; in_features is a multiple of 64.
+    """
     weight = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     blocks = weight.numel() // 64
+    # In QuantState, absmax holds the 8-bit codes of the scales, and state2 what they are dequantized with.
     scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
     grid = (triton.cdiv(blocks, BLOCKS),)
     launch(dequantize_kernel, grid, packed, weight, state.code, *scales, blocks, BLOCKS=BLOCKS)

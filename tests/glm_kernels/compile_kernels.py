@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for a GPU that need not be there, and prints the shared memory each takes, in bytes.
+"""Compiles the Triton kernels for a compute capability and prints the shared memory of each in bytes; needs no GPU.
 
 python tests/glm_kernels/compile_kernels.py 86        # compute capability 8.6; without TRITON_INTERPRET
 """
@@ -13,27 +13,27 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4
+from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4, rotary
 
 HEAD = {"HEADS": 32, "HEAD_DIM": 128}
 TYPES = {
-    "*bf16": "projected cos sin output output_grad projected_grad keys values rows thin low_rank logits weight bias"
-    " grad branch_grad sum_grad",
-    "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset",
+    "*bf16": "projected cos sin output output_grad projected_grad keys values x weight low_rank logits bias x_grad"
+    " branch_grad sum_grad",
+    "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad",
     "*i32": "tiles",
     "*i64": "labels cache_position",
     "*u8": "packed scale_codes",
     "*i1": "visible",
-    "fp32": "scale log2_scale factor eps residual_scale sign",
+    "fp32": "scale log2_scale eps residual_scale sign",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-FROM_STEP_TO_STEP = {"tokens", "seed", "capacity"}  # integers that differ; Triton must not compile for their values
+VARYING = {"tokens", "seed", "capacity"}  # integers that change between launches: a kernel must not specialize on them
 
 
 def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, **types) -> int:
-    """Bytes that a program takes. Integers are 32 bits; pointers are aligned as PyTorch aligns memory."""
+    """Shared memory of a program in bytes. Integers are 32 bits, pointers are multiples of 16, as PyTorch's are."""
     for parameter in kernel.params:
-        if parameter.name in FROM_STEP_TO_STEP and not parameter.do_not_specialize:
+        if parameter.name in VARYING and not parameter.do_not_specialize:
             raise ValueError(f"{kernel.__name__} is compiled anew when `{parameter.name}` becomes a multiple of 16.")
     types = TYPES | types
     names = [name for name in kernel.arg_names if name not in constants]
@@ -47,11 +47,11 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
 
 def all_kernels(capability: int) -> dict[str, int]:
     """Name -> shared memory of every kernel, as it is launched for the 6B model."""
-    over_keys = HEAD | {"TILE": attention.TILE, "BLOCK": attention.BLOCK_N}
-    over_queries = over_keys | {"BLOCK": attention.BLOCK_M}
+    over_keys = HEAD | {"TILE": attention.TILE, "BLOCK_N": attention.BLOCK_N}
+    over_queries = HEAD | {"TILE": attention.TILE, "BLOCK_M": attention.BLOCK_M}
     decode = {"HEAD_DIM": 128, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
     launches = {
-        "rotate": (attention.rotate_kernel, HEAD | {"PAIRS": 4096}, 3),
+        "rotate": (rotary.rotate_kernel, HEAD | {"PAIRS": 4096}, 3),
         "attention": (attention.forward_kernel, over_keys, 3),
         "query gradient": (attention.query_grad_kernel, over_keys, 2),
         "key and value gradient": (attention.key_value_grad_kernel, over_queries, 2),
@@ -59,19 +59,17 @@ def all_kernels(capability: int) -> dict[str, int]:
         "norm": (layer_norm.norm_kernel, {"BLOCK": 4096}, 3),
         "norm gradient": (layer_norm.norm_grad_kernel, {"BLOCK": 4096}, 3),
         "loss": (cross_entropy.cross_entropy_kernel, {"GRADIENT": True, "BLOCK": cross_entropy.BLOCK}, 3),
-        "dequantise": (nf4.dequantize_kernel, {"BLOCKS": nf4.BLOCKS}, 3),
+        "dequantize": (nf4.dequantize_kernel, {"BLOCKS": nf4.BLOCKS}, 3),
     }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
     for rank in (16, 64):
         constants = {"DROPOUT": True, "R": rank, "TOKENS": lora.TOKENS}
         down = constants | {"FEATURES": lora.DOWN_TILE // rank}
         up = constants | {"FEATURES": lora.UP_FEATURES}
-        outer = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.SPLITS}
-        found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4, thin="*fp32")
-        found[f"up, rank {rank}"] = shared_memory(lora.lora_up_add_kernel, capability, up, thin="*fp32")
-        found[f"outer, rank {rank}"] = shared_memory(
-            lora.lora_weight_grad_kernel, capability, outer, 4, output="*fp32"
-        )
+        grad = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.SPLITS}
+        found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4, weight="*fp32")
+        found[f"up, rank {rank}"] = shared_memory(lora.lora_up_add_kernel, capability, up, weight="*fp32")
+        found[f"weight gradient, rank {rank}"] = shared_memory(lora.lora_weight_grad_kernel, capability, grad, 4)
     return found
 
 

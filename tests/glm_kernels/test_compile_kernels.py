@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not here, and fit the shared memory of a consumer card."""
+"""The Triton kernels compile without a GPU, and their shared memory fits the limit of consumer GPUs."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="no Triton here: the kernels are not compiled")
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-# Source: CUDA C++ Programming Guide, technical specifications per compute capability; bytes of a thread block.
+# Source: CUDA C++ Programming Guide, technical specifications per compute capability; bytes per thread block.
 MOST_SHARED_MEMORY = {86: 99 * 1024}
 
 

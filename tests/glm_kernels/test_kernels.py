@@ -1,4 +1,4 @@
-"""The Triton kernels against the plain operations they stand for; without a GPU, in Triton's interpreter and fp32."""
+"""Each Triton kernel against the PyTorch reference that its file names; without a GPU, interpreted and in fp32."""
 
 import pytest
 
@@ -13,10 +13,11 @@ from chatglm.modeling_chatglm import ResidualNorm
 from chatglm.packed_attention import attention_by_sample
 from chatglm.rotary import ChatGLMRotaryEmbedding, apply_rotary, split_and_rotate
 from glm_kernels import lora, lora_reference, nf4
-from glm_kernels.attention import PackedAttention, rotate_in_place
+from glm_kernels.attention import PackedAttention
 from glm_kernels.cross_entropy import cross_entropy_in_place
 from glm_kernels.decode_attention import decode_attention
 from glm_kernels.layer_norm import layer_norm, residual_norm_grad
+from glm_kernels.rotary import rotate_in_place
 from qlora.layers.residual import FusedResidualNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,18 +82,18 @@ def test_loss_kernel(vocabulary):
 
 
 @pytest.mark.parametrize(("tokens", "features", "rank"), [(75, 200, 4), (64, 256, 1), (33, 100, 24)])
-def test_thin_products(tokens, features, rank):
-    rows = torch.randn(tokens, features, device=DEVICE)
-    thin = torch.randn(rank, features, device=DEVICE)
+def test_lora_products(tokens, features, rank):
+    x = torch.randn(tokens, features, device=DEVICE)
+    weight = torch.randn(rank, features, device=DEVICE)
     low_rank = torch.randn(tokens, rank, device=DEVICE)
     close = {"atol": 1e-4, "rtol": 1e-4}
-    expected = lora_reference.lora_down(rows, thin, 2.0, 0.0, 0)
-    torch.testing.assert_close(lora.lora_down(rows, thin, 2.0, 0.0, 0), expected, **close)
-    expected = lora_reference.lora_weight_grad(low_rank, rows, 2.0, 0.0, 0)
-    torch.testing.assert_close(lora.lora_weight_grad(low_rank, rows, 2.0, 0.0, 0), expected, **close)
-    added, expected = rows.clone(), rows.clone()
-    lora.lora_up_add(added, low_rank, thin, 2.0, 0.0, 0)
-    lora_reference.lora_up_add(expected, low_rank, thin, 2.0, 0.0, 0)
+    expected = lora_reference.lora_down(x, weight, 2.0, 0.0, 0)
+    torch.testing.assert_close(lora.lora_down(x, weight, 2.0, 0.0, 0), expected, **close)
+    expected = lora_reference.lora_weight_grad(low_rank, x, 2.0, 0.0, 0)
+    torch.testing.assert_close(lora.lora_weight_grad(low_rank, x, 2.0, 0.0, 0), expected, **close)
+    added, expected = x.clone(), x.clone()
+    lora.lora_up_add(added, low_rank, weight, 2.0, 0.0, 0)
+    lora_reference.lora_up_add(expected, low_rank, weight, 2.0, 0.0, 0)
     torch.testing.assert_close(added, expected, **close)
 
 
@@ -104,13 +105,13 @@ def test_dropout_is_the_same_mask_in_every_kernel():
     kept = mask.bool()
     assert kept.float().mean().item() == pytest.approx(1 - dropout, abs=0.02)
     torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - dropout)))
-    rows = torch.randn(tokens, features, device=DEVICE)
-    thin = torch.randn(rank, features, device=DEVICE)
+    x = torch.randn(tokens, features, device=DEVICE)
+    weight = torch.randn(rank, features, device=DEVICE)
     low_rank = torch.randn(tokens, rank, device=DEVICE)
     close = {"atol": 1e-4, "rtol": 1e-4}
-    torch.testing.assert_close(lora.lora_down(rows, thin, 1.0, dropout, seed), (rows * mask) @ thin.T, **close)
+    torch.testing.assert_close(lora.lora_down(x, weight, 1.0, dropout, seed), (x * mask) @ weight.T, **close)
     torch.testing.assert_close(
-        lora.lora_weight_grad(low_rank, rows, 1.0, dropout, seed), low_rank.T @ (rows * mask), **close
+        lora.lora_weight_grad(low_rank, x, 1.0, dropout, seed), low_rank.T @ (x * mask), **close
     )
     other = torch.zeros_like(mask)
     lora.lora_up_add(other, one, torch.ones(1, features, device=DEVICE), 1.0, dropout, seed + 1)
@@ -118,7 +119,7 @@ def test_dropout_is_the_same_mask_in_every_kernel():
 
 
 @pytest.mark.parametrize("shape", [(6, 2048), (10, 1088), (96, 64)])
-def test_dequantising_is_that_of_bitsandbytes_to_the_bit(shape):
+def test_dequantized_weights_equal_those_of_bitsandbytes(shape):
     packed, state = bitsandbytes.functional.quantize_4bit(
         torch.randn(shape, device=DEVICE), quant_type="nf4", compress_statistics=True
     )
@@ -130,13 +131,13 @@ def test_layer_norm_and_its_gradient_with_the_residual():
     norm = torch.nn.LayerNorm(100, device=DEVICE)
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter)
-    rows = torch.randn(3, 2, 100, device=DEVICE, requires_grad=True)
+    x = torch.randn(3, 2, 100, device=DEVICE, requires_grad=True)
     branch_grad, sum_grad = torch.randn(2, 3, 2, 100, device=DEVICE)
-    normed = norm(rows)
-    (expected,) = torch.autograd.grad(normed, rows, branch_grad + 1.5 * sum_grad)
-    rows = rows.detach()
-    torch.testing.assert_close(layer_norm(rows, norm), normed, atol=1e-5, rtol=1e-5)
-    found = residual_norm_grad(rows, norm, branch_grad, sum_grad, 1.5)
+    normed = norm(x)
+    (expected,) = torch.autograd.grad(normed, x, branch_grad + 1.5 * sum_grad)
+    x = x.detach()
+    torch.testing.assert_close(layer_norm(x, norm), normed, atol=1e-5, rtol=1e-5)
+    found = residual_norm_grad(x, norm, branch_grad, sum_grad, 1.5)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -144,13 +145,13 @@ def test_residual_norm():
     norm = ResidualNorm(64, device=DEVICE).requires_grad_(False)
     torch.nn.init.normal_(norm.weight)
     matrix = torch.randn(64, 64, device=DEVICE)
-    rows, direction = torch.randn(2, 1, 7, 64, device=DEVICE)
-    rows.requires_grad_()
+    x, direction = torch.randn(2, 1, 7, 64, device=DEVICE)
+    x.requires_grad_()
     results = []
     for each in (norm, FusedResidualNorm(norm)):
-        normed, residual = each(rows)
+        normed, residual = each(x)
         results.append(each.add_residual(normed.sin() @ matrix, residual))
-    grads = [torch.autograd.grad((result * direction).sum(), rows)[0] for result in results]
+    grads = [torch.autograd.grad((result * direction).sum(), x)[0] for result in results]
     torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(grads[1], grads[0], atol=1e-4, rtol=1e-5)
 

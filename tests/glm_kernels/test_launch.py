@@ -1,4 +1,4 @@
-"""Compiled kernels are launched for the arguments they were compiled for, and for no others."""
+"""A compiled kernel is launched again for arguments with the same specialization key, and for no others."""
 
 from types import SimpleNamespace
 
@@ -15,9 +15,9 @@ NUMBERS = torch.zeros(64)
 
 
 class StandInKernel:
-    """In place of a JITFunction: notes every launch, those through Triton and those of what it compiled."""
+    """In place of a JITFunction: counts compilations and records the launches of compiled kernels."""
 
-    arg_names = ["rows", "factor", "tokens", "columns", "BLOCK", "GRADIENT"]
+    arg_names = ["x", "scale", "tokens", "hidden_size", "BLOCK", "GRADIENT"]
     params = [SimpleNamespace(do_not_specialize=name == "tokens") for name in arg_names]
 
     def __init__(self):
@@ -46,30 +46,30 @@ def kernel(monkeypatch):
     return StandInKernel()
 
 
-def test_arguments_of_the_same_kind_are_compiled_for_once(kernel):
+def test_kernel_is_compiled_once_for_arguments_with_the_same_key(kernel):
     launch(kernel, (3,), NUMBERS, 0.5, 7, 64, GRADIENT=True, BLOCK=16, num_warps=8)
     assert not kernel.launches
     launch(kernel, (4, 2), NUMBERS[4:], 1.5, 16, 64, GRADIENT=True, BLOCK=16, num_warps=8)
     ((number, grid, args),) = kernel.launches
     assert (kernel.compiled, number, grid) == (1, 1, (4, 2, 1))
     assert args[0].data_ptr() == NUMBERS[4:].data_ptr()
-    assert args[1:] == (1.5, 16, 64, 16, True)  # constants in the kernel's order, options not among them
+    assert args[1:] == (1.5, 16, 64, 16, True)  # constexpr parameters in the kernel's order, without options
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "constants"),
+    ("x", "hidden_size", "constants"),
     [
-        (NUMBERS[1:], 64, {}),  # not at a multiple of 16 bytes
+        (NUMBERS[1:], 64, {}),  # address is no multiple of 16 bytes
         (NUMBERS.half(), 64, {}),
         (NUMBERS, 32, {}),
         (NUMBERS, 64, {"BLOCK": 32}),
         (NUMBERS, 64, {"num_warps": 4}),
     ],
 )
-def test_arguments_of_another_kind_are_compiled_for(kernel, rows, columns, constants):
+def test_kernel_is_compiled_anew_for_arguments_with_another_key(kernel, x, hidden_size, constants):
     usual = {"BLOCK": 16, "GRADIENT": True, "num_warps": 8}
     for _ in range(2):
         launch(kernel, (1,), NUMBERS, 0.5, 7, 64, **usual)
-        launch(kernel, (1,), rows, 0.5, 7, columns, **usual | constants)
+        launch(kernel, (1,), x, 0.5, 7, hidden_size, **usual | constants)
     assert kernel.compiled == 2
     assert [number for number, _, _ in kernel.launches] == [1, 2]

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, write_rows
-from qlora.training.preflight_report import describe, histogram, show_sample
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import train_qlora
@@ -22,6 +21,7 @@ from qlora.loading import add_lora, load_quantized_model
 from qlora.training import preflight
 from qlora.training.memory_plan import GIB
 from qlora.training.preflight import Preflight, Steps, check_memory, count_steps, run_preflight
+from qlora.training.preflight_report import describe, histogram, show_sample
 from qlora.training.training_args import read_training_args
 
 
