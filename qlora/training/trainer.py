@@ -25,7 +25,7 @@ from qlora.atomic import publish_files, publish_folder
 from qlora.data.batching import Sample, StepBatch, count_labels, count_tokens, own_samples, split_evenly
 from qlora.data.collator import PaddingCollator, PaddingFreeCollator
 from qlora.errors import TrainingStopped, stop_all_processes
-from qlora.training.saving import check_saved_adapter, delete_old_checkpoints, resume_advice, staging_dir
+from qlora.training.checkpoints import check_saved_adapter, delete_old_checkpoints, resume_advice, staging_dir
 from qlora.training.step_check import Step, StepCheck, name_rows
 from qlora.training.training_args import samples_per_step
 from qlora.units import GIB
