@@ -75,10 +75,10 @@ def test_peak_counts_what_a_layer_saves():
 
 
 def test_peak_counts_offloading_and_cached_weights():
-    plan, T, sublayer_input = MemoryPlan(3000, 28, 28), 3000, 2 * 4096
+    plan, T, input_bytes = MemoryPlan(3000, 28, 28), 3000, 2 * 4096
     offloaded = dataclasses.replace(plan, offload=True)
     # All 56 inputs but the three that are being copied.
-    assert predict_peak(SIZES, plan) - predict_peak(SIZES, offloaded) == T * 53 * sublayer_input
+    assert predict_peak(SIZES, plan) - predict_peak(SIZES, offloaded) == T * 53 * input_bytes
     one, two = (dataclasses.replace(plan, dequantized_layers=count) for count in (1, 2))
     assert predict_peak(SIZES, two) - predict_peak(SIZES, one) == 2 * SIZES.config.weights_per_layer
 
@@ -87,9 +87,9 @@ def test_peak_counts_temporary_tensors_of_a_sublayer_or_of_the_logits():
     one_layer = ChatGLMConfig(num_layers=1)
     sizes = dataclasses.replace(SIZES, config=one_layer, trainable=0, resident=0)
     few, many = MemoryPlan(10, 0, 0, dequantized_layers=1), MemoryPlan(100_000, 0, 0, dequantized_layers=1)
-    saved = sizes.mlp + sizes.attention + 2 * sizes.sublayer_input
+    saved = sizes.mlp_bytes + sizes.attention_bytes + 2 * sizes.input_bytes
     weights = 2 * one_layer.weights_per_layer
     # Few tokens: a slice of logits, and three times the hidden states. Many: the temporary tensors of a sub-layer.
-    logits = ROWS_AT_ONCE * one_layer.vocab_size * 2 + 3 * 10 * sizes.sublayer_input
+    logits = ROWS_AT_ONCE * one_layer.vocab_size * 2 + 3 * 10 * sizes.input_bytes
     assert predict_peak(sizes, few) == weights + 10 * saved + logits
     assert predict_peak(sizes, many) == weights + 100_000 * (saved + 2 * 2 * 16384 + 4 * 2 * 4096)
