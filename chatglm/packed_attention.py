@@ -1,8 +1,8 @@
 """Attention for samples concatenated in one row: each token attends within its own sample only.
 
 On a supported GPU one Triton kernel computes it for all samples, without a mask in memory; elsewhere there is one SDPA
-call a sample, with `sample_mask`. Both take the fused projection of queries, keys and values, because the kernel rotates
-and reads them in place.
+call a sample, with `sample_mask`. Both take the fused projection of queries, keys and values, because the kernel
+rotates and reads them in place.
 
 Shapes: T tokens, C hidden size, H heads, D head dimension.
 """
