@@ -1,4 +1,4 @@
-"""The chat interface of ChatGLM-6B: prompt with history, streaming, and the clean-up of replies."""
+"""The chat interface of ChatGLM-6B: prompts with history, streaming, and the formatting of replies."""
 
 import re
 import threading
@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizer, TextIteratorStreamer
 
 History = list[tuple[str, str]]
-Rounds = Sequence[Sequence[str]]  # a history, or the same as JSON has it: (question, answer) pairs
+Rounds = Sequence[Sequence[str]]  # (question, answer) pairs: a history, or lists read from JSON
 
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 CJK = "[\u4e00-\u9fff]"
@@ -17,7 +17,15 @@ CHAT_DEFAULTS = {"max_length": 2048, "do_sample": True, "top_p": 0.7, "temperatu
 
 
 def build_prompt(query: str, history: Rounds | None = None) -> str:
-    """The text the model was trained to answer: the query alone, or numbered rounds that end in the open answer."""
+    """The prompt in the format that the model was trained on.
+
+    Args:
+        query: the present question.
+        history: the (question, answer) pairs before it.
+    Returns:
+        The query itself without a history; with one, numbered rounds that end where the answer to the query begins.
+    Source: modeling_chatglm.py of THUDM/chatglm-6b.
+    """
     if not history:
         return query
     rounds = [f"[Round {i}]\n问：{question}\n答：{answer}\n" for i, (question, answer) in enumerate(history)]
@@ -25,7 +33,15 @@ def build_prompt(query: str, history: Rounds | None = None) -> str:
 
 
 def clean_response(text: str) -> str:
-    """Strips a reply, fills in the training date, and makes punctuation next to Chinese full-width."""
+    """A reply as it is shown to the user.
+
+    Args:
+        text: the decoded tokens.
+    Returns:
+        The text without surrounding white space, with the date in place of the placeholder for the training date, and
+        with full-width punctuation next to Chinese characters.
+    Source: modeling_chatglm.py of THUDM/chatglm-6b.
+    """
     text = text.strip().replace("[[训练时间]]", "2023年")
     return HALF_WIDTH_BY_CJK.sub(lambda mark: mark.group().translate(FULL_WIDTH), text)
 
@@ -39,16 +55,17 @@ class ChatMixin:
     def chat(
         self, tokenizer: PreTrainedTokenizer, query: str, history: History | None = None, **generation_kwargs
     ) -> tuple[str, History]:
-        """One reply.
+        """Generates one reply.
 
         Args:
             tokenizer: the model's tokenizer.
-            query: what the user says now.
-            history: past (query, reply) pairs.
-            generation_kwargs: anything `generate` takes; the official defaults are sampling with top_p 0.7 and
-                temperature 0.95, at most 2,048 tokens with the prompt.
+            query: the user's message; control tokens written in it stay text.
+            history: the (query, reply) pairs of earlier rounds.
+            generation_kwargs: arguments of `generate`. The defaults are the official ones: sampling with top_p 0.7
+                and temperature 0.95, and at most 2,048 tokens of prompt and reply together; `max_new_tokens` replaces
+                this limit.
         Returns:
-            The reply and the history with this round.
+            The reply, and a new history with this round.
         """
         *_, last = self.stream_chat(tokenizer, query, history, **generation_kwargs)
         return last
@@ -56,7 +73,15 @@ class ChatMixin:
     def stream_chat(
         self, tokenizer: PreTrainedTokenizer, query: str, history: History | None = None, **generation_kwargs
     ) -> Iterator[tuple[str, History]]:
-        """Yields the reply so far and the history with it, as tokens arrive. Arguments as for `chat`."""
+        """Generates one reply in a thread of its own and yields it while it grows.
+
+        Args:
+            tokenizer, query, history, generation_kwargs: as for `chat`.
+        Yields:
+            The reply generated so far, and a new history with it.
+        Raises:
+            Exception: the error that `generate` raised.
+        """
         inputs = tokenizer(build_prompt(query, history), split_special_tokens=True, return_tensors="pt")
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         options = CHAT_DEFAULTS | generation_kwargs

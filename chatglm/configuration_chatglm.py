@@ -1,4 +1,4 @@
-"""Configuration of ChatGLM-6B: the official `config.json`, read unchanged."""
+"""Configuration of ChatGLM-6B, read from the official `config.json` without changes to the file."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -8,11 +8,11 @@ CHATGLM2_KEYS = ("padded_vocab_size", "multi_query_attention", "ffn_hidden_size"
 
 @strict
 class ChatGLMConfig(PreTrainedConfig):
-    """The shape of a ChatGLM-6B model. The defaults are those of the published 6B checkpoint.
+    """Sizes and token ids of a ChatGLM-6B model; the defaults are the values of the published checkpoint.
 
     Raises:
-        ValueError: the file describes a model that shares the name `chatglm` but not the architecture (ChatGLM2 and
-            later), or a variant that needs other weights (int4/int8, P-tuning, one-dimensional positions).
+        ValueError: the values describe ChatGLM2 or later, which has the same `model_type` and another architecture, or
+            an unsupported variant: int4 or int8 weights, P-tuning, one-dimensional positions.
     Source: `config.json` of THUDM/chatglm-6b.
     """
 
@@ -65,17 +65,17 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @property
     def weights_per_layer(self) -> int:
-        """Weights of a layer's four matrices."""
+        """Number of weights in the four matrices of a layer."""
         return 4 * self.hidden_size**2 + 2 * self.hidden_size * self.inner_hidden_size
 
     @property
     def embedding_weights(self) -> int:
-        """Weights of the embedding, which is also the head."""
+        """Number of weights in the embedding, which is also the head."""
         return self.vocab_size * self.hidden_size
 
     @property
     def multiplied_weights(self) -> int:
-        """Weights that a token is multiplied with on its way to the logits."""
+        """Number of weights in the matrix products of one token's forward pass: all layers and the head."""
         return self.num_layers * self.weights_per_layer + self.embedding_weights
 
 

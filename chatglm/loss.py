@@ -1,16 +1,19 @@
-"""Cross-entropy of a large vocabulary without ever holding all logits."""
+"""Cross-entropy over a large vocabulary, a slice of rows at a time: the logits of all rows never exist at once.
+
+Shapes: N rows (tokens with a label), C hidden size, V vocabulary size.
+"""
 
 import torch
 from torch.nn import functional as F
 
-ROWS_AT_ONCE = 512  # of logits: 127 MiB in bf16 with 130,528 tokens
+ROWS_AT_ONCE = 512  # rows of logits in a slice: 127 MiB in bf16 with a vocabulary of 130,528
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """`cross_entropy(hidden_states @ weight.T, labels, reduction="sum") / divisor`, a slice of rows at a time.
 
-    The gradient is computed with the loss, while a slice's logits are there: nothing is kept but the gradient of the
-    hidden states, and nothing is computed twice.
+    The gradients are computed in the forward pass, while the logits of a slice exist. For the backward pass only the
+    gradients of the hidden states and, if the head is trained, of its weight are stored; no logits are recomputed.
     """
 
     @staticmethod
@@ -33,7 +36,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        # Scaled only here, in fp32: divided by thousands of labels, fp16 would lose what loss scaling is to save.
+        # The stored gradients are not divided yet. The factor contains the loss scale of the Trainer: divided by
+        # thousands of labels without it, small fp16 gradients would underflow to zero.
         factor = grad_output / ctx.divisor
         hidden_grad = None if ctx.hidden_grad is None else (ctx.hidden_grad * factor).to(ctx.hidden_grad.dtype)
         weight_grad = None if ctx.weight_grad is None else ctx.weight_grad * factor
@@ -41,7 +45,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, gradient: bool) -> torch.Tensor:
-    """Losses of the rows, [N] fp32; with `gradient`, logits [N, V] become the gradient of their sum."""
+    """Losses of the rows, [N], fp32; with `gradient`, logits [N, V] are overwritten with the gradient of their sum."""
     if logits.is_cuda:
         from glm_kernels import cross_entropy
 
@@ -60,15 +64,15 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy in fp32 of the logits `hidden_states @ weight.T`.
+    """Cross-entropy of the logits `hidden_states @ weight.T`, with softmax and sum in fp32.
 
     Args:
         hidden_states: [N, C].
-        weight: [V, C], of the head.
-        labels: [N], long, none of them ignored.
-        num_items_in_batch: divisor of the summed loss; None for the mean.
+        weight: [V, C], of the head, in the dtype of the hidden states.
+        labels: [N], long, without ignored labels.
+        num_items_in_batch: divisor of the summed loss; None for N.
     Returns:
-        fp32 scalar.
+        Scalar, fp32.
     """
     divisor = len(labels) if num_items_in_batch is None else num_items_in_batch
     return LinearCrossEntropy.apply(hidden_states, weight, labels, divisor)

@@ -38,14 +38,16 @@ def first_index(matches: torch.Tensor) -> torch.Tensor:
 def prefix_lm_position_ids(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: ChatGLMConfig
 ) -> torch.Tensor:
-    """Two-dimensional positions of one sample a row, padded on either side.
+    """Two-dimensional positions, for rows of one sample each, padded on the left or on the right.
 
-    The prompt counts up in the first dimension and stays 0 in the second; from `<sop>` on the first dimension stays at
-    the position of `[gMASK]` (failing that, `[MASK]`) and the second counts 1, 2, 3, ...
+    Before the first `<sop>`: `position` is 0, 1, 2, ... and `block_position` is 0. From `<sop>` on: `position` is that
+    of the first `[gMASK]`, or else of the first `[MASK]`, or else of the last token before `<sop>`, and
+    `block_position` is 1, 2, 3, ...
 
     Args:
         input_ids: [B, T], long.
-        attention_mask: [B, T], 0 for padding; None where there is none.
+        attention_mask: [B, T], 0 for padding; None where there is no padding on the left.
+        config: with the ids of `<sop>`, `[gMASK]` and `[MASK]`.
     Returns:
         [B, 2, T], long: `position`, `block_position`.
     Source: "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", section 2.1.
@@ -67,16 +69,19 @@ def prefix_lm_mask(
     past_length: int | torch.Tensor,
     kv_length: int,
 ) -> torch.Tensor:
-    """Which keys a query may see: those of its own sample that are in the prompt or not after it.
+    """The attention mask: a query attends to keys of its sample that are in the prompt or not after it.
+
+    `chatglm.packed_attention.attention_by_sample` states the same rule for samples concatenated in a row, and
+    `glm_kernels.attention.prefix_lm_mask` states it as a kernel.
 
     Args:
-        segment_ids: [B, past + T], 0 for padding, n for the n-th sample of the row; an ordinary attention mask is the
-            case of one sample a row. None: every token belongs to one sample.
+        segment_ids: [B, past + T], 0 for padding, n for the n-th sample of the row. With one sample a row this is an
+            ordinary attention mask. None: all tokens of a row belong to one sample.
         block_position: [B, T], 0 in the prompt.
-        past_length: number of tokens already in the cache.
-        kv_length: S; more than past + T where the cache has room for more.
+        past_length: number of tokens in the cache.
+        kv_length: S; more than past + T for a cache of fixed size.
     Returns:
-        [B, 1, T, S], bool, True where a query may look. Padding sees padding, so that no row is empty.
+        [B, 1, T, S], bool, True where the key is visible. Padding is visible to padding, so that no softmax is empty.
     """
     B, T = block_position.shape
     query_index = torch.arange(T, device=block_position.device) + past_length
@@ -91,7 +96,16 @@ def prefix_lm_mask(
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(Q K^T) V in plain operations, the softmax in fp32; [B, H, T, D] -> [B, T, H, D]."""
+    """softmax(scaling * Q K^T) V in plain operations, the softmax in fp32; no dropout.
+
+    Args:
+        module: the attention module, not used.
+        query, key, value: [B, H, T, D], [B, H, S, D], [B, H, S, D].
+        attention_mask: [B, 1, T, S], bool, True where the key is visible; None where every key is.
+        scaling: factor of the scores.
+    Returns:
+        The output [B, T, H, D], and the attention weights [B, H, T, S].
+    """
     scores = (query @ key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
@@ -108,7 +122,7 @@ class ChatGLMAttention(nn.Module):
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.is_causal = False  # the mask says what may be seen
+        self.is_causal = False  # every call has an explicit mask
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -121,6 +135,17 @@ class ChatGLMAttention(nn.Module):
         packed_sequences: PackedSequences | None = None,
         **kwargs,
     ) -> torch.Tensor:
+        """Self-attention.
+
+        Args:
+            hidden_states: [B, T, C].
+            attention_mask: [B, 1, T, S], bool; not used with `packed_sequences`.
+            position_embeddings: cos and sin, each [B, T, 1, 2, D / 2].
+            cache: the keys and values of earlier tokens, to which those of these tokens are added.
+            packed_sequences: where the samples lie, if several are concatenated in a single row.
+        Returns:
+            [B, T, C].
+        """
         projected = self.query_key_value(hidden_states)
         if packed_sequences is not None:
             return self.dense(packed_attention(projected, position_embeddings, packed_sequences, self.head_dim))
@@ -134,7 +159,7 @@ class ChatGLMAttention(nn.Module):
 
 
 class ChatGLMMLP(nn.Module):
-    """Two linear layers around a GELU (tanh approximation)."""
+    """Two linear layers with a GELU (tanh approximation) between them."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
@@ -142,11 +167,12 @@ class ChatGLMMLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, T, C] -> [B, T, C]."""
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(hidden_states), approximate="tanh"))
 
 
 class ResidualNorm(nn.LayerNorm):
-    """The layer norm before a sub-layer; its output, scaled, is also the residual around the sub-layer.
+    """The layer norm before a sub-layer; the residual around the sub-layer is its scaled output.
 
     normed = norm(x)        output = RESIDUAL_SCALE * normed + sublayer(normed)
     """
@@ -165,7 +191,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     """One transformer block: attention and MLP, each with a layer norm before it and a residual around it.
 
     Each of the two sub-layers can recompute its activations in the backward pass, so that only its input is saved.
-    This is apart from transformers' gradient checkpointing, which does so for the whole block.
+    transformers' gradient checkpointing is a separate setting, which recomputes the whole block.
     """
 
     def __init__(self, config: ChatGLMConfig, layer_idx: int):
@@ -181,7 +207,16 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, output_positions: slice | torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        """[B, T, C] -> [B, T, C], or [B, output positions, C]: other positions serve as keys and values only."""
+        """The block's output.
+
+        Args:
+            hidden_states: [B, T, C].
+            output_positions: a slice, or a 1-D tensor of positions, for which the output is needed; the other
+                positions are only keys and values. None for all.
+            kwargs: the other arguments of `ChatGLMAttention.forward`.
+        Returns:
+            [B, T, C], or [B, output positions, C].
+        """
         hidden_states = self.run_sublayer(self.attend, self.recompute_attention, hidden_states, **kwargs)
         if output_positions is not None:
             hidden_states = select_positions(hidden_states, output_positions)
@@ -190,7 +225,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
     def run_sublayer(
         self, sublayer: Callable[..., torch.Tensor], recompute: bool, hidden_states: torch.Tensor, **kwargs
     ) -> torch.Tensor:
-        """A sub-layer, with its activations saved for the backward pass or recomputed there."""
+        """The output of a sub-layer, whose activations are saved for the backward pass or recomputed in it."""
         if recompute and self.training and torch.is_grad_enabled():
             with self.offload.context() if self.offload else contextlib.nullcontext():
                 return checkpoint(sublayer, hidden_states, use_reentrant=False, **kwargs)
@@ -215,7 +250,7 @@ def select_positions(hidden_states: torch.Tensor, positions: slice | torch.Tenso
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
-    """Loading, initialisation and what the library may do with the model."""
+    """Base class: the initialization of weights, and the attributes that tell transformers what the model supports."""
 
     config_class = ChatGLMConfig
     config: ChatGLMConfig
@@ -235,7 +270,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
-    """The layers without the head."""
+    """Embedding, blocks and final norm, without the head."""
 
     def __init__(self, config: ChatGLMConfig):
         super().__init__(config)
@@ -265,9 +300,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """See `ChatGLMForConditionalGeneration.forward`; returns the hidden states after the last norm.
+        """The hidden states after the final norm.
 
-        They are [B, T, C], or with `output_positions`, a slice or a 1-D tensor, those of these positions only.
+        Args:
+            output_positions: a slice, or a 1-D tensor of positions, for which they are needed; None for all.
+            The other arguments are those of `ChatGLMForConditionalGeneration.forward`.
+        Returns:
+            The hidden states [B, T, C] or [B, output positions, C], and the cache (or None).
+        Raises:
+            ValueError: neither or both of `input_ids` and `inputs_embeds` are given, or `position_ids` are missing
+                where they cannot be derived from `input_ids`.
         """
         cache = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None):
@@ -302,7 +344,15 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     def attention_mask(
         segment_ids: torch.Tensor | None, position_ids: torch.Tensor, cache: Cache | None
     ) -> torch.Tensor:
-        """The boolean mask [B, 1, T, S] for a row of samples and what the cache already holds."""
+        """The mask of `prefix_lm_mask` for the present tokens and a cache.
+
+        Args:
+            segment_ids: [B, past + T], as for `prefix_lm_mask`.
+            position_ids: [B, 2, T].
+            cache: the keys and values of earlier tokens.
+        Returns:
+            [B, 1, T, S], bool.
+        """
         T = position_ids.shape[-1]
         if cache is None:
             past_length, kv_length = 0, T
@@ -314,7 +364,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM-6B with its head, which shares the embedding's weight.
 
-    Source: modeling_chatglm.py of THUDM/chatglm-6b, as observed by running it.
+    Source: modeling_chatglm.py of THUDM/chatglm-6b, whose outputs the tests compare with.
     """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}
@@ -326,7 +376,13 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         self.post_init()
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
-        """Ties the head to the embedding; a checkpoint that holds both with different values is refused."""
+        """Ties the head to the embedding.
+
+        Args:
+            missing_keys, recompute_mapping: see `PreTrainedModel.tie_weights`.
+        Raises:
+            ValueError: a checkpoint has both weights, with different values.
+        """
         super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
         loading = missing_keys is not None
         if loading and self.config.tie_word_embeddings and not self.all_tied_weights_keys:
@@ -361,23 +417,27 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
 
         Args:
             input_ids: [B, T], long.
-            attention_mask: [B, past + T]: 0 for padding, n for the n-th sample where several are concatenated in a
-                row (so 1 for all where there is one); or a ready bool mask [B, 1, T, S].
-            position_ids: [B, 2, T]; derived from `input_ids` where there is one sample a row and no filled cache.
-            cache: earlier keys and values.
+            attention_mask: [B, past + T], long: 0 for padding, n for the n-th sample of the row, so 1 for all tokens
+                where a row is one sample. Or the mask itself, [B, 1, T, S], bool.
+            position_ids: [B, 2, T], long. If they are None, they are derived from `input_ids`, which must then be one
+                sample a row, without earlier tokens in the cache.
+            cache: the keys and values of earlier tokens.
             inputs_embeds: [B, T, C], instead of `input_ids`.
             labels: [B, T], long, -100 where no loss is computed; logits at t predict label t + 1.
-            use_cache: whether to return a cache; by default only outside training.
-            logits_to_keep: how many of the last positions get logits (0: all), or a 1-D tensor of positions.
-            shift_labels: [B, output positions], long: what each of `logits_to_keep` predicts, without -100. The loss
-                is then computed a slice of rows at a time and no logits are returned.
-            packed_sequences: where the samples lie that are concatenated in a single row; `attention_mask` is then
-                not read.
+            use_cache: whether to return a cache; None for the configuration's value. In training a cache is returned
+                only if one was given.
+            logits_to_keep: number of the last positions that get logits, 0 for all; or a 1-D tensor of positions.
+            shift_labels: [B, output positions], long, without -100: the label of each position of `logits_to_keep`.
+                The loss is then computed a slice of rows at a time, and no logits are returned.
+            packed_sequences: where the samples lie, if several are concatenated in a single row; `attention_mask` is
+                then not used.
             num_items_in_batch: divisor of the summed loss, the label tokens of all micro-batches of one optimizer
-                step; None gives the mean over this batch.
+                step; None for the label tokens of this batch.
             past_key_values: the name of `cache` before transformers 5.24.
         Returns:
-            loss (fp32 scalar or None), logits [B, output positions, V] (or None), the cache (or None).
+            loss (scalar, fp32, or None), logits [B, output positions, V] (or None), the cache (or None).
+        Raises:
+            ValueError: see `ChatGLMModel.forward`.
         """
         output_positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden_states, *present_cache = self.transformer(
@@ -404,7 +464,15 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
         return CausalLMOutputWithPast(loss, logits, *present_cache)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, attention_mask=None, **kwargs) -> dict:
-        """Adds the positions, which depend on where `[gMASK]` and `<sop>` stand in the whole sequence so far."""
+        """Adds the positions; they depend on where `[gMASK]` and `<sop>` are in the complete sequence.
+
+        Args:
+            input_ids: [B, all tokens so far], long.
+            attention_mask: [B, all tokens so far], 0 for padding.
+            kwargs: see `GenerationMixin.prepare_inputs_for_generation`.
+        Raises:
+            ValueError: `input_ids` are only a part of the sequence.
+        """
         if attention_mask is not None and attention_mask.shape[1] != input_ids.shape[1]:
             raise ValueError("A prompt cannot be read in pieces: all of it sees all of it. Give generate all tokens.")
         kwargs["position_ids"] = prefix_lm_position_ids(input_ids, attention_mask, self.config)
@@ -413,7 +481,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, cache=None, position_ids=None, past_key_values=None, **kwargs
     ) -> torch.Tensor:
-        """The mask for a cache of fixed size, called by `generate` before a compiled forward."""
+        """The mask [B, 1, T, S] for a cache of fixed size; `generate` calls it before a compiled forward pass."""
         return self.transformer.attention_mask(
             attention_mask, position_ids, past_key_values if cache is None else cache
         )

@@ -11,7 +11,10 @@ from glm_kernels import kernels_supported
 
 
 class ChatGLMRotaryEmbedding(nn.Module):
-    """Cosines and sines for both halves of a head: one rotated by `position`, the other by `block_position`."""
+    """Cosines and sines for the halves of a head; the first is rotated by `position`, the second by `block_position`.
+
+    Source: "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2, applied to each half.
+    """
 
     inv_freq: torch.Tensor
 
@@ -21,20 +24,34 @@ class ChatGLMRotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
 
     def inverse_frequencies(self) -> torch.Tensor:
-        """[rotary_dim / 2], fp32, rounded once to fp16 as the published weights were trained with."""
+        """[D / 4], fp32, rounded to fp16 values: the published weights were trained with these."""
         exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
         return (1.0 / 10000**exponent).half().float()
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, 2, T] -> cos and sin, each [B, T, 1, 2, D / 2], in `dtype`."""
+        """Cosines and sines of all angles.
+
+        Args:
+            position_ids: [B, 2, T], long: `position`, `block_position`.
+            dtype: of the result; the angles are computed in fp32.
+        Returns:
+            cos and sin, each [B, T, 1, 2, D / 2].
+        """
         angles = position_ids.transpose(1, 2)[..., None].float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)[:, :, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates each half of each head by its own angle; [B, T, H, D] -> [B, T, H, D]."""
+    """Rotates each half of each head by its own angle.
+
+    Args:
+        states: [B, T, H, D], queries or keys.
+        cos, sin: each [B, T, 1, 2, D / 2].
+    Returns:
+        [B, T, H, D].
+    """
     halves = states.unflatten(-1, (2, -1))
     first, second = halves.chunk(2, dim=-1)
     return (halves * cos + torch.cat((-second, first), dim=-1) * sin).flatten(-2)
@@ -43,9 +60,15 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
 def split_and_rotate(
     projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value, thirds of each head, the first two rotated; [B, T, 3C] -> 3 x [B, T, H, D].
+    """Splits the fused projection and rotates queries and keys.
 
-    On a GPU and without gradients they are rotated where they lie.
+    Args:
+        projected: [B, T, 3C], query, key and value of each head side by side. Where a kernel can rotate them and no
+            gradients are needed, it is overwritten.
+        cos, sin: each [B, T, 1, 2, D / 2].
+        head_dim: D.
+    Returns:
+        Rotated queries, rotated keys, and values, each [B, T, H, D].
     """
     query, key, value = projected.unflatten(-1, (-1, 3 * head_dim)).chunk(3, dim=-1)
     if kernels_supported(projected) and not torch.is_grad_enabled():
@@ -55,7 +78,7 @@ def split_and_rotate(
 
 
 def rotate_in_place(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int):
-    """Rotary positions on the queries and keys in `projected` [B, T, 3C], by the kernel; no gradient."""
+    """Rotates the queries and keys in `projected` [B, T, 3C] by the Triton kernel; no gradient."""
     from glm_kernels import rotary
 
     cos, sin = (table.reshape(-1, head_dim) for table in (cos, sin))  # [B * T, D]

@@ -1,4 +1,4 @@
-"""Tokenizer of ChatGLM-6B: the official `ice_text.model`, whose SentencePiece ids are the token ids."""
+"""Tokenizer of ChatGLM-6B, with the SentencePiece model `ice_text.model`, whose piece ids are the token ids."""
 
 import re
 import shutil
@@ -7,21 +7,22 @@ from pathlib import Path
 import sentencepiece
 from transformers import PreTrainedTokenizer
 
-MAX_BLANKS = 80  # runs of 2 to 80 spaces have a piece of their own
+MAX_BLANKS = 80  # there is a piece for each run of 2 to 80 spaces
 RUN_OF_SPACES = re.compile(f" {{2,{MAX_BLANKS}}}")
 BLANK_PIECE = re.compile(r"<\|blank_(\d+)\|>")
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
-    """SentencePiece with pieces for newline, tab and runs of spaces, and the endings that ChatGLM-6B expects.
+    """SentencePiece with pieces for newline, tab and runs of spaces; adds the control tokens that the model expects.
 
     `encode(text)` gives `text [gMASK] <sop>`; a pair gives `text [gMASK] <sop> pair <eop>`. Padding is on the left,
-    as generation needs it. Control tokens written in a text (`<sop>`, `<pad>`, ...) become control tokens, as in the
-    official tokenizer; pass `split_special_tokens=True` to keep them text, which data and prompts need.
+    since generation appends tokens on the right. Control tokens written in a text (`<sop>`, `<pad>`, ...) become
+    control tokens, as in the official tokenizer; with `split_special_tokens=True`, which data rows and prompts need,
+    they stay text.
 
     Args:
         vocab_file: path of `ice_text.model`.
-        num_image_tokens: must be 0; the first releases, whose ids start at 20,000, need their own files.
+        num_image_tokens: must be 0; the files of early releases, in which the ids of text start at 20,000, do not fit.
     Raises:
         ValueError: `num_image_tokens` is not 0.
     Source: `tokenizer_config.json` and `ice_text.model` of THUDM/chatglm-6b.
@@ -49,7 +50,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             )
         self.vocab_file = vocab_file
         self.sp_model = sentencepiece.SentencePieceProcessor(model_file=vocab_file)
-        # [gMASK] and </s> have pieces, but official encoding does not look for them in a text.
+        # tokenizer_config.json names [gMASK] and </s>, but the official tokenizer does not parse them in a text.
         kwargs.pop("model_specific_special_tokens", None)
         super().__init__(
             bos_token=bos_token,
@@ -73,7 +74,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp_model.piece_to_id("[gMASK]")
 
     def get_vocab(self) -> dict[str, int]:
-        """All pieces with their ids."""
+        """Piece -> id, with added tokens."""
         return {self.sp_model.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
 
     def _tokenize(self, text: str, **kwargs) -> list[str]:
@@ -85,23 +86,23 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return self.sp_model.piece_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        # The embedding has more rows than there are pieces; a model may produce such an id.
+        # The embedding has more rows than there are pieces, so that a model can generate an id without a piece.
         return self.sp_model.id_to_piece(index) if index < self.vocab_size else self.unk_token
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of a list of pieces; control tokens leave no trace."""
+        """The text of a list of pieces; control tokens give no text."""
         text = self.sp_model.decode_pieces(tokens).replace("<n>", "\n").replace("<|tab|>", "\t")
         return BLANK_PIECE.sub(lambda piece: " " * int(piece.group(1)), text)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
-        """`A [gMASK] <sop>`, or `A [gMASK] <sop> B <eop>` for a pair."""
+        """The ids of `A [gMASK] <sop>`, or of `A [gMASK] <sop> B <eop>` for a pair."""
         answer = [] if token_ids_1 is None else [*token_ids_1, self.eos_token_id]
         return [*token_ids_0, self.gmask_token_id, self.bos_token_id, *answer]
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Copies the SentencePiece model into a folder."""
+        """Copies the SentencePiece model into a folder; returns its path there."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         target = Path(save_directory) / (prefix + self.vocab_files_names["vocab_file"])
         if target.resolve() != Path(self.vocab_file).resolve():
