@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from chatglm.chat import OFFICIAL_SAMPLING
 from qlora.arguments import FinetuneArguments, InferenceArguments
 from qlora.command_line import parse_command_line
 from qlora.training.training_args import set_precision
@@ -205,6 +206,7 @@ def test_tokens_at_once_out_of_range():
         ("batch_size", 0),
         ("max_prompts", 0),
         ("temperature", 0.0),
+        ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.5),
     ],
@@ -219,6 +221,11 @@ def test_value_of_another_kind(name, value, capsys):
     with pytest.raises(SystemExit):
         parse(f"--{name}", value)
     assert value in capsys.readouterr().err
+
+
+def test_sampling_is_the_official_one_by_default():
+    args = parse("--do_sample", kind=InferenceArguments)
+    assert {name: getattr(args, name) for name in OFFICIAL_SAMPLING} == OFFICIAL_SAMPLING
 
 
 def test_prompts_may_be_given_many_times():

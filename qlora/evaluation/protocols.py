@@ -8,7 +8,7 @@ class Protocol:
     """Settings of an evaluation; lengths in tokens, None for no limit.
 
     Attributes:
-        do_sample: sampling with top_p 0.7 and temperature 0.95, else the most likely token.
+        do_sample: sampling with the official settings, `chatglm.chat.OFFICIAL_SAMPLING`, else the most likely token.
         max_prompt_tokens, max_reference_tokens: lengths that these are cut to, `[gMASK]` and `<sop>` included.
         max_new_tokens: longest answer.
     """
