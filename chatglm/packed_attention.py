@@ -1,7 +1,8 @@
-"""Attention for samples concatenated in one row: each token attends within its own sample, without a mask tensor.
+"""Attention for samples concatenated in one row: each token attends within its own sample only.
 
-On a supported GPU one Triton kernel computes it for all samples; elsewhere there is one SDPA call a sample. Both take
-the fused projection of queries, keys and values, because the kernel rotates and reads them in place.
+On a supported GPU one Triton kernel computes it for all samples, without a mask in memory; elsewhere there is one SDPA
+call a sample, with `sample_mask`. Both take the fused projection of queries, keys and values, because the kernel
+rotates and reads them in place.
 
 Shapes: T tokens, C hidden size, H heads, D head dimension.
 """
@@ -76,12 +77,24 @@ def attention_by_sample(
     packed_sequences: PackedSequences,
     head_dim: int,
 ) -> torch.Tensor:
-    """The same with one masked SDPA call a sample; the mask of a sample is `visible` below."""
+    """The same with one masked SDPA call a sample."""
     states = (state.transpose(1, 2) for state in split_and_rotate(projected, *position_embeddings, head_dim))
     samples = (state.split([sum(lengths) for lengths in packed_sequences.lengths], dim=2) for state in states)
     outputs = []
     for (prompt, answer), query, key, value in zip(packed_sequences.lengths, *samples, strict=True):  # [1, H, n, D]
-        index = torch.arange(prompt + answer, device=query.device)
-        visible = (index <= index[:, None]) | (index < prompt)  # [n queries, n keys]
-        outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=head_dim**-0.5))
+        mask = sample_mask(prompt, answer, query.device)
+        outputs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=head_dim**-0.5))
     return torch.cat(outputs, dim=2).transpose(1, 2).flatten(2)
+
+
+def sample_mask(prompt: int, answer: int, device: torch.device) -> torch.Tensor:
+    """Which keys a query of one sample attends to: those of the prompt, and those that are not after it.
+
+    The same rule for padded rows and a cache is `chatglm.modeling_chatglm.prefix_lm_mask`, in the kernel
+    `glm_kernels.attention.prefix_lm_mask`.
+
+    Returns:
+        [n, n], bool, queries and keys, for n = prompt + answer tokens.
+    """
+    index = torch.arange(prompt + answer, device=device)
+    return (index <= index[:, None]) | (index < prompt)

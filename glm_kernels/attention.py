@@ -61,7 +61,10 @@ def load_tile(tiles, tile):
 
 @triton.jit
 def prefix_lm_mask(query_index, key_index, sample_length, context_length):
-    """[M, N] bool: key_index [N] is in the sample, and either not after query_index [M] or in the context."""
+    """[M, N] bool: key_index [N] is in the sample, and either not after query_index [M] or in the context.
+
+    The loop bounds of the kernels below skip the blocks in which no element is true, and must change with this rule.
+    """
     return (key_index < sample_length)[None, :] & (
         (key_index[None, :] <= query_index[:, None]) | (key_index < context_length)[None, :]
     )

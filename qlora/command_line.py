@@ -35,17 +35,20 @@ def parse_command_line(kind: type[Arguments], args: list[str] | None = None) -> 
     """
     names = flag_names(kind)
     args = [present_name(arg, names) for arg in (sys.argv[1:] if args is None else args)]
-    parser = build_parser(kind, show_expert="--help_all" in args)
-    parsed, unknown = parser.parse_known_args(args)
-    unknown = [name for name in unknown if name.startswith("-")] or unknown
-    if unknown:
-        raise ValueError(
-            "; ".join(f"unknown argument {name}{nearest(name, shown_flags(kind))}" for name in unknown) + "."
-        )
+    refuse_unknown([arg for arg in args if arg.startswith("--") and arg.partition("=")[0] not in names], kind)
+    parsed, surplus = build_parser(kind, show_expert="--help_all" in args).parse_known_args(args)
+    refuse_unknown(surplus, kind)
     for field in fields_of(kind):
         if field.metadata.get("hidden") and getattr(parsed, field.name) is not None:
             logger.warning("--%s is of an earlier release. %s", field.name, field.metadata["help"])
     return kind(**vars(parsed))
+
+
+def refuse_unknown(unknown: list[str], kind: type):
+    """ValueError with the nearest known flag for each argument, if there are any."""
+    if unknown:
+        known = shown_flags(kind)
+        raise ValueError("; ".join(f"unknown argument {name}{nearest(name, known)}" for name in unknown) + ".")
 
 
 def fields_of(kind: Any) -> tuple[dataclasses.Field, ...]:
@@ -55,7 +58,7 @@ def fields_of(kind: Any) -> tuple[dataclasses.Field, ...]:
 
 def flag_names(kind: type) -> dict[str, str]:
     """Every name under which a flag is read -> its present name; all with underscores."""
-    names = {"--help_all": "--help_all"}
+    names = {"--help": "--help", "--help_all": "--help_all"}
     for field in fields_of(kind):
         flag = f"--{field.name}"
         names |= dict.fromkeys([flag, *field.metadata.get("aliases", ())], flag)

@@ -1,5 +1,7 @@
 """qlora/arguments.py: the command line of the project this one follows, and the type of the arithmetic."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -142,6 +144,36 @@ def test_flags_are_not_abbreviated(flag):
 def test_misspelled_flag_with_equals_sign():
     with pytest.raises(ValueError, match="did you mean --lora_rank"):
         parse("--lora_rnk=8")
+
+
+def test_hyphens_and_underscores_are_alike():
+    args = parse("--lora-rank", 8, "--dry-run", 2, "--train-data-path=a-b.jsonl")
+    assert (args.lora_rank, args.check, args.train_data_path) == (8, 2, ["a-b.jsonl"])
+
+
+def test_flags_of_the_earlier_release_are_read():
+    args = parse("--kept_mlp", 20, "--kept_attention=28", "--dense_layers", 3)
+    expected = {"recompute_mlp": 8, "recompute_attention": 0, "dequantized_layers": 3}
+    assert args.fixed_plan(None, num_layers=28) == expected
+    assert parse("--recompute_mlp", 8, "--recompute_attention", 0).fixed_plan(None, 28).items() <= expected.items()
+    with pytest.raises(ValueError, match="--kept_mlp is of an earlier release and fixes what --recompute_mlp does"):
+        parse("--kept_mlp", 20, "--recompute_mlp", 8)
+
+
+def test_flags_win_over_the_activation_checkpointing_of_the_json():
+    assert parse("--recompute_mlp", 8).fixed_plan(True, 28) == {"recompute_mlp": 8, "recompute_attention": 28}
+    assert parse().fixed_plan(False, 28) == {"recompute_mlp": 0, "recompute_attention": 0}
+
+
+def test_misspelt_flag_is_named_although_a_required_one_is_missing():
+    @dataclasses.dataclass
+    class Required:
+        """One flag."""
+
+        output_dir: str = dataclasses.field(metadata={"help": "Folder."})
+
+    with pytest.raises(ValueError, match=r"unknown argument --ouput_dir \(did you mean --output_dir\?\)\.$"):
+        parse("--ouput_dir", "x", kind=Required)
 
 
 def test_all_values_out_of_range_are_reported_at_once():

@@ -20,7 +20,7 @@ from qlora.checkpoint import check_checkpoint
 from qlora.data.dataset import IGNORE_INDEX, SampleEncoder, load_samples
 from qlora.data.rows import read_rows
 from qlora.loading import load_adapter
-from qlora.training.saving import find_checkpoint
+from qlora.training.checkpoints import find_checkpoint
 
 # Lines at random, thousands of them.
 
@@ -229,7 +229,7 @@ def test_code_in_a_checkpoint_is_not_run(
     checkpoint = shutil.copytree(interrupted, tmp_path / "checkpoint-1")
     arm(checkpoint / name, mark)
     if not checked:  # the libraries beneath must hold too
-        monkeypatch.setattr("qlora.training.saving.checkpoint_problem", lambda folder: None)
+        monkeypatch.setattr("qlora.training.checkpoints.checkpoint_problem", lambda folder: None)
     flags = flags_of(tmp_path, tiny_checkpoint, sample_rows[:8], "--resume_from_checkpoint", str(checkpoint))
     with pytest.raises((SystemExit, pickle.UnpicklingError)) as raised:
         train(*flags)

@@ -6,6 +6,8 @@
 
 W is stored in NF4 and dequantized where it is used, in the forward and again in the backward pass, or once by
 `cache_dequantized`. It is constant, so its backward pass needs no input: autograd saves the input only for A and B.
+What is saved is counted in `Sizes` of qlora/training/memory_plan.py. Training with `--plain` uses peft's and
+bitsandbytes' own layers instead.
 
 Shapes: T tokens (all leading dimensions together), C_in and C_out features, r rank.
 """
@@ -158,7 +160,7 @@ class LoRALinearFunction(torch.autograd.Function):
         x, low_rank, lora_A, lora_B_T = ctx.saved_tensors
         grad = grad_output.flatten(0, -2)  # [T, C_out]
         operations = lora_operations(grad)
-        low_rank_grad = operations.lora_down(grad, lora_B_T, ctx.scaling, 0.0, 0)  # [T, r]
+        low_rank_grad = operations.lora_down(grad, lora_B_T, ctx.scaling, 0.0, 0)  # [T, r] = scaling * G @ B
         grad_A = operations.lora_weight_grad(low_rank_grad, x, 1.0, ctx.dropout, ctx.seed)  # [r, C_in]
         grad_B = operations.lora_weight_grad(low_rank, grad, ctx.scaling, 0.0, 0).T  # [C_out, r]
         grad_x = None

@@ -6,7 +6,9 @@ The result of a step does not depend on the plan. Memory is spent in this order,
   3. caching the dequantized weights.
 Where even the inputs of the sub-layers do not fit, they are offloaded to host memory.
 
-`predict_peak` says what is counted. Units: bytes, tokens of a micro-batch, and floating-point operations.
+`predict_peak` says what is counted. What the layers save for the backward pass is counted in `Sizes`, so that a change
+of a layer in qlora/layers/, chatglm/packed_attention.py or chatglm/loss.py may need one here.
+Units: bytes, tokens of a micro-batch, and floating-point operations.
 """
 
 import dataclasses
@@ -42,7 +44,7 @@ class Sizes:
     Attributes:
         config: the model's.
         bytes_per_number: of the compute dtype.
-        resident: bytes on the GPU before the first step: weights and adapter.
+        resident: bytes on the GPU before the first step: weights and adapter; see `model_sizes` in preflight.py.
         trainable: parameters of the adapter.
         targets: layers with an adapter, which save their input for the gradient of A.
         fused_attention: whether the attention kernel runs; otherwise queries and keys are saved before and after
@@ -62,26 +64,38 @@ class Sizes:
         return self.config.num_layers
 
     @property
-    def sublayer_input(self) -> int:
+    def input_bytes(self) -> int:
         """Bytes a token of the input of a sub-layer."""
         return self.bytes_per_number * self.config.hidden_size
 
     @property
-    def attention(self) -> int:
-        """Bytes a token that an attention sub-layer saves beside its input: norm, projection, output, statistics."""
-        return (5 if self.fused_attention else 8) * self.sublayer_input + 4 * self.config.num_attention_heads + 16
+    def attention_bytes(self) -> int:
+        """Bytes a token that an attention sub-layer saves beside its input.
+
+        With the kernel the norm's output, the projection (three times as wide), the output: 5 times the input's size;
+        the log-sum-exp of each head in fp32, and the statistics of the norm. Without it also the rotated queries and
+        keys, and the values as SDPA saves them.
+        """
+        return (5 if self.fused_attention else 8) * self.input_bytes + 4 * self.config.num_attention_heads + 16
 
     @property
-    def mlp(self) -> int:
-        """Bytes a token that an MLP sub-layer saves beside its input: the input of the GELU, statistics."""
+    def mlp_bytes(self) -> int:
+        """Bytes a token that an MLP sub-layer saves beside its input.
+
+        The input of the GELU, the statistics of the norm, and the inputs of the linear layers that have an adapter.
+        """
         inner = self.bytes_per_number * self.config.inner_hidden_size
-        adapters = self.sublayer_input * ("dense_h_to_4h" in self.targets) + inner * ("dense_4h_to_h" in self.targets)
+        adapters = self.input_bytes * ("dense_h_to_4h" in self.targets) + inner * ("dense_4h_to_h" in self.targets)
         return inner + adapters + 16
 
     @property
-    def working(self) -> int:
-        """Bytes a token of the temporary tensors in the backward pass of a sub-layer."""
-        return 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.sublayer_input
+    def working_bytes(self) -> int:
+        """Bytes a token of the temporary tensors in the backward pass of a sub-layer: an upper bound.
+
+        Two of the inner width, the GELU's input and output gradient, and four of the hidden width, the gradients of
+        the sub-layer's output, of its norm, of the residual and of its input.
+        """
+        return 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.input_bytes
 
 
 @dataclass(frozen=True)
@@ -128,14 +142,20 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
     T, layers = plan.max_tokens, sizes.layers
     optimizer = 12 * sizes.trainable  # gradient and two moments, fp32
     dequantized = plan.dequantized_layers * sizes.config.weights_per_layer * sizes.bytes_per_number
-    saved = (layers - plan.recompute_mlp) * sizes.mlp + (layers - plan.recompute_attention) * sizes.attention
-    offloaded_inputs = plan.recompute_mlp + plan.recompute_attention - 3 if plan.offload else 0  # 3 are being copied
-    saved += (2 * layers - offloaded_inputs) * sizes.sublayer_input
-    logits = ROWS_AT_ONCE * sizes.config.vocab_size * sizes.bytes_per_number + 3 * T * sizes.sublayer_input
-    recomputed = max(sizes.mlp if plan.recompute_mlp else 0, sizes.attention if plan.recompute_attention else 0)
+    saved = (layers - plan.recompute_mlp) * sizes.mlp_bytes + (
+        layers - plan.recompute_attention
+    ) * sizes.attention_bytes
+    # Of the offloaded inputs three are on the GPU: one in use, one on its way there, one on its way to the host.
+    offloaded_inputs = plan.recompute_mlp + plan.recompute_attention - 3 if plan.offload else 0
+    saved += (2 * layers - offloaded_inputs) * sizes.input_bytes
+    # A slice of logits; the last hidden states, their norm, and its gradient.
+    loss = ROWS_AT_ONCE * sizes.config.vocab_size * sizes.bytes_per_number + 3 * T * sizes.input_bytes
+    recomputed = max(
+        sizes.mlp_bytes if plan.recompute_mlp else 0, sizes.attention_bytes if plan.recompute_attention else 0
+    )
     largest_weight = sizes.config.hidden_size * sizes.config.inner_hidden_size * sizes.bytes_per_number
-    sublayer = T * (sizes.working + recomputed) + (largest_weight if plan.dequantized_layers < layers else 0)
-    return sizes.resident + optimizer + dequantized + T * saved + max(logits, sublayer)
+    sublayer = T * (sizes.working_bytes + recomputed) + (largest_weight if plan.dequantized_layers < layers else 0)
+    return sizes.resident + optimizer + dequantized + T * saved + max(loss, sublayer)
 
 
 def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
@@ -144,9 +164,11 @@ def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
     weights = config.weights_per_layer
     micro_batches = math.ceil(step_tokens / plan.max_tokens)
     first_mlp = config.hidden_size * config.inner_hidden_size  # recomputing needs no product with the second matrix
-    recomputed = plan.recompute_mlp * first_mlp + plan.recompute_attention * 3 * config.hidden_size**2
-    arithmetic = step_tokens * (4 * config.multiplied_weights + 2 * recomputed)
-    reads = (layers - plan.dequantized_layers) * weights * 2 + recomputed * (1 - plan.dequantized_layers / layers)
+    recomputed_weights = plan.recompute_mlp * first_mlp + plan.recompute_attention * 3 * config.hidden_size**2
+    arithmetic = step_tokens * (4 * config.multiplied_weights + 2 * recomputed_weights)
+    reads = (layers - plan.dequantized_layers) * weights * 2 + recomputed_weights * (
+        1 - plan.dequantized_layers / layers
+    )
     dequantizing = micro_batches * reads * (sizes.bytes_per_number + 0.5) * FLOPS_PER_BYTE
     launching = micro_batches * MICRO_BATCH_TOKENS * 4 * weights * layers
     recomputed_share = (plan.recompute_mlp + plan.recompute_attention) / (2 * layers)

@@ -33,8 +33,8 @@ from qlora.loading import (
     choose_compute_dtype,
     load_tokenizer,
 )
+from qlora.training.checkpoints import check_output_dir, check_same_adapter, find_checkpoint
 from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, memory_budget, plan_without_gpu
-from qlora.training.saving import check_output_dir, check_same_adapter, find_checkpoint
 from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
 
 ADAPTER_BYTES = 4  # of a trained parameter in a saved adapter, fp32

@@ -25,7 +25,7 @@ from qlora.atomic import publish_files, publish_folder
 from qlora.data.batching import Sample, StepBatch, count_labels, count_tokens, own_samples, split_evenly
 from qlora.data.collator import PaddingCollator, PaddingFreeCollator
 from qlora.errors import TrainingStopped, stop_all_processes
-from qlora.training.saving import check_saved_adapter, delete_old_checkpoints, resume_advice, staging_dir
+from qlora.training.checkpoints import check_saved_adapter, delete_old_checkpoints, resume_advice, staging_dir
 from qlora.training.step_check import Step, StepCheck, name_rows
 from qlora.training.training_args import samples_per_step
 from qlora.units import GIB
@@ -87,7 +87,8 @@ class QLoRATrainer(Trainer):
         self.max_tokens, self.plain_rows = max_tokens, args.per_device_train_batch_size
         self.collate = (PaddingFreeCollator if max_tokens else PaddingCollator)(self.model.config)
         self.tokens_since_log, self.log_started = 0, time.perf_counter()
-        self.step_check, self.run_dir = StepCheck(self.accelerator), args.output_dir
+        self.step_check = StepCheck(self.accelerator)
+        self.checkpoint_parent = Path(args.output_dir)  # the staging folder while a checkpoint is being written
 
     def train(self, *args, **kwargs):
         """See `Trainer.train`; Ctrl-C raises TrainingStopped."""
@@ -286,23 +287,27 @@ class QLoRATrainer(Trainer):
 
     def _get_output_dir(self, trial) -> str:
         """The folder in which the Trainer writes checkpoints: the staging folder while one is being saved."""
-        return str(self.run_dir)
+        return str(self.checkpoint_parent)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial):
         """Writes a checkpoint into the staging folder and publishes it when it is complete."""
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with staging_dir(output_dir, owner=self.args.should_save) as self.run_dir:
+        with staging_dir(output_dir, owner=self.args.should_save) as self.checkpoint_parent:
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.state.best_model_checkpoint == str(self.run_dir / name):  # the Trainer has the staging folder
+            if self.state.best_model_checkpoint == str(
+                self.checkpoint_parent / name
+            ):  # the Trainer has the staging folder
                 self.state.best_model_checkpoint = str(output_dir / name)
             if self.args.should_save:
-                check_saved_adapter(self.model, self.run_dir / name, output_dir / name)
-                self.state.save_to_json(str(self.run_dir / name / "trainer_state.json"))
-                publish_folder(self.run_dir / name, output_dir / name, replaced=self.run_dir / "replaced")
+                check_saved_adapter(self.model, self.checkpoint_parent / name, output_dir / name)
+                self.state.save_to_json(str(self.checkpoint_parent / name / "trainer_state.json"))
+                publish_folder(
+                    self.checkpoint_parent / name, output_dir / name, replaced=self.checkpoint_parent / "replaced"
+                )
                 delete_old_checkpoints(output_dir / name, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.run_dir = output_dir
+        self.checkpoint_parent = output_dir
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Writes adapter, tokenizer and the log of the run, and publishes them when they are complete."""

@@ -118,7 +118,7 @@ def test_dropout_is_the_same_mask_in_every_kernel():
     assert (other.bool() != kept).float().mean() > 0.2
 
 
-@pytest.mark.parametrize("shape", [(6, 2048), (10, 1088), (96, 64)])
+@pytest.mark.parametrize("shape", [(6, 2048), (10, 1088), (96, 64), (40, 1024)])  # the last: two second scales
 def test_dequantized_weights_equal_those_of_bitsandbytes(shape):
     packed, state = bitsandbytes.functional.quantize_4bit(
         torch.randn(shape, device=DEVICE), quant_type="nf4", compress_statistics=True

@@ -73,3 +73,25 @@ def test_kernel_is_compiled_anew_for_arguments_with_another_key(kernel, x, hidde
         launch(kernel, (1,), x, 0.5, 7, hidden_size, **usual | constants)
     assert kernel.compiled == 2
     assert [number for number, _, _ in kernel.launches] == [1, 2]
+
+
+class TensorOn(torch.Tensor):
+    """A tensor that says it is on another device."""
+
+    device_number = 0
+
+    def get_device(self) -> int:
+        return self.device_number
+
+
+def test_each_kernel_and_each_device_has_a_compiled_kernel_of_its_own(kernel):
+    other, constants = StandInKernel(), {"BLOCK": 16, "GRADIENT": True}
+    tensors = [NUMBERS.as_subclass(TensorOn) for _ in range(2)]
+    tensors[1].device_number = 1
+    for _ in range(2):
+        for rows in (NUMBERS, *tensors):
+            launch(kernel, (1,), rows, 0.5, 7, 64, **constants)
+        launch(other, (1,), NUMBERS, 0.5, 7, 64, **constants)
+    assert (kernel.compiled, other.compiled) == (3, 1)
+    assert [number for number, _, _ in kernel.launches] == [1, 2, 3]
+    assert [number for number, _, _ in other.launches] == [1]

@@ -1,7 +1,9 @@
 """qlora/layers/: the layers for training against those of peft and bitsandbytes."""
 
 import copy
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from conftest import add_random_lora
 from peft import PeftModel
 from transformers import set_seed
 
-from qlora.layers import replacement
+from glm_kernels import lora_reference
+from qlora.layers import linear, replacement
+from qlora.layers.linear import LoRALinearFunction, NF4Linear
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 
@@ -108,3 +112,36 @@ def test_layers_run_under_autocast(golden_folder):
     with torch.autocast("cpu", torch.bfloat16):
         layer(hidden_states).float().sum().backward()
     assert hidden_states.grad.abs().max() > 0
+
+
+# Gradients with dropout: of `scaling * dropout(x) @ A.T @ B.T`, with the mask that the forward pass drew.
+
+
+def dropout_mask(operations: ModuleType, shape: tuple[int, int], dropout: float, seed: int) -> torch.Tensor:
+    """What dropout multiplies a matrix with: 0 or 1 / (1 - p)."""
+    mask = torch.zeros(shape)
+    operations.lora_up_add(mask, torch.ones(shape[0], 1), torch.ones(1, shape[1]), 1.0, dropout, seed)
+    return mask
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
+def test_gradients_with_dropout_are_those_of_autograd(golden_folder, monkeypatch, kernels):
+    operations = lora_reference
+    if kernels:
+        pytest.importorskip("triton")
+        operations = importlib.import_module("glm_kernels.lora")
+    monkeypatch.setattr(linear, "lora_operations", lambda tensor: operations)
+    base = make_model(golden_folder).get_base_model().transformer.layers[0].attention.query_key_value.base_layer
+    layer, (T, rank), (dropout, seed) = NF4Linear(base), (50, 4), (0.3, 12345)
+    torch.manual_seed(0)
+    x, A, B = torch.randn(T, layer.in_features), torch.randn(rank, layer.in_features), torch.randn(192, rank)
+    direction = torch.randn(T, layer.out_features)
+    inputs = [tensor.requires_grad_() for tensor in (x, A, B)]
+
+    mask = dropout_mask(operations, (T, layer.in_features), dropout, seed)
+    expected = x @ layer.dequantized_weight().T + layer.bias + 2.0 * (x * mask) @ A.T @ B.T
+    found = LoRALinearFunction.apply(x, A, B, layer, 2.0, dropout, seed)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    wanted = torch.autograd.grad((expected * direction).sum(), inputs)
+    for gradient, other in zip(torch.autograd.grad((found * direction).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-3, rtol=1e-4)

@@ -1,9 +1,12 @@
 """qlora/training/memory_plan.py: a plan fits its budget, and more memory is never worse."""
 
+import dataclasses
+
 import pytest
 
 from chatglm import ChatGLMConfig
-from qlora.training.memory_plan import Sizes, choose_plan, longest_step, predict_peak, relative_cost
+from chatglm.loss import ROWS_AT_ONCE
+from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, predict_peak, relative_cost
 from qlora.units import GIB
 
 # The 6B model in NF4 with a bf16 embedding: 4.0 GiB, and an adapter of rank 4.
@@ -49,3 +52,44 @@ def test_longest_step():
     assert longest_step([100] * 50, 32) == 3200
     assert longest_step([100] * 10, 32) == 1000  # fewer samples than a step takes
     assert 3200 < longest_step([50, 150] * 500, 32) <= 32 * 150
+
+
+def test_peak_counts_the_optimizer_and_everything_resident():
+    plan = MemoryPlan(3000, 28, 28)
+    more = dataclasses.replace(SIZES, trainable=SIZES.trainable + 1000, resident=SIZES.resident + 7)
+    # Gradient and two moments of Adam, fp32.
+    assert predict_peak(more, plan) - predict_peak(SIZES, plan) == 12 * 1000 + 7
+
+
+def test_peak_counts_what_a_layer_saves():
+    plan, T = MemoryPlan(3000, 28, 28), 3000
+    less_mlp, less_attention = (
+        dataclasses.replace(plan, **{name: 27}) for name in ("recompute_mlp", "recompute_attention")
+    )
+    # The input of the GELU in bf16 and the statistics; norm, projection (3) and output, statistics of 32 heads.
+    assert predict_peak(SIZES, less_mlp) - predict_peak(SIZES, plan) == T * (2 * 16384 + 16)
+    assert predict_peak(SIZES, less_attention) - predict_peak(SIZES, plan) == T * (5 * 2 * 4096 + 4 * 32 + 16)
+    adapters = dataclasses.replace(SIZES, targets=frozenset(["dense_h_to_4h", "dense_4h_to_h"]))
+    saved_more = predict_peak(adapters, less_mlp) - predict_peak(adapters, plan)
+    assert saved_more == T * (2 * 16384 + 16 + 2 * 4096 + 2 * 16384)
+
+
+def test_peak_counts_offloading_and_cached_weights():
+    plan, T, input_bytes = MemoryPlan(3000, 28, 28), 3000, 2 * 4096
+    offloaded = dataclasses.replace(plan, offload=True)
+    # All 56 inputs but the three that are being copied.
+    assert predict_peak(SIZES, plan) - predict_peak(SIZES, offloaded) == T * 53 * input_bytes
+    one, two = (dataclasses.replace(plan, dequantized_layers=count) for count in (1, 2))
+    assert predict_peak(SIZES, two) - predict_peak(SIZES, one) == 2 * SIZES.config.weights_per_layer
+
+
+def test_peak_counts_temporary_tensors_of_a_sublayer_or_of_the_logits():
+    one_layer = ChatGLMConfig(num_layers=1)
+    sizes = dataclasses.replace(SIZES, config=one_layer, trainable=0, resident=0)
+    few, many = MemoryPlan(10, 0, 0, dequantized_layers=1), MemoryPlan(100_000, 0, 0, dequantized_layers=1)
+    saved = sizes.mlp_bytes + sizes.attention_bytes + 2 * sizes.input_bytes
+    weights = 2 * one_layer.weights_per_layer
+    # Few tokens: a slice of logits, and three times the hidden states. Many: the temporary tensors of a sub-layer.
+    logits = ROWS_AT_ONCE * one_layer.vocab_size * 2 + 3 * 10 * sizes.input_bytes
+    assert predict_peak(sizes, few) == weights + 10 * saved + logits
+    assert predict_peak(sizes, many) == weights + 100_000 * (saved + 2 * 2 * 16384 + 4 * 2 * 4096)

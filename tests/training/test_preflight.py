@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import train_qlora
 from chatglm import ChatGLMConfig
+from qlora import loading
 from qlora.arguments import FinetuneArguments
 from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.export.official_folder import write_quantized
@@ -92,6 +93,22 @@ def test_run_is_as_foreseen(flags, values):
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     state = foreseen.steps.saves * preflight.STATE_BYTES
     assert foreseen.disk.needed - state < written < foreseen.disk.needed
+
+
+def test_nothing_is_checked_or_planned_twice(flags, values, monkeypatch):
+    calls = []
+    for module, name in (
+        (preflight, "check_checkpoint"),
+        (loading, "check_checkpoint"),
+        (preflight, "check_device"),
+        (loading, "check_device"),
+        (preflight, "plan_without_gpu"),
+    ):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=function, n=name: (calls.append(n), f(*args))[1])
+    edit_json(flags, values, max_steps=1, save_strategy="no", eval_strategy="no")
+    run_main(flags)
+    assert sorted(calls) == ["check_checkpoint", "check_device", "plan_without_gpu"]
 
 
 def test_folder_of_4_bit_weights_has_no_problems(flags, tiny_checkpoint, tokenizer, tmp_path):

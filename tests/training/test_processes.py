@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 
 import train_qlora
 from qlora.data.batching import own_samples
-from qlora.training.saving import checkpoint_problem, checkpoints
+from qlora.training.checkpoints import checkpoint_problem, checkpoints
 
 SETTINGS = {"max_steps": 24, "save_steps": 4, "eval_steps": 8, "use_cpu": True}
 MOST_SECONDS = 30  # in which a job ends when one of its processes has

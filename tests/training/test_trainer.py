@@ -15,7 +15,7 @@ import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.data.batching import StepBatch
 from qlora.errors import TrainingStopped
-from qlora.training.saving import STAGING, checkpoints
+from qlora.training.checkpoints import STAGING, checkpoints
 from qlora.training.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
 from qlora.training.trainer import QLoRATrainer
 

@@ -1,4 +1,4 @@
-"""qlora/training/saving.py: what is on the disk is whole, whatever happens while it is written."""
+"""qlora/training/checkpoints.py: what is on the disk is whole, whatever happens while it is written."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.errors import TrainingStopped
 from qlora.loading import add_lora, load_quantized_model
-from qlora.training.saving import (
+from qlora.training.checkpoints import (
     CHECKPOINT_FILES,
     STAGING,
     check_output_dir,

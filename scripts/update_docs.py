@@ -1,0 +1,75 @@
+"""Write the tables of flags in docs/ from the code.
+
+    python scripts/update_docs.py             # rewrites the tables
+    python scripts/update_docs.py --check     # ends with an error if one of them is out of date
+
+A table stands between `<!-- flags: common -->` or `<!-- flags: expert -->` and `<!-- end of flags -->`. In pages in
+Chinese, `*_zh.md`, the meanings stay as they are written there; flags and defaults come from the code.
+"""
+
+import re
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+
+from qlora.arguments import FinetuneArguments
+from qlora.command_line import parse_command_line, shown_default
+from qlora.errors import message_instead_of_traceback
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TABLE = re.compile(r"(<!-- flags: (\w+) -->\n(?:\|[^\n]*\n){2})((?:\|[^\n]*\n)*)(<!-- end of flags -->)")
+ROW = re.compile(r"^\| `--(\w+)` \|.*?\| (.*) \|$", re.M)
+CONTROL_TOKEN = re.compile(r"(\[gMASK\]|<\w+>)")
+
+
+@dataclass
+class DocsArguments:
+    """Whether to rewrite the tables or only to check them."""
+
+    check: bool = field(default=False, metadata={"help": "Change nothing; fail if a table is out of date."})
+
+
+def main():
+    with message_instead_of_traceback():
+        args = parse_command_line(DocsArguments)
+        for page in sorted(DOCS.glob("*.md")):
+            text = page.read_text(encoding="utf-8")
+            updated = TABLE.sub(lambda table, page=page: rewritten(table, page), text)
+            if updated != text and args.check:
+                raise ValueError(f"{page} is out of date: run `python scripts/update_docs.py`.")
+            if updated != text:
+                page.write_text(updated, encoding="utf-8")
+                print(f"Updated {page}")
+
+
+def rewritten(table: re.Match, page: Path) -> str:
+    """A table with the flags of the code; a page in Chinese keeps its own meanings."""
+    head, audience, rows, end = table.groups()
+    given = dict(ROW.findall(rows)) if page.stem.endswith("_zh") else None
+    shown = [flag for flag in fields(FinetuneArguments) if audience_of(flag) == audience]
+    missing = [flag.name for flag in shown if given is not None and flag.name not in given]
+    if missing:
+        raise ValueError(f"{page}: the table needs a row with a meaning for --{', --'.join(missing)}.")
+    lines = [row(flag, meaning(flag) if given is None else given[flag.name]) for flag in shown]
+    return head + "".join(lines) + end
+
+
+def audience_of(flag: Field) -> str:
+    """Whether `--help` shows a flag ("common"), only `--help_all` does ("expert"), or neither ("hidden")."""
+    if flag.metadata.get("hidden"):
+        return "hidden"
+    return "expert" if flag.metadata.get("expert") else "common"
+
+
+def row(flag: Field, meaning: str) -> str:
+    """A row of the table."""
+    default = shown_default(flag)
+    return f"| `--{flag.name}` | {f'`{default}` ' if default else ''}| {meaning} |\n"
+
+
+def meaning(flag: Field) -> str:
+    """The help of a flag, with control tokens as code."""
+    return CONTROL_TOKEN.sub(r"`\1`", flag.metadata["help"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""qlora/inference/generation.py: answers belong to their prompts, whatever the order in which they are generated."""
+
+import pytest
+import torch
+from conftest import add_random_lora
+
+from qlora.inference.decoding import make_sampler
+from qlora.inference.generation import generate_texts
+from qlora.loading import load_quantized_model
+
+
+@pytest.fixture
+def model(tiny_checkpoint):
+    return add_random_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), std=0.3).eval()
+
+
+def test_answers_are_in_the_order_of_the_prompts(model, tokenizer):
+    prompts = ["类型#裙*颜色#白色*风格#简约*图案#条纹", "类型#裤", "类型#上衣*颜色#黑色", "裙", "类型#裙*颜色#白色"]
+    options = {"max_new_tokens": 12, "sampler": make_sampler(do_sample=False)}
+    alone = [generate_texts(model, tokenizer, [prompt], batch_size=1, **options)[0] for prompt in prompts]
+    assert len(set(alone)) == len(alone)  # else the test could not tell them apart
+    for batch_size in (1, 2, 5):
+        assert generate_texts(model, tokenizer, prompts, batch_size=batch_size, **options) == alone

@@ -1,0 +1,233 @@
+"""What README, docs/ and the other pages say of files, flags, settings and messages is true."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, import_script
+from transformers import TrainingArguments
+
+import chatglm.chat
+from qlora.arguments import FinetuneArguments, InferenceArguments
+from qlora.checkpoint import check_checkpoint
+from qlora.command_line import parse_command_line, shown_flags
+from qlora.data.dataset import SampleEncoder, load_samples
+from qlora.data.rows import read_rows
+from qlora.loading import add_lora, load_quantized_model
+from qlora.training.preflight_report import show_sample
+
+READMES = ("README.md", "README_zh.md")
+PAGES = sorted(str(path.relative_to(ROOT)) for part in ("*.md", "docs/*.md", "data/*.md") for path in ROOT.glob(part))
+PAGES.append("THUDM/README.md")
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+every_page = pytest.mark.parametrize("page", PAGES)
+data_pages = pytest.mark.parametrize("page", ["docs/data.md", "docs/data_zh.md"])
+troubleshooting_pages = pytest.mark.parametrize("page", ["docs/troubleshooting.md", "docs/troubleshooting_zh.md"])
+
+
+def blocks(page: str, language: str = r"\w*") -> list[str]:
+    """The contents of the code blocks in a language."""
+    return [body for _, body in re.findall(rf"^```({language})\n(.*?)^```$", TEXTS[page], re.M | re.S)]
+
+
+def prose(page: str) -> str:
+    """The page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.M | re.S)
+
+
+def commands(page: str) -> list[list[str]]:
+    """Every `bash train.sh ...` and `python X.py ...` of a page as a list of words, from blocks and from the prose."""
+    code = [re.sub(r"(^|\s+)#\s.*", "", line) for body in blocks(page, "bash") for line in body.splitlines()]
+    code += re.findall(r"`([^`\n]+)`", prose(page))
+    found = [re.findall(r"(?:bash|python) [\w/]+\.(?:sh|py)\b[^&|]*", line) for line in code]
+    return [shlex.split(command) for line in found for command in line]
+
+
+def check_flags(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch):
+    """Parses flags as the script does; raises where the script does not know one."""
+    path = ROOT / script
+    module = importlib.import_module(path.stem) if path.parent == ROOT else import_script(path)
+    if hasattr(module, "parse_args"):
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        module.parse_args()
+        return
+    kinds = {value for key, value in vars(module).items() if key.endswith("Arguments")} - {TrainingArguments}
+    own = {kind for kind in kinds if kind.__module__ == module.__name__}
+    (kind,) = own or kinds
+    parse_command_line(kind, flags)
+
+
+def own_arguments(script: Path) -> type | None:
+    """The dataclass of a script's arguments, if it has one of its own."""
+    module = import_script(script)
+    kinds = [value for key, value in vars(module).items() if key.endswith("Arguments")]
+    return next((kind for kind in kinds if kind.__module__ == module.__name__), None)
+
+
+@every_page
+def test_commands_use_scripts_and_flags_that_exist(page, monkeypatch):
+    for _, script, *flags in commands(page):
+        if script == "train.sh":
+            script, flags = "train_qlora.py", [flag for flag in flags if flag != "--demo"]
+        if script.startswith("tests/"):
+            assert (ROOT / script).is_file()
+        elif not {"--help", "--help_all"} & set(flags):
+            check_flags(script, flags, monkeypatch)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])  # which names earlier flags
+def test_flags_named_in_the_text_exist(page):
+    kinds = [FinetuneArguments, InferenceArguments, *map(own_arguments, ROOT.glob("scripts/*.py"))]
+    known = {name for kind in kinds if kind for name in shown_flags(kind)} | {"--help", "--help_all", "--overwrite"}
+    known |= {"--demo"}  # of train.sh
+    named = {word for code in re.findall(r"`(--[^`]+)`", prose(page)) for word in code.split() if word[:2] == "--"}
+    assert named <= known
+
+
+def test_tables_of_flags_are_those_of_the_code(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["update_docs.py", "--check"])
+    import_script(ROOT / "scripts" / "update_docs.py").main()
+
+
+def test_help_shows_few_flags(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(FinetuneArguments, ["--help"])
+    assert len(re.findall(r"^  -", capsys.readouterr().out, re.M)) <= 16
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_readme_is_short(page):
+    assert len(TEXTS[page].splitlines()) <= 250
+
+
+@pytest.mark.parametrize("page", ["docs/training.md", "docs/training_zh.md"])
+def test_json_is_the_shipped_one(page):
+    (shown,) = [body for body in blocks(page, "json") if "output_dir" in body]
+    assert shown.strip() == (ROOT / "chatGLM_6B_QLoRA.json").read_text(encoding="utf-8").strip()
+
+
+def example_rows(page: str) -> str:
+    """The example rows of a page, as the text of a file."""
+    return "".join(body for body in blocks(page, "json") if "instruction" in body)
+
+
+@data_pages
+def test_example_rows_are_accepted(page, rows_file):
+    rows_file.write_text(example_rows(page), encoding="utf-8")
+    assert len(list(read_rows(str(rows_file)))) == 3
+
+
+@data_pages
+def test_example_rows_are_shown_as_the_model_sees_them(page, rows_file, genuine_tokenizer):
+    rows_file.write_text(example_rows(page), encoding="utf-8")
+    samples = load_samples(str(rows_file), SampleEncoder(genuine_tokenizer, "", 512, 1536))
+    shown = "\n".join(show_sample(sample, genuine_tokenizer, colour=False) for sample in samples)
+    assert shown + "\n" in blocks(page, "text")
+
+
+@every_page
+def test_links_and_pictures_exist(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(r'src="([^"]+)"', prose(page))
+    for target in targets:
+        if "://" in target:
+            continue
+        path, _, fragment = target.partition("#")
+        linked = ((ROOT / page).parent / path if path else ROOT / page).resolve()
+        assert linked.exists(), target
+        if fragment:
+            headings = re.findall(r"^#+ (.*)", prose(str(linked.relative_to(ROOT))), re.M)
+            assert fragment in map(anchor, headings), target
+
+
+def anchor(heading: str) -> str:
+    """The fragment that GitHub makes of a heading: lower case, no punctuation, hyphens for spaces."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_list_of_files_is_complete():
+    (listed,) = [body for body in blocks("docs/architecture.md", "text") if body.startswith("train.sh ")]
+    paths = [line.split()[0] for line in listed.splitlines()]
+    assert all((ROOT / path).exists() for path in paths)
+    parts = ("*.py", "chatglm/**/*.py", "glm_kernels/**/*.py", "qlora/**/*.py", "scripts/**/*.py")
+    modules = {str(path.relative_to(ROOT)) for part in parts for path in ROOT.glob(part)}
+    assert {path for path in paths if path.endswith(".py")} == {path for path in modules if "__init__" not in path}
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_tree_has_every_folder(page):
+    (tree,) = [body for body in blocks(page, "text") if body.startswith("train.sh ")]
+    listed = {line.split()[0] for line in tree.splitlines()}
+    parts = ("chatglm", "glm_kernels", "qlora", "scripts", "docs", "tests", "data", "pics", "THUDM")
+    folders = {f"{part}/" for part in parts} | {f"qlora/{path.parent.name}/" for path in ROOT.glob("qlora/*/*.py")}
+    assert {path for path in listed if path.endswith("/")} == folders
+    assert all((ROOT / path).exists() for path in listed)
+
+
+@troubleshooting_pages
+def test_quoted_messages_are_those_of_the_code(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as no_folder:
+        check_checkpoint("THUDM/chatglm-6b")
+    with pytest.raises(ValueError) as unknown_flag:
+        parse_command_line(FinetuneArguments, ["--lora_rnak=8"])
+    for raised in (no_folder, unknown_flag):
+        assert f"error: {raised.value}\n" in TEXTS[page]
+
+
+@troubleshooting_pages
+def test_messages_explained_are_in_the_code(page):
+    sources = [path for part in ("chatglm", "qlora") for path in ROOT.glob(f"{part}/**/*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in sources))
+    code += "CUDA out of memory, Failed to find C compiler"  # torch's and Triton's
+    table = re.search(r"^\| there is no folder.*?(\n\n|\Z)", TEXTS[page], re.M | re.S).group()
+    for cell in re.findall(r"^\| (.*?) \|", table, re.M):
+        message = re.sub(r"（.*）|, during training", "", cell).replace("line N", "line {number}")
+        assert all(piece.strip() in code for piece in re.split("[;…]", message)), message
+
+
+def test_tests_that_keep_promises_exist():
+    rows = re.findall(r"^\| .*", TEXTS["docs/reliability.md"], re.M)[2:]  # without the head
+    assert len(rows) > 10
+    for row in rows:
+        files = re.findall(r"`(tests/[\w/]+\.py)`", row)
+        code = "".join((ROOT / path).read_text(encoding="utf-8") for path in files)
+        assert files and all(f"\ndef {test}(" in code for test in re.findall(r"`(test_\w+)`", row)), row
+
+
+def test_section_that_messages_name_exists():
+    # qlora/checkpoint.py: HOW_TO_GET.
+    assert re.search(r"^## Weights$", TEXTS["README.md"], re.M)
+    assert re.search(r"^## .*Weights", TEXTS["README_zh.md"], re.M)
+
+
+def test_continuous_integration_finds_the_two_commands():
+    patterns = re.findall(r"grep -m1 '(.*)' README", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert len(patterns) == 2
+    for pattern in patterns:
+        assert all(re.search(pattern, TEXTS[page], re.M) for page in READMES), pattern
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_python_example_runs(page, tiny_checkpoint, tmp_path, monkeypatch):
+    add_lora(
+        load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.0, ["query_key_value"]
+    ).save_pretrained(tmp_path)
+    monkeypatch.setitem(chatglm.chat.CHAT_DEFAULTS, "max_length", 80)
+    (code,) = blocks(page, "python")
+    here = {"THUDM/chatglm-6b": str(tiny_checkpoint), "saved_files/chatGLM_6B_QLoRA_t32": str(tmp_path), "cuda": "cpu"}
+    for there, stand_in in here.items():
+        assert f'"{there}"' in code
+        code = code.replace(f'"{there}"', repr(stand_in))
+    names = {}
+    exec(code, names)
+    assert isinstance(names["reply"], str) and len(names["history"]) == 2
+
+
+def test_every_flag_has_a_help_sentence():
+    for kind in (FinetuneArguments, InferenceArguments):
+        assert all(len(field.metadata["help"]) > 10 for field in dataclasses.fields(kind))
