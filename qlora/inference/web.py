@@ -1,4 +1,4 @@
-"""What the comparison page computes: answers with and without the adapter side by side, and a conversation.
+"""What the compare page computes: answers with and without the adapter side by side, and a conversation.
 
 `web_page` builds the page with gradio, which this module does not import.
 """

@@ -1,4 +1,4 @@
-"""The layout of the comparison page, and its server. Needs gradio 6."""
+"""The layout of the compare page, and its server. Needs gradio 6."""
 
 import hmac
 import logging
@@ -51,7 +51,7 @@ def serve(page: Page, examples: list[str]):
 
 
 def build_page(page: Page, examples: list[str]) -> gr.Blocks:
-    """The page: a tab for comparison, one for conversation, and below them the settings of both."""
+    """The page: a tab to compare answers, one for a conversation, and below them the settings of both."""
     args, base_path = page.args, page.answerer.model.get_base_model().name_or_path
     with gr.Blocks(title="ChatGLM-6B QLoRA", analytics_enabled=False) as blocks:
         gr.Markdown(
