@@ -3,12 +3,12 @@
 #
 #   bash train.sh                          chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
 #   bash train.sh --lora_rank 8            any flag of train_qlora.py
-#   bash train.sh --check                  checks everything before a long run, and shows a sample
+#   bash train.sh --check                  every check that needs no loaded model, and a sample
 #   NPROC_PER_NODE=2 bash train.sh         one process per GPU
-#   bash train.sh --demo                   everything on a tiny model, on a CPU, in two minutes
+#   bash train.sh --demo                   training and inference of a tiny model, on a CPU, in two minutes
 set -euo pipefail
 cd "$(dirname "$0")"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # for scripts/, where the project is not installed
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # scripts/ import the project, which need not be installed
 
 launch=(python)
 if [[ -n "${NPROC_PER_NODE:-}" ]]; then
@@ -26,7 +26,7 @@ done
 
 if $demo; then
   echo "Demo: a tiny ChatGLM made on the spot, fine-tuned by the same code as the real one. No weights, no GPU needed."
-  $check || rm -rf saved_files/chatglm_tiny_demo  # of an earlier demo
+  $check || rm -rf saved_files/chatglm_tiny_demo  # written by an earlier demo
   python scripts/make_tiny_checkpoint.py --output_dir THUDM/chatglm-tiny
   "${launch[@]}" train_qlora.py --train_args_json scripts/demo.json --model_name_or_path THUDM/chatglm-tiny \
     --eval_data_path none "${flags[@]}"

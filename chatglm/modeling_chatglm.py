@@ -71,8 +71,8 @@ def prefix_lm_mask(
 ) -> torch.Tensor:
     """The attention mask: a query attends to keys of its sample that are in the prompt or not after it.
 
-    `chatglm.packed_attention.attention_by_sample` states the same rule for samples concatenated in a row, and
-    `glm_kernels.attention.prefix_lm_mask` states it as a kernel.
+    `chatglm.packed_attention.sample_mask` states the same rule for one of the samples concatenated in a row, and
+    `glm_kernels.attention.prefix_lm_mask` states it in the kernels.
 
     Args:
         segment_ids: [B, past + T], 0 for padding, n for the n-th sample of the row. With one sample a row this is an

@@ -1,4 +1,4 @@
-"""Whether a folder is a complete ChatGLM-6B checkpoint, checked before any weight is loaded."""
+"""Checks, before any weight is loaded, that a folder is a complete ChatGLM-6B checkpoint."""
 
 import json
 import zipfile
@@ -24,16 +24,16 @@ WEIGHT_FILES = (
 
 
 def check_checkpoint(path: str) -> ChatGLMConfig:
-    """Checks that a folder holds the config, the tokenizer and every weight file, complete.
+    """Checks that a folder has the configuration, the tokenizer and all weight files, each complete.
 
     Args:
-        path: folder in the official format, with `.bin` or `.safetensors` weights, sharded or not.
+        path: of a folder in the official format, with `.bin` or `.safetensors` weights, sharded or not.
     Returns:
         Its configuration.
     Raises:
         FileNotFoundError: the folder, a file, or a shard named by the index is missing.
-        ValueError: an adapter, another architecture, a truncated file, a Git LFS pointer in place of a file, or a file
-            that would run code when it is loaded.
+        ValueError: the folder has an adapter, another architecture, a damaged file, a Git LFS pointer in place of a
+            file, or a file that would run code when it is loaded.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -51,7 +51,7 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
 
 
 def check_no_adapter(folder: Path):
-    """ValueError for a folder with an adapter, which transformers would load into the base model unasked."""
+    """ValueError for a folder with an adapter, which transformers would load along with the base model."""
     if (folder / "adapter_config.json").exists():
         is_base = (folder / "config.json").exists()
         advice = "move adapter_config.json and adapter_model.* into another one" if is_base else "name that one"
@@ -59,7 +59,7 @@ def check_no_adapter(folder: Path):
 
 
 def read_config(folder: Path) -> ChatGLMConfig:
-    """The configuration, if it is that of a ChatGLM-6B in 16 bits, or in the 4 bits that this project writes."""
+    """The configuration of a ChatGLM-6B in 16 bits, or in 4 bits as this project writes it; ValueError for others."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type, quantization = values.get("model_type"), values.get("quantization_config")
@@ -79,7 +79,12 @@ def read_config(folder: Path) -> ChatGLMConfig:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: those an index names, or a single one."""
+    """The files with the weights: those that an index names, or a single one.
+
+    Raises:
+        FileNotFoundError: there are no weights, or one of the files is missing.
+        ValueError: the index is invalid, or names files outside the folder.
+    """
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}. {HOW_TO_GET}")
@@ -92,9 +97,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{found} is not a weight index (no JSON object with a weight_map). {HOW_TO_GET}") from error
     if not names:
         raise ValueError(f"{found} names no weight files. {HOW_TO_GET}")
-    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if strange:
-        raise ValueError(f"{found} names files outside its folder: {strange[0]!r}.")
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ValueError(f"{found} names files outside its folder: {outside[0]!r}.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}: {len(missing)} of {len(names)} weight files are missing: {missing[0]} ...")
@@ -111,38 +116,39 @@ def check_file(path: Path):
 
 
 def file_problem(path: Path, check_sums: bool = False) -> str | None:
-    """Why a JSON, safetensors or torch.save file must not be loaded; None for a good one.
+    """Why a JSON, safetensors or torch.save file must not be loaded.
 
-    Code in a torch.save file is never run, since everything is loaded with `weights_only`; here such a file is found
-    before any other work.
+    Code in a torch.save file is never run, since all files are loaded with `weights_only`. This check reports such a
+    file before the run does any other work.
 
     Args:
-        path: the file.
-        check_sums: whether a torch.save file is read to its end; this takes long for the weights of a 6B model.
+        path: of the file.
+        check_sums: whether the check sums in a torch.save file are verified; this takes long for a 6B model.
     Returns:
-        The rest of a sentence that begins with the file's name: it is damaged, cannot be read, or would run code.
+        The end of a sentence that begins with the file's name: the file is damaged, cannot be read, or would run code.
+        None if it can be loaded.
     """
-    whole, calls = False, []
+    complete, calls = False, []
     try:
         if path.suffix == ".json":
-            whole = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+            complete = isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                whole = len(file.keys()) > 0
+                complete = len(file.keys()) > 0
         else:
             with zipfile.ZipFile(path) as archive:
-                whole = not check_sums or archive.testzip() is None
+                complete = not check_sums or archive.testzip() is None
             calls = functions_called(path)
     except PermissionError as error:
         return f"cannot be read ({error.strerror})"
-    except Exception:  # on damaged bytes these readers raise anything: NotImplementedError, zlib.error, ...
-        whole = False
-    if not whole:
+    except Exception:  # damaged bytes make these readers raise many types: NotImplementedError, zlib.error, ...
+        complete = False
+    if not complete:
         return f"is damaged or incomplete ({path.stat().st_size:,} bytes)"
     return f"holds more than numbers: loading it would run {', '.join(calls[:3])}" if calls else None
 
 
 def functions_called(path: Path) -> list[str]:
-    """What loading a torch.save file would call, apart from constructors of tensors and numpy arrays."""
-    with safe_globals():  # numpy's constructors, since the Trainer saves the state of numpy's generator
+    """The functions that loading a torch.save file would call, except constructors of tensors and numpy arrays."""
+    with safe_globals():  # allows numpy's constructors, since the Trainer saves the state of numpy's generator
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))

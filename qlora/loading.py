@@ -1,4 +1,4 @@
-"""Loading: the tokenizer, the base model in 4 bits, the adapter on top."""
+"""Loads the tokenizer, the base model in 4 bits, and adapters; checks the hardware."""
 
 import hashlib
 import os
@@ -18,13 +18,13 @@ from qlora.checkpoint import HOW_TO_GET, check_checkpoint
 from qlora.units import GIB
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WORKING_MEMORY = 1.5 * GIB  # bytes that loading needs beside the finished model
-LARGEST_CPU_MODEL = 1e9  # parameters
-BITS_PER_QUANTIZED_WEIGHT = 4.127  # 4 bits, 8 per block of 64 for its scale, 32 per 256 blocks for the second scale
+WORKING_MEMORY = 1.5 * GIB  # bytes that loading needs in addition to the loaded model
+LARGEST_CPU_MODEL = 1e9  # parameters; larger models need a GPU
+BITS_PER_QUANTIZED_WEIGHT = 4.127  # 4 bits, 8 per block of 64 for its scale, 32 per 256 blocks for their second scale
 
 
 def choose_compute_dtype(name: str | None) -> torch.dtype:
-    """The dtype of this name; without one bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
+    """The dtype of a name (fp32, fp16, bf16); for None bf16 if the GPU supports it, else fp16, or fp32 on a CPU."""
     if name:
         return DTYPES[name]
     if not torch.cuda.is_available():
@@ -33,8 +33,10 @@ def choose_compute_dtype(name: str | None) -> torch.dtype:
 
 
 def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 with double quantisation; embedding and head stay in `compute_dtype`.
+    """NF4 with double quantization, for training and inference.
 
+    Args:
+        compute_dtype: that the weights are dequantized to; embedding and head stay in it.
     Source: "QLoRA: Efficient Finetuning of Quantized LLMs", section 3.
     """
     return BitsAndBytesConfig(
@@ -46,8 +48,10 @@ def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizer:
-    """The tokenizer of a checkpoint folder, after `check_checkpoint`.
+    """The tokenizer of a checkpoint folder.
 
+    Args:
+        path: of the folder, which `check_checkpoint` has checked.
     Raises:
         ValueError: its SentencePiece model is damaged.
     """
@@ -60,13 +64,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizer:
 def load_quantized_model(
     path: str, compute_dtype: torch.dtype, config: ChatGLMConfig | None = None
 ) -> PreTrainedModel:
-    """The base model, its linear layers in 4 bits, on the GPU if there is one.
+    """Loads the base model with its linear layers in 4 bits, on the GPU if there is one.
 
     Args:
-        path: checkpoint folder in the official format, quantized while it is read; or one that `write_quantized`
-            wrote, whose packed weights are loaded as they are.
-        compute_dtype: type of the arithmetic, of the embedding, the head and the norms.
-        config: as `check_checkpoint` returned it. Without it the folder and the hardware are checked here.
+        path: of a checkpoint folder in the official format, whose weights are quantized while they are read; or of one
+            that `write_quantized` wrote, whose packed weights are loaded without quantizing again.
+        compute_dtype: of the arithmetic, and of embedding, head, norms and biases.
+        config: as `check_checkpoint` returned it; None to check folder and hardware here.
     Raises:
         FileNotFoundError, ValueError: see `check_checkpoint` and `check_hardware`; a weight is in none of the files.
     """
@@ -92,17 +96,21 @@ def load_quantized_model(
     use_compute_dtype(model, compute_dtype)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # On CPUs with AVX512-BF16 bitsandbytes repacks the weights in evaluation, and then cannot train on them.
+            # On CPUs with AVX512-BF16 bitsandbytes would repack the weights in evaluation mode, and could not train
+            # with them afterwards.
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def check_hardware(config: ChatGLMConfig, compute_dtype: torch.dtype):
-    """Checks that a model of this size can be run in 4 bits on this machine.
+    """Checks that this machine can run a model of this size in 4 bits.
 
+    Args:
+        config: of the model.
+        compute_dtype: of the arithmetic, the embedding and the head.
     Raises:
-        ValueError: no GPU for a model of this size, too little memory on it, bitsandbytes cannot use it, or Triton
-            finds no C compiler.
+        ValueError: the model needs a GPU and there is none, its free memory is too small, bitsandbytes does not work
+            on it, or Triton finds no C compiler.
     """
     check_device(config, compute_dtype)
     if torch.cuda.is_available():
@@ -111,7 +119,7 @@ def check_hardware(config: ChatGLMConfig, compute_dtype: torch.dtype):
 
 
 def is_quantized(config: ChatGLMConfig) -> bool:
-    """Whether the folder of this configuration holds weights in 4 bits."""
+    """Whether the weights in the folder of this configuration are in 4 bits."""
     return getattr(config, "quantization_config", None) is not None
 
 
@@ -125,7 +133,7 @@ def use_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype):
 
 
 def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
-    """ValueError unless there is a GPU with room for the model, or the model is small enough for a CPU."""
+    """ValueError unless a GPU has enough free memory for the model, or there is none and the model is small."""
     if not torch.cuda.is_available():
         weights = config.multiplied_weights
         if weights > LARGEST_CPU_MODEL:
@@ -147,7 +155,7 @@ def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
 
 
 def check_compiler():
-    """ValueError where Triton, which compiles a kernel at its first launch, would find no C compiler."""
+    """ValueError if there is no C compiler, which Triton needs when a kernel is launched for the first time."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")):
         raise ValueError(
             "there is no C compiler, which Triton needs to build the GPU kernels: install gcc (`apt-get install gcc`, "
@@ -156,7 +164,7 @@ def check_compiler():
 
 
 def check_bitsandbytes():
-    """ValueError unless bitsandbytes can quantise and dequantise on this GPU."""
+    """ValueError unless bitsandbytes can quantize and dequantize on this GPU."""
     try:
         weight = torch.randn(64, 64, device="cuda")
         restored = bitsandbytes.functional.dequantize_4bit(*bitsandbytes.functional.quantize_4bit(weight))
@@ -174,8 +182,14 @@ def check_bitsandbytes():
 
 
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, target_modules: list[str]) -> PeftModel:
-    """Adds a new LoRA adapter to the model; its weights are fp32 and trained, everything else is frozen.
+    """Adds a new LoRA adapter to the model; its weights are fp32 and trained, all others are frozen.
 
+    Args:
+        model: without an adapter.
+        rank: of the matrices A and B.
+        alpha: their product is scaled by alpha / rank.
+        dropout: probability by which an input of A is dropped.
+        target_modules: names of the linear layers that get an adapter, such as `query_key_value`.
     Raises:
         ValueError: a target module that the model does not have.
     """
@@ -191,8 +205,10 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
 
 
 def adapter_config(path: str) -> PeftConfig:
-    """The configuration of a trained adapter; it names the base model.
+    """The configuration of a trained adapter, with the path of its base model.
 
+    Args:
+        path: of the adapter's folder.
     Raises:
         FileNotFoundError: there is no adapter.
     """
@@ -205,16 +221,19 @@ def adapter_config(path: str) -> PeftConfig:
 
 
 def base_model_path(adapter_path: str) -> str:
-    """The folder of the base model that an adapter's config names; errors as for `adapter_config`."""
+    """The path of the base model in an adapter's configuration; errors as for `adapter_config`."""
     return adapter_config(adapter_path).base_model_name_or_path
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """Adds a trained adapter to the model.
 
+    Args:
+        model: the base model.
+        path: of the adapter's folder.
     Raises:
         FileNotFoundError: there is no adapter.
-        ValueError: it is damaged, was made for a model of another shape, or is merged into the model already.
+        ValueError: it is damaged, does not fit the model's shapes, or is merged into the model already.
     """
     adapter_config(path)
     try:
@@ -243,7 +262,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
 
 
 def digest_of(weights: dict[str, torch.Tensor]) -> str:
-    """A fingerprint of an adapter's weights, stored in the config of a model that the adapter was merged into."""
+    """A hash of an adapter's weights; the configuration of a merged model has that of its adapter."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].float().contiguous().numpy().tobytes())

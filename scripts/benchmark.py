@@ -1,15 +1,15 @@
-"""Measure training, decoding and loading, each by the code that users run.
+"""Measure the speed and memory of training, decoding and loading, each with the code that users run.
 
     python scripts/benchmark.py --what train  --model_name_or_path THUDM/chatglm-6b --data_path data/train.jsonl
-    python scripts/benchmark.py --what train  ... --memory_budget 4.6GiB          # plan for a smaller card
+    python scripts/benchmark.py --what train  ... --memory_budget 4.6GiB          # the memory plan of a smaller GPU
     python scripts/benchmark.py --what train  ... --samples_per_step 128
-    python scripts/benchmark.py --what train  ... --compare_plain                 # and the plain path beside it
+    python scripts/benchmark.py --what train  ... --compare_plain                 # the plain path, too
     python scripts/benchmark.py --what decode ... --data_path data/dev.jsonl
     python scripts/benchmark.py --what load   ...
 
-Training runs `train_qlora.py` with the shipped JSON, its number of steps and logging apart; tokens are those of the
-samples, there is no padding to count. The last line is one JSON object. Where there are no weights,
-scripts/make_random_checkpoint.py makes some of the same size.
+Training runs `train_qlora.py` with the shipped JSON except for the number of steps, the samples of a step and logging,
+and without checkpoints and evaluations. Tokens are those of the samples, without padding. The last line of the output
+is one JSON object. Without the official weights, use those of scripts/make_random_checkpoint.py, of the same size.
 """
 
 import json
@@ -35,7 +35,7 @@ from qlora.loading import add_lora, load_quantized_model, load_tokenizer
 from qlora.units import GIB
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 10  # steps that are not counted
+WARM_UP = 10  # training steps that are not measured
 
 
 @dataclass
@@ -67,13 +67,13 @@ def main():
 
 
 def measure_training(args: BenchmarkArguments) -> dict:
-    """Speed and peak memory of train_qlora.py, and its share of the matrix units' rate measured just before."""
-    ceiling = matmul_rate() if torch.cuda.is_available() else None
+    """Tokens per second and peak memory of train_qlora.py; on a GPU also its fraction of the measured matmul rate."""
+    measured_rate = matmul_rate() if torch.cuda.is_available() else None
     result = train(args, args.steps, [])
-    if ceiling:
+    if measured_rate:
         weights = ChatGLMConfig.from_pretrained(args.model_name_or_path).multiplied_weights
         flops = 4 * weights * result["tokens_per_second"]
-        result |= {"matmul_tflops": round(ceiling / 1e12), "mfu": round(flops / ceiling, 3)}
+        result |= {"matmul_tflops": round(measured_rate / 1e12), "mfu": round(flops / measured_rate, 3)}
     if args.compare_plain:
         plain = train(args, 5, ["--plain"], warm_up=2)
         ratio = round(result["tokens_per_second"] / plain["tokens_per_second"], 1)
@@ -82,7 +82,7 @@ def measure_training(args: BenchmarkArguments) -> dict:
 
 
 def matmul_rate(size: int = 8192, repeats: int = 50) -> float:
-    """Operations a second of a large bf16 product."""
+    """Floating-point operations per second of a product of two bf16 matrices [size, size], mean over `repeats`."""
     left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(5):
         left @ right
@@ -99,7 +99,16 @@ def matmul_rate(size: int = 8192, repeats: int = 50) -> float:
 
 
 def train(args: BenchmarkArguments, steps: int, flags: list[str], warm_up: int = WARM_UP) -> dict:
-    """One run of train_qlora.py; figures from its own log, without the warm-up."""
+    """Runs train_qlora.py once.
+
+    Args:
+        args: of the benchmark.
+        steps: number of measured steps.
+        flags: more flags of train_qlora.py.
+        warm_up: number of steps before them.
+    Returns:
+        Figures from the log of the run, without the warm-up.
+    """
     settings = json.loads((ROOT / "chatGLM_6B_QLoRA.json").read_text())
     settings["gradient_accumulation_steps"] = args.samples_per_step // settings["per_device_train_batch_size"]
     settings |= {"max_steps": warm_up + steps, "logging_steps": math.gcd(warm_up, steps), "save_strategy": "no"}
@@ -131,7 +140,7 @@ def train(args: BenchmarkArguments, steps: int, flags: list[str], warm_up: int =
 
 
 def measure_decoding(args: BenchmarkArguments) -> dict:
-    """Greedy answers with an adapter: one prompt at a time, and all prompts of the file in batches."""
+    """Tokens per second of greedy answers with an adapter, for one prompt and for all prompts in batches."""
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_quantized_model(
         args.model_name_or_path, torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -144,37 +153,37 @@ def measure_decoding(args: BenchmarkArguments) -> dict:
     transformers_rate = generate_rate(model, tokenizer, prompts[len(prompts) // 2], 64)
     replace_layers(model, for_training=False)
     answer(model, tokenizer, prompts[:1], 32)
-    single = timed(lambda: answer(model, tokenizer, prompts[len(prompts) // 2 :][:1], 512))
+    single_seconds = timed(lambda: answer(model, tokenizer, prompts[len(prompts) // 2 :][:1], 512))
     answer(model, tokenizer, prompts[: args.batch_size], 32)
     batches = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
-    every = timed(lambda: [answer(model, tokenizer, batch, answer_tokens) for batch in batches])
+    batches_seconds = timed(lambda: [answer(model, tokenizer, batch, answer_tokens) for batch in batches])
     return {
-        "tokens_per_second_batch_1": round(512 / single),
+        "tokens_per_second_batch_1": round(512 / single_seconds),
         "tokens_per_second_batch_1_transformers": round(transformers_rate, 1),
         "prompts": len(prompts),
         "tokens_per_answer": answer_tokens,
-        "seconds_for_all_prompts": round(every, 1),
-        "tokens_per_second_all_prompts": round(len(prompts) * answer_tokens / every),
+        "seconds_for_all_prompts": round(batches_seconds, 1),
+        "tokens_per_second_all_prompts": round(len(prompts) * answer_tokens / batches_seconds),
         "batch_size": args.batch_size,
     }
 
 
 def answer(model, tokenizer, prompts: list[str], tokens: int):
-    """Answers of exactly `tokens` tokens: with random weights no answer ends by itself."""
+    """Generates answers of exactly `tokens` tokens: `<eop>` is excluded, so that no answer ends before."""
     batch = tokenizer(prompts, padding=True, split_special_tokens=True, return_tensors="pt").to(model.device)
-    longest = make_sampler(False)
+    greedy = make_sampler(False)
     eos_token_id = tokenizer.eos_token_id
 
     def sampler(logits: torch.Tensor) -> torch.Tensor:
         logits[:, eos_token_id] = float("-inf")
-        return longest(logits)
+        return greedy(logits)
 
     for _ in decode(model.get_base_model(), **batch, max_new_tokens=tokens, sampler=sampler):
         pass
 
 
 def generate_rate(model, tokenizer, prompt: str, tokens: int) -> float:
-    """Tokens a second of transformers' `generate` with peft's and bitsandbytes' layers."""
+    """Tokens per second of transformers' `generate` with the layers of peft and bitsandbytes."""
     batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     model.generate(**batch, **options | {"max_new_tokens": 4, "min_new_tokens": 4})
@@ -182,7 +191,7 @@ def generate_rate(model, tokenizer, prompt: str, tokens: int) -> float:
 
 
 def measure_loading(args: BenchmarkArguments) -> dict:
-    """Seconds from the files to a quantised model on the GPU."""
+    """Seconds to load and quantize the model on the GPU, and its memory."""
     seconds = timed(lambda: load_quantized_model(args.model_name_or_path, torch.bfloat16))
     return {
         "seconds": round(seconds, 1),
@@ -192,7 +201,7 @@ def measure_loading(args: BenchmarkArguments) -> dict:
 
 
 def timed(work) -> float:
-    """Seconds that `work()` takes, to the end of what it puts on the GPU."""
+    """Seconds that `work()` takes, until the GPU has completed it."""
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():

@@ -3,8 +3,8 @@
 Usage:
     python scripts/convert_advertisegen.py AdvertiseGen/ [--output_dir data/adgen] [--overwrite]
 
-The source is the folder with train.json and dev.json, or the .tar.gz that holds it. Each line of these files is
-{"content": ..., "summary": ...}; each line written is {"instruction": ..., "output": ...}.
+The source is the folder with train.json and dev.json, or the .tar.gz with this folder. Each line of these files is
+{"content": ..., "summary": ...}; each line of the output is {"instruction": ..., "output": ...}.
 """
 
 import argparse
@@ -18,12 +18,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 SPLITS = ("train", "dev")
-FIELDS = {"content": "instruction", "summary": "output"}  # AdvertiseGen's name: ours
+FIELDS = {"content": "instruction", "summary": "output"}  # name in AdvertiseGen -> name in this project's rows
 
 
 @contextmanager
 def open_split(source: Path, name: str) -> Iterator[Iterable[bytes]]:
-    """Open the file `name` of a folder or of a .tar.gz; nothing is extracted to disk."""
+    """Open a file of a folder or of a .tar.gz; nothing is extracted to disk.
+
+    Args:
+        source: of the folder or archive.
+        name: of the file, in any folder of the archive.
+    Yields:
+        Its lines.
+    Raises:
+        OSError: there is no such file.
+        ValueError: the archive has no file of this name, or several.
+    """
     with ExitStack() as stack:
         if source.is_file():
             archive = stack.enter_context(tarfile.open(source, "r:gz"))
@@ -36,10 +46,10 @@ def open_split(source: Path, name: str) -> Iterator[Iterable[bytes]]:
 
 
 def convert_line(line: bytes) -> bytes:
-    """Convert one line of AdvertiseGen to one of ours.
+    """Convert one line of AdvertiseGen to a row of this project.
 
     Raises:
-        ValueError: with the reason, if the line is not UTF-8, not a JSON object, or lacks a text.
+        ValueError: the line is not UTF-8, not a JSON object, or has no text in a field; the message gives the reason.
     """
     try:
         row = json.loads(line.decode("utf-8"))
@@ -54,12 +64,22 @@ def convert_line(line: bytes) -> bytes:
             raise ValueError(f'field "{field}" must be a string, found {type(row[field]).__name__}')
         if not row[field].strip():
             raise ValueError(f'field "{field}" is empty')
-    converted = {ours: row[theirs] for theirs, ours in FIELDS.items()}
+    converted = {target_name: row[source_name] for source_name, target_name in FIELDS.items()}
     return (json.dumps(converted, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def convert_split(source: Path, name: str, target: Path) -> int:
-    """Convert the file `name` of `source` into `target`, passing over empty lines; return the number of rows."""
+    """Convert one file, without its empty lines.
+
+    Args:
+        source: folder or .tar.gz.
+        name: of the file in it.
+        target: file to write.
+    Returns:
+        Number of rows.
+    Raises:
+        ValueError: a line cannot be converted, with file, line number and reason; or the file has no rows.
+    """
     rows = 0
     with open_split(source, name) as lines, target.open("wb") as output:
         for number, line in enumerate(lines, start=1):
@@ -75,7 +95,15 @@ def convert_split(source: Path, name: str, target: Path) -> int:
 
 
 def convert(source: Path, output_dir: Path, overwrite: bool) -> None:
-    """Convert both splits under temporary names and rename them once both are whole."""
+    """Convert both files under temporary names, and rename them when both are complete.
+
+    Args:
+        source: folder or .tar.gz.
+        output_dir: folder to write into.
+        overwrite: whether existing files are replaced.
+    Raises:
+        ValueError: a file exists and `overwrite` is False, or see `convert_split`.
+    """
     targets = {split: output_dir / f"{split}.jsonl" for split in SPLITS}
     existing = [str(target) for target in targets.values() if target.exists()]
     if existing and not overwrite:
@@ -102,7 +130,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Convert, or end with one message that says why not."""
+    """Convert, or end with one message and exit status 1."""
     args = parse_args()
     try:
         convert(args.source, args.output_dir, args.overwrite)

@@ -1,7 +1,7 @@
-"""Score the base model and the adapter on a file of rows: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L.
+"""Score the answers of the base model and of the adapter to a file of data rows: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L.
 
     python scripts/evaluate_qlora.py                            # greedy, on data/dev.jsonl
-    python scripts/evaluate_qlora.py --protocol published       # sampling and cutting as the official evaluation does
+    python scripts/evaluate_qlora.py --protocol published       # sampling and length limits of the official evaluation
 
 Writes predictions.jsonl, metrics.json and summary.html. After an interruption the same command continues.
 """
@@ -63,8 +63,8 @@ def main():
 
 
 def evaluate(args: EvaluationArguments):
-    """Answers what is missing, scores every answer, writes the results."""
-    # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    """Generates the missing answers, scores all answers and writes the results."""
+    # Imported here, since these imports take seconds: a misspelt flag is reported before.
     import torch
 
     from qlora.checkpoint import check_checkpoint
@@ -86,7 +86,7 @@ def evaluate(args: EvaluationArguments):
         check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)
         rows = read_samples(args, tokenizer, PROTOCOLS[args.protocol].max_reference_tokens)
-        settings = {  # all that the answers depend on
+        settings = {  # everything that the answers depend on
             "protocol": args.protocol,
             **asdict(PROTOCOLS[args.protocol]),
             "seed": args.seed,
@@ -113,7 +113,7 @@ def evaluate(args: EvaluationArguments):
 def read_samples(
     args: EvaluationArguments, tokenizer: "PreTrainedTokenizer", max_reference_tokens: int | None
 ) -> list[dict]:
-    """Prompt and reference of every row, as they are used."""
+    """Prompt and reference of each row; `max_reference_tokens` is the limit of a reference, None for no limit."""
     from chatglm.chat import build_prompt
     from qlora.data.rows import read_rows
     from qlora.evaluation.predictions import reference_text
@@ -128,7 +128,7 @@ def read_samples(
 
 
 def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predictions: dict[int, dict], folder: Path):
-    """Adds the missing predictions, and appends them to their file batch by batch."""
+    """Generates the missing predictions, adds them to `predictions` and appends each batch to their file."""
     import torch
 
     from qlora.evaluation.predictions import PREDICTIONS, answer_rows
@@ -153,7 +153,7 @@ def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predic
 
 
 def summarize(folder: Path, settings: dict, predictions: dict[int, dict]):
-    """Scores every answer, writes the three files, prints the means."""
+    """Scores all answers, writes the three files and prints the mean scores."""
     from qlora.atomic import write_json
     from qlora.evaluation.page import MODELS, render_page
     from qlora.evaluation.predictions import METRICS_FILE, write_predictions

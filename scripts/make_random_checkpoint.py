@@ -1,4 +1,4 @@
-"""Write a checkpoint of random weights in the official format, to measure speed and memory where there are no weights.
+"""Write a checkpoint of random weights in the official format, to measure speed and memory without the real weights.
 
     python scripts/make_random_checkpoint.py --tokenizer_path THUDM/chatglm-6b --output_dir THUDM/chatglm-6b-random
 
@@ -52,7 +52,7 @@ def main():
 
 
 def chosen_sizes(args: RandomCheckpointArguments) -> dict[str, int]:
-    """The sizes that were given, as configuration keys."""
+    """The sizes that were given as flags, as keys of the configuration."""
     sizes = {name: getattr(args, name) for name in ("num_layers", "hidden_size", "num_attention_heads")}
     if args.hidden_size:
         sizes["inner_hidden_size"] = 4 * args.hidden_size
@@ -60,7 +60,7 @@ def chosen_sizes(args: RandomCheckpointArguments) -> dict[str, int]:
 
 
 def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Norms start as identity, biases at zero, matrices normal with deviation 0.02."""
+    """Ones for the weights of norms, zeros for biases, normal values with standard deviation 0.02 for matrices."""
     if name.endswith("layernorm.weight"):
         return torch.ones(shape)
     if name.endswith(".bias"):

@@ -1,10 +1,10 @@
-"""Write the sample data set: generated Chinese ad copy for garments, in the row format of ADGEN.
+"""Write the sample data set: generated Chinese advertisements for garments, in the row format of ADGEN.
 
 Usage:
     python scripts/make_sample_data.py [--output_dir data --num_train 3000 --num_dev 200 --seed 42]
 
-Every sentence comes from the templates below, none from ADGEN. A clause is a frame that names the attribute
-followed by a perk that sells it: "{v}的版型" + "把小肚腩悄悄藏好".
+Every sentence is made from the templates below; none is from ADGEN. A clause is a frame that names the attribute,
+followed by a perk that praises it: "{v}的版型" + "把小肚腩悄悄藏好".
 """
 
 import argparse
@@ -13,9 +13,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-MIN_CHARS, MAX_CHARS = 60, 140  # of one output, as most of ADGEN's
+MIN_CHARS, MAX_CHARS = 60, 140  # characters of an output, the range of most of ADGEN's
 
-# Perks by attribute group and value. Each is a predicate whose subject is the attribute.
+# The perks of each attribute group and value. A perk is a predicate whose subject is the attribute.
 PERKS = {
     "版型": {
         "宽松": "把小肚腩悄悄藏好 让举手投足毫无束缚 遮肉显瘦两不误 穿起来随性又自在",
@@ -170,7 +170,7 @@ PERKS = {
     },
 }
 
-# For each group: frames that start with the attribute, and frames that start with a verb and take a comma.
+# For each group: frames that start with the attribute, and frames that start with a verb and end in a comma.
 FRAMES = {
     "版型": ("{v}的版型 {v}版型 {v}的廓形", "采用{v}的版型 选择讨喜的{v}版型"),
     "材质": ("{v}面料 优质的{v}面料 考究的{v}材质", "精选{v}面料 选用上乘的{v}材质"),
@@ -189,7 +189,7 @@ FRAMES = {
     "衣长": ("{v}设计 {v}的衣长 利落的{v}剪裁", "采用{v}设计 选择{v}的衣长"),
     "门襟": ("{v}设计 前襟的{v} 精巧的{v}设计", "前襟采用{v}设计 配上{v}门襟"),
 }
-SHOWN = {"棉": "纯棉", "潮": "潮流", "微喇裤": "微喇"}  # values that the frames take in another form
+SHOWN = {"棉": "纯棉", "潮": "潮流", "微喇裤": "微喇"}  # values with another form in the frames
 
 OPENINGS = [
     "想要轻松穿出{mood}，这{q}{noun}一定不要错过。",
@@ -276,7 +276,7 @@ DRESS = SKIRT | {
     "裙款式": "拼接 收腰 不规则 抽褶 口袋 纽扣 绑带 腰带 流苏 木耳边 亮片",
 }
 DENIM = {
-    "材质": "",  # the noun names it
+    "材质": "",  # the noun already names the material
     "颜色": "黑色 白色 灰色 蓝色 浅蓝色 深蓝色",
     "风格": "简约 休闲 复古 潮 青春 街头",
     "图案": "线条 刺绣 字母 撞色 印花 纯色",
@@ -358,7 +358,14 @@ TEE = SPORTY | {
 
 @dataclass(frozen=True)
 class Garment:
-    """A kind of garment: its noun, the attribute that names it, and the values each further attribute may take."""
+    """A kind of garment.
+
+    Attributes:
+        noun: its name in a sentence.
+        kind: top, skirt or trousers, the value of the attribute 类型.
+        identity: the attribute (key#value) that names it.
+        features: the other attributes: key -> possible values.
+    """
 
     noun: str
     kind: str
@@ -392,7 +399,7 @@ GARMENTS = [
     Garment("雪纺衫", "上衣", "衣样式#雪纺衫", TOP | CHIFFON),
 ]
 
-# One value of the left and one of the right do not go together in one garment.
+# A value of the left and a value of the right do not occur in the same garment.
 CLASHES = [
     ("宽松", "收腰 鱼尾裙 小脚 腰带"),
     ("无袖 短袖 五分袖", "喇叭袖 灯笼袖 蝙蝠袖 落肩袖 插肩袖"),
@@ -411,13 +418,13 @@ CLASHES = [
 
 
 def clashes(values: list[str]) -> bool:
-    """Whether two of `values` do not go together."""
+    """Whether two of the values exclude each other."""
     chosen = set(values)
     return any(chosen & set(left.split()) and chosen & set(right.split()) for left, right in CLASHES)
 
 
 def draw_features(rng: random.Random, garment: Garment) -> list[tuple[str, str]]:
-    """Draw 3 to 6 attributes (key, value) that go together; style and pattern may come twice."""
+    """Draw 3 to 6 attributes (key, value) that do not exclude each other; style and pattern may occur twice."""
     keys = [key for key, values in garment.features.items() if values] + ["风格", "图案"]
     while True:
         chosen = rng.sample(keys, rng.randint(3, 6))
@@ -427,7 +434,7 @@ def draw_features(rng: random.Random, garment: Garment) -> list[tuple[str, str]]
 
 
 def write_clause(rng: random.Random, key: str, value: str, linked: bool) -> str:
-    """Write the clause that sells one attribute; a linked one continues the sentence before it."""
+    """Write the clause for one attribute; a linked clause continues a sentence."""
     group = key if key in PERKS else key[1:]
     perk = rng.choice(PERKS[group][value].split())
     noun_frames, verb_frames = (frames.split() for frames in FRAMES[group])
@@ -438,7 +445,7 @@ def write_clause(rng: random.Random, key: str, value: str, linked: bool) -> str:
 
 
 def write_body(rng: random.Random, features: list[tuple[str, str]]) -> str:
-    """Write one clause for each attribute, one or two clauses to a sentence."""
+    """Write one clause for each attribute, in sentences of one or two clauses."""
     body = ""
     while features:
         size = rng.choice([1, 2, 2])
@@ -449,7 +456,7 @@ def write_body(rng: random.Random, features: list[tuple[str, str]]) -> str:
 
 
 def write_copy(rng: random.Random, garment: Garment, features: list[tuple[str, str]]) -> str:
-    """Write the ad copy: an opening, the attributes, a closing call."""
+    """Write the advertisement: an opening, the attributes, a closing sentence."""
     moods, adjectives = rng.sample(MOODS.split(), 2), rng.sample(ADJECTIVES.split(), 2)
     scenes, matches = rng.sample(SCENES.split(), 3), rng.sample(MATCHES[garment.kind].split(), 2)
     named = {"noun": garment.noun, "q": "件" if garment.kind == "上衣" else "条"}
@@ -460,14 +467,14 @@ def write_copy(rng: random.Random, garment: Garment, features: list[tuple[str, s
 
 
 def write_instruction(garment: Garment, features: list[tuple[str, str]]) -> str:
-    """Join type, attributes and the naming attribute as ADGEN does: key#value*key#value."""
+    """Join the type, the naming attribute and the other attributes in ADGEN's format: key#value*key#value."""
     order = KEY_ORDER.split()
     attributes = [f"类型#{garment.kind}", garment.identity, *(f"{key}#{value}" for key, value in features)]
     return "*".join(sorted(attributes, key=lambda attribute: (order.index(attribute.split("#")[0]), attribute)))
 
 
 def make_row(rng: random.Random) -> dict[str, str]:
-    """Draw a garment with attributes and write its copy, until the copy has a good length."""
+    """Draw a garment with attributes and write its advertisement, until it has MIN_CHARS to MAX_CHARS characters."""
     while True:
         garment = rng.choice(GARMENTS)
         features = draw_features(rng, garment)
@@ -477,7 +484,7 @@ def make_row(rng: random.Random) -> dict[str, str]:
 
 
 def make_rows(num_rows: int, seed: int) -> list[dict[str, str]]:
-    """Make `num_rows` rows, no two with the same instruction."""
+    """Make `num_rows` rows with different instructions; the same seed gives the same rows."""
     rng = random.Random(seed)
     rows: dict[str, dict[str, str]] = {}
     while len(rows) < num_rows:

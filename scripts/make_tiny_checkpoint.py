@@ -1,10 +1,10 @@
-"""Make a tiny ChatGLM in the official format, so that the whole training runs without weights and without a GPU.
+"""Make a tiny ChatGLM in the official format, with which training runs without the real weights and without a GPU.
 
     python scripts/make_tiny_checkpoint.py [--data_path data/train.jsonl] [--output_dir THUDM/chatglm-tiny]
 
-The tokenizer has the official layout of special tokens, trained on the sample rows. The model is pre-trained for about
-a minute on two tasks made from the same rows: given product attributes it states them one by one, and only when asked
-for an advertisement does it write one. Fine-tuning on the bare rows then makes a difference that can be seen.
+The tokenizer is trained on the sample rows and has the official layout of special tokens. The model is pre-trained for
+about a minute on two tasks made from the same rows: for product attributes alone the answer lists them, and for a
+request with attributes it is the advertisement. Fine-tuning on attributes and advertisements changes the answers.
 """
 
 import io
@@ -58,7 +58,13 @@ def main():
 
 
 def make_tokenizer(rows: list[dict], vocab_size: int, target: Path) -> ChatGLMTokenizer:
-    """Trains SentencePiece on the rows and puts the special tokens where the official model has them."""
+    """Trains SentencePiece on the rows, and gives the special tokens the official order.
+
+    Args:
+        rows: with `query` and `answer`.
+        vocab_size: number of pieces.
+        target: folder for ice_text.model and tokenizer_config.json.
+    """
     texts = [
         text for row in rows for text in (ASK_FOR_AD + row["query"], row["answer"], plain_description(row["query"]))
     ]
@@ -82,7 +88,10 @@ def make_tokenizer(rows: list[dict], vocab_size: int, target: Path) -> ChatGLMTo
 
 
 def official_layout(serialized: bytes) -> bytes:
-    """<unk> <s> </s> <pad> <n>, the learned pieces, the control tokens, the whitespace pieces, the bytes."""
+    """Reorders a serialized SentencePiece model.
+
+    The order is <unk> <s> </s> <pad> <n>, the learned pieces, the control tokens, the whitespace pieces, the bytes.
+    """
     model = sentencepiece_model_pb2.ModelProto.FromString(serialized)
     piece = sentencepiece_model_pb2.ModelProto.SentencePiece
     learned = [p for p in model.pieces if p.type != piece.BYTE]
@@ -102,7 +111,7 @@ def plain_description(attributes: str) -> str:
 
 
 def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed: int):
-    """Trains all weights on plain descriptions and on requested advertisements, half and half."""
+    """Trains all weights of a new model; one half of the samples are plain descriptions, the other advertisements."""
     encoder = SampleEncoder(tokenizer, "", 512, 512)
     plain = [(row["query"], plain_description(row["query"])) for row in rows]
     requested = [(ASK_FOR_AD + row["query"], row["answer"]) for row in rows]
@@ -127,12 +136,12 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
             seed=seed,
         )
         QLoRATrainer(model, training_args, max_tokens=1024, train_dataset=samples).train()
-    model.config.use_cache = True  # the Trainer switches it off
+    model.config.use_cache = True  # the Trainer sets it to False
     return model
 
 
 def tiny_config(tokenizer: ChatGLMTokenizer) -> ChatGLMConfig:
-    """The architecture of ChatGLM-6B at a size that trains in a minute on a CPU."""
+    """The architecture of ChatGLM-6B, in a size that is trained on a CPU in a minute."""
     ids = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "mask", "gmask")
     }

@@ -3,8 +3,8 @@
     python scripts/merge_lora.py --output_dir THUDM/chatglm-6b-merged
     python scripts/merge_lora.py --output_dir THUDM/chatglm-6b-merged --onto original --dtype bf16
 
-The folder needs no adapter any more: this project loads it as it loads the original, and so does the official code,
-which is copied if its *.py files are in the base model's folder.
+The merged model needs no adapter: this project and the official code load it like the original. The official code is
+copied if its *.py files are in the base model's folder.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from qlora.arguments import COMPUTE_DTYPES
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, set_up_logging
 
-# The tokenizer's files, and the official code, to which config.json then points.
+# The tokenizer's files, and the official code, to which config.json refers if it is copied.
 COPIED = ("ice_text.model", "tokenizer_config.json", "generation_config.json", "*.py", "*LICENSE*")
 WEIGHTS = {
     "nf4": "the 4-bit weights that the adapter was trained against, dequantised",
@@ -59,8 +59,8 @@ def main():
 
 
 def merge(args: MergeArguments):
-    """Writes the merged model, a tensor at a time."""
-    # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    """Writes the merged model, one tensor at a time."""
+    # Imported here, since these imports take seconds: a misspelt flag is reported before.
     from qlora.atomic import atomic_folder
     from qlora.export.merging import merged_tensors
     from qlora.export.official_folder import write_checkpoint

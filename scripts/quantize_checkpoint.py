@@ -1,4 +1,4 @@
-"""Write a checkpoint in 4 bits, as training and inference have it in memory, to load it without quantizing again.
+"""Write a checkpoint in 4 bits, as training and inference use it, so that it is loaded without quantizing again.
 
     python scripts/quantize_checkpoint.py --output_dir THUDM/chatglm-6b-nf4
     python scripts/quantize_checkpoint.py --model_name_or_path THUDM/chatglm-6b-merged --output_dir THUDM/merged-nf4
@@ -37,7 +37,7 @@ def main():
 
 def quantize(args: QuantizeArguments):
     """Loads the model in 4 bits and writes it."""
-    # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    # Imported here, since these imports take seconds: a misspelt flag is reported before.
     from qlora.atomic import atomic_folder
     from qlora.checkpoint import check_checkpoint
     from qlora.export.official_folder import write_quantized

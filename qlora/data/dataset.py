@@ -1,4 +1,4 @@
-"""From checked rows to token ids, with the datasets library and its cache."""
+"""Tokenizes data rows into samples, with the datasets library and its cache."""
 
 import bisect
 import hashlib
@@ -26,30 +26,35 @@ ROW_FEATURES = Features(
         "answer": Value("string"),
     }
 )
-ROWS_VERSION = 3  # to be raised when other rows are accepted: the cache goes by it
-ROWS_AT_ONCE = 100  # in memory, for each process; rows may have megabytes
-TOKENIZER_PROCESSES = 8  # at most; starting more costs more than it saves
+ROWS_VERSION = 3  # part of the cache key; to be raised when `read_rows` accepts or yields other rows
+ROWS_AT_ONCE = 100  # rows that a process holds in memory; a row may have megabytes
+TOKENIZER_PROCESSES = 8  # at most; starting more takes longer than they save
 
 
 @dataclass
 class SampleEncoder:
-    """Turns rows into `prompt [gMASK] <sop> answer <eop>` with labels on the answer and `<eop>`.
+    """Tokenizes rows into samples `prompt [gMASK] <sop> answer <eop>`, with labels on the answer and `<eop>`.
 
-    Control tokens written in a row stay text. A prompt that is too long first loses its oldest rounds, then its end;
-    an answer that is too long loses its end.
+    Control tokens written in a row stay text. From a prompt that is too long the oldest rounds are dropped first; what
+    is still too long is cut at the end. An answer that is too long is cut at the end.
 
+    Args:
+        tokenizer: of the model.
+        prompt_text: put before every prompt.
+        max_input_length: most tokens of a prompt, `[gMASK]` and `<sop>` included.
+        max_output_length: most tokens of an answer, `<eop>` included.
     Raises:
-        ValueError: a row of which the tokenizer leaves nothing, with its line number.
+        ValueError: a row whose question or answer has no token, with its line number.
     """
 
     tokenizer: PreTrainedTokenizer
     prompt_text: str
     max_input_length: int
     max_output_length: int
-    version: int = 2  # to be raised when the code changes what comes out: the cache of datasets goes by the fields
+    version: int = 2  # to be raised when the code gives other samples; part of the cache key, as all fields are
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        """A batch of rows -> `input_ids`, `labels`, `length`, `prompt_cut`, `answer_cut`."""
+        """Columns of a batch of rows -> columns `input_ids`, `labels`, `length`, `prompt_cut`, `answer_cut`."""
         columns: dict[str, list] = {"input_ids": [], "labels": [], "length": [], "prompt_cut": [], "answer_cut": []}
         for line, *row in zip(rows["line"], rows["query"], rows["history"], rows["answer"], strict=True):
             try:
@@ -63,35 +68,43 @@ class SampleEncoder:
     def encode(
         self, query: str, history: list[list[str]], answer: str
     ) -> tuple[list[int], list[int], int, bool, bool]:
-        """One row -> ids, labels, number of tokens, whether the prompt was cut, whether the answer was cut."""
-        prompt_room, answer_room = self.max_input_length - 2, self.max_output_length - 1
+        """Tokenizes one row.
+
+        Args:
+            query, history, answer: as `read_rows` yields them.
+        Returns:
+            Token ids, labels, number of tokens, whether the prompt was cut, whether the answer was cut.
+        Raises:
+            ValueError: the question or the answer has no token.
+        """
+        max_prompt_ids, max_answer_ids = self.max_input_length - 2, self.max_output_length - 1
         prompt_ids, answer_ids = self.prompt_ids(query, history), self.text_ids(answer)
         for name, ids in {"instruction": prompt_ids, "output": answer_ids}.items():
             if not ids:
                 raise ValueError(f"field '{name}' has nothing but characters that the tokenizer drops")
-        prompt_cut, answer_cut = len(prompt_ids) > prompt_room, len(answer_ids) > answer_room
+        prompt_cut, answer_cut = len(prompt_ids) > max_prompt_ids, len(answer_ids) > max_answer_ids
         if prompt_cut and history:
             dropped = bisect.bisect_left(
-                range(len(history)), True, key=lambda i: len(self.prompt_ids(query, history[i:])) <= prompt_room
+                range(len(history)), True, key=lambda i: len(self.prompt_ids(query, history[i:])) <= max_prompt_ids
             )
             prompt_ids = self.prompt_ids(query, history[dropped:])
-        prompt_ids, answer_ids = prompt_ids[:prompt_room], answer_ids[:answer_room]
+        prompt_ids, answer_ids = prompt_ids[:max_prompt_ids], answer_ids[:max_answer_ids]
         input_ids = self.tokenizer.build_inputs_with_special_tokens(prompt_ids, answer_ids)
         prompt_length = len(prompt_ids) + 2
         labels = [IGNORE_INDEX] * prompt_length + input_ids[prompt_length:]
         return input_ids, labels, len(input_ids), prompt_cut, answer_cut
 
     def prompt_ids(self, query: str, history: list[list[str]]) -> list[int]:
-        """Ids of a whole prompt, not cut."""
+        """Token ids of a prompt with its history, not cut."""
         return self.text_ids(self.prompt_text + build_prompt(query, history))
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is a control token."""
+        """Token ids of a text; control tokens written in it stay text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def load_rows(path: str) -> Dataset:
-    """The checked rows of a file, cached by its path, size and time of change."""
+    """The checked rows of a file, cached by its path, size and modification time; errors as for `read_rows`."""
     source = Path(path)
     stat = source.stat() if source.is_file() else None
     version = f"{ROWS_VERSION}:{source.resolve()}:{stat.st_size}:{stat.st_mtime_ns}" if stat else path
@@ -108,13 +121,16 @@ def load_rows(path: str) -> Dataset:
 
 
 def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
-    """Reads, checks and tokenises a jsonl file; says how many tokens it has and how much was cut.
+    """Reads, checks and tokenizes a jsonl file; logs the number of tokens and of cut samples.
 
+    Args:
+        path: of the file.
+        encoder: tokenizes the rows.
     Returns:
-        A Dataset with `input_ids` and `labels`, lists of int of equal length, that `length`, the row's `line`, and
-        whether its prompt (`prompt_cut`) or answer (`answer_cut`) was cut.
+        A Dataset with `input_ids` and `labels`, lists of int of the same length; this `length`; the row's `line`;
+        `prompt_cut` and `answer_cut`, whether prompt and answer were cut.
     Raises:
-        FileNotFoundError, ValueError: see `read_rows`; also for a file without rows, and for a row without tokens.
+        FileNotFoundError, ValueError: see `read_rows` and `SampleEncoder`.
     """
     rows = load_rows(path)
     workers = min(TOKENIZER_PROCESSES, os.cpu_count() or 1, 1 + len(rows) // 5000)
@@ -135,14 +151,16 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
 
 
 def mix_samples(parts: list[tuple[str, Dataset, float]], seed: int) -> Dataset:
-    """Several files as one data set; where there are several, each sample names its `file`.
+    """Concatenates the samples of several files into one data set.
 
     Args:
-        parts: name of the file, its samples, and a weight that says how often its rows stand: 2 is twice, 0.5 is a
-            half of them, drawn by the seed.
-        seed: of the draw.
+        parts: for each file its path, its samples, and its weight, by which the number of its samples is multiplied:
+            2 repeats each sample, 0.5 selects a random half of them.
+        seed: of the random selection.
+    Returns:
+        The data set; if there are several files, with their paths in the column `file`.
     Raises:
-        ValueError: a weight that leaves no row.
+        ValueError: a weight so small that no sample of its file is selected.
     """
     shares = []
     for path, samples, weight in parts:
@@ -154,7 +172,7 @@ def mix_samples(parts: list[tuple[str, Dataset, float]], seed: int) -> Dataset:
 
 
 def take_share(samples: Dataset, weight: float, seed: int) -> Dataset:
-    """`weight` times as many samples: all of them as often as it goes, and a random part of them."""
+    """`weight` times as many samples: all of them floor(weight) times, and a random selection of them once more."""
     if weight == 1:
         return samples
     times, rest = divmod(round(weight * len(samples)), len(samples))
@@ -163,12 +181,12 @@ def take_share(samples: Dataset, weight: float, seed: int) -> Dataset:
 
 
 def numpy_column(samples: Dataset, name: str) -> np.ndarray:
-    """A column of numbers at once; a list of millions of Python's own would take some time and memory."""
+    """A column of numbers as one array; a list of millions of Python numbers would take more time and memory."""
     return samples.with_format("numpy").select_columns(name)[:][name]
 
 
 def summary(samples: Dataset) -> str:
-    """One line on the size of a data set and on what was cut."""
+    """One line of text: the size of a data set, and the number of samples that were cut."""
     lengths = numpy_column(samples, "length")
     return (
         f"{len(lengths)} samples, {lengths.sum()} tokens (mean {lengths.mean():.1f}, longest {lengths.max()}); cut to "

@@ -1,4 +1,4 @@
-"""Rows of jsonl files: each is checked, and one that cannot be used is named by file, line number and reason."""
+"""Data rows of jsonl files; a row that cannot be used is reported with file, line number and reason."""
 
 import functools
 import json
@@ -11,14 +11,14 @@ from typing import TypeVar, cast
 from chatglm.chat import build_prompt
 from qlora.data.strict_json import parse_json
 
-LONGEST_LINE = 2**24  # bytes; a longer one is no sample, but a file without line ends
-LONGEST_REASON = 200  # characters of a row that a message may repeat
+LONGEST_LINE = 2**24  # bytes; a file with a longer line probably has no line breaks
+LONGEST_REASON = 200  # characters of an error's reason, which may quote the row, in a message
 Parsed = TypeVar("Parsed")
 
 
 @dataclass
 class Row:
-    """One checked sample: what is asked, the rounds before it, and the answer."""
+    """One checked data row: the question, the [question, answer] pairs before it, and the answer."""
 
     query: str
     history: list[list[str]]
@@ -26,14 +26,19 @@ class Row:
 
 
 def read_rows(path: str) -> Iterator[dict]:
-    """Yields the checked rows of a jsonl file as dicts of `line`, its number, `query`, `history` and `answer`.
+    """Reads and checks the data rows of a jsonl file.
 
     A row has `instruction` (or AdvertiseGen's `content`), `output` (or `summary`), and optionally `input`, which is
-    put below the instruction, and `history`, a list of [question, answer] pairs. Empty lines are passed over.
+    appended to the instruction on a new line, and `history`, a list of [question, answer] pairs. Empty lines are
+    skipped.
 
+    Args:
+        path: of the file, in UTF-8, with or without a byte order mark.
+    Yields:
+        Dicts of `line`, the number of the line from 1, `query`, `history` and `answer`.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line that cannot be trained on, with file, line number and reason.
+        ValueError: a line that cannot be trained on, with file, line number and reason; or a file without rows.
     """
     empty = True
     for number, row in read_lines(path, lambda text: check_row(parse_json(text))):
@@ -44,8 +49,12 @@ def read_rows(path: str) -> Iterator[dict]:
 
 
 def read_prompts(path: str) -> list[str]:
-    """Prompts of a file: from the rows of a `.jsonl`, which need no `output` here, or one on each line of a text.
+    """Reads the prompts of a file.
 
+    Args:
+        path: of a `.jsonl` file, whose rows need no `output` here; or of a text file with one prompt a line.
+    Returns:
+        The prompts in the order of the file, with history as `build_prompt` formats it.
     Raises:
         FileNotFoundError, ValueError: as `read_rows`.
     """
@@ -58,7 +67,17 @@ def read_prompts(path: str) -> list[str]:
 
 
 def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[tuple[int, Parsed]]:
-    """Parses every line that is not empty, and gives its number; a failure names file, line number and reason."""
+    """Parses every line that is not empty.
+
+    Args:
+        path: of the file.
+        parse: text of a line -> its value; it raises ValueError with the reason for a line that cannot be used.
+    Yields:
+        The number of the line, from 1, and its value.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: of `parse` or of the decoding, with file and line number added.
+    """
     if not Path(path).is_file():
         hint = ""
         if Path(path).is_dir():
@@ -77,14 +96,14 @@ def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[tuple[int,
 
 
 def decode(line: bytes, encoding: str) -> str:
-    """The text of a line, unless it is too long to be one."""
+    """The text of a line; ValueError for one that is too long or not in the encoding."""
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE:,} bytes; expected one JSON object a line")
     return line.decode(encoding)
 
 
 def describe(error: Exception) -> str:
-    """The reason in words a user of the file understands."""
+    """The reason of an error, for the message to the user; cut to LONGEST_REASON characters."""
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON ({error.msg} at column {error.colno})"
     if isinstance(error, UnicodeDecodeError):
@@ -96,41 +115,41 @@ def describe(error: Exception) -> str:
 
 
 def check_row(row: object) -> Row:
-    """A row from parsed JSON; ValueError says what is wrong with it."""
+    """The checked row of a parsed line; ValueError with the reason if it cannot be trained on."""
     query, history = check_query(row)
     return Row(query, history, text_field(cast(dict, row), "output", "summary"))
 
 
 def check_query(row: object) -> tuple[str, list[list[str]]]:
-    """What a row asks, and the rounds before it."""
+    """The question of a row, with its `input`, and its history; ValueError with the reason if one cannot be used."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with instruction and output, found a {type(row).__name__}")
     query = text_field(row, "instruction", "content")
     for name in ("input", "history"):
         check_spelling(row, name)
-    extra = row.get("input")
-    if extra is not None and not isinstance(extra, str):
-        raise ValueError(f"field 'input' must be a string, found a {type(extra).__name__}")
-    if extra and extra.strip():
-        query = f"{query}\n{check_text(extra)}"
+    input_text = row.get("input")
+    if input_text is not None and not isinstance(input_text, str):
+        raise ValueError(f"field 'input' must be a string, found a {type(input_text).__name__}")
+    if input_text and input_text.strip():
+        query = f"{query}\n{check_text(input_text)}"
     return query, check_history(row.get("history"))
 
 
 def check_spelling(row: dict, name: str):
-    """A field that may be missing must not be so because it is misspelt; other fields are nobody's concern."""
-    near = [] if name in row else [field for field in row if resembles(field, name)]
-    if near:
-        raise ValueError(f"unknown field '{near[0]}' (did you mean '{name}'?)")
+    """ValueError if an optional field is missing and another has a similar name; other unknown fields are ignored."""
+    similar = [] if name in row else [field for field in row if resembles(field, name)]
+    if similar:
+        raise ValueError(f"unknown field '{similar[0]}' (did you mean '{name}'?)")
 
 
-@functools.lru_cache  # the rows of a file have the same few fields, and to compare takes longer than to read a row
+@functools.lru_cache  # a comparison takes longer than parsing a row, and all rows of a file have the same few fields
 def resembles(field: str, name: str) -> bool:
-    """Whether a field looks like a name with a slip in it."""
+    """Whether a field's name is so similar to another that it is probably a misspelling of it."""
     return bool(get_close_matches(name, [field.lower()], cutoff=0.8))
 
 
 def text_field(row: dict, *names: str) -> str:
-    """The first of the named fields that the row has; it must be a string with something in it."""
+    """The text of the first of these fields in the row; ValueError without one, or if it is no string or blank."""
     name = next((name for name in names if name in row), None)
     if name is None:
         raise ValueError(f"field '{names[0]}' is missing; the row has {', '.join(map(repr, row)) or 'no fields'}")
@@ -143,7 +162,7 @@ def text_field(row: dict, *names: str) -> str:
 
 
 def check_text(text: str) -> str:
-    """The text, if it is one: JSON can spell halves of characters that no text has."""
+    """The text; ValueError for a lone surrogate, which an escape in JSON can express and UTF-8 cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -152,7 +171,7 @@ def check_text(text: str) -> str:
 
 
 def check_history(history: object) -> list[list[str]]:
-    """The rounds before this one; None is no rounds."""
+    """The [question, answer] pairs of a row's history; an empty list for None. ValueError for anything else."""
     if history is None:
         return []
     if not isinstance(history, list) or not all(map(is_round, history)):
@@ -163,5 +182,5 @@ def check_history(history: object) -> list[list[str]]:
 
 
 def is_round(turn: object) -> bool:
-    """A [question, answer] pair of strings."""
+    """Whether a value is a [question, answer] pair of strings."""
     return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)

@@ -1,28 +1,31 @@
-"""JSON to the letter, for what a user writes by hand or with a script."""
+"""A JSON parser that refuses duplicate names, NaN and Infinity, which Python's own accepts."""
 
 import json
 
 
 def parse_json(text: str) -> object:
-    """Parses JSON that says one thing only.
+    """Parses JSON.
 
+    Args:
+        text: one JSON value.
+    Returns:
+        The value, as `json.loads` returns it.
     Raises:
-        ValueError: not valid JSON (`json.JSONDecodeError`), or what Python's own parser would take all the same: a
-            name that stands twice in an object, NaN, Infinity.
+        ValueError: not valid JSON (`json.JSONDecodeError`), a name that occurs twice in an object, NaN or Infinity.
     """
     return json.loads(text, object_pairs_hook=unambiguous_object, parse_constant=refuse_constant)
 
 
 def unambiguous_object(pairs: list[tuple[str, object]]) -> dict:
-    """An object in which no name stands twice."""
+    """The dict of an object's names and values; ValueError for a name that occurs twice."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise ValueError(f"{twice!r} stands twice in one object; keep one of them")
+        duplicate = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ValueError(f"{duplicate!r} stands twice in one object; keep one of them")
     return values
 
 
 def refuse_constant(name: str):
-    """NaN, Infinity and -Infinity are no JSON."""
+    """ValueError: NaN, Infinity and -Infinity are not JSON."""
     raise ValueError(f"not valid JSON ({name} is no JSON number)")

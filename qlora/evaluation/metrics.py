@@ -1,8 +1,7 @@
-"""BLEU-4 and ROUGE of answers, as they are published for ChatGLM-6B on ADGEN.
+"""BLEU-4 and ROUGE of answers, computed as for the published scores of ChatGLM-6B on ADGEN.
 
-Words for ROUGE come from jieba; BLEU-4 is that of characters, smoothed for short texts. Every score is in percent,
-and a data set's is the mean over its samples.
-Source: compute_metrics in ptuning/main.py of ChatGLM-6B.
+ROUGE compares the words that jieba finds. BLEU-4 compares characters, with smoothing for short texts. Scores are in
+percent; the score of a data set is the mean over its samples.
 """
 
 import importlib.util
@@ -15,19 +14,21 @@ LIBRARIES = {"jieba": "jieba", "rouge_chinese": "rouge-chinese", "nltk": "nltk"}
 
 
 def check_metric_libraries():
-    """ValueError unless the libraries that compute the metrics, which training does not need, are installed."""
+    """ValueError unless the libraries that compute the metrics are installed; training does not need them."""
     missing = [package for module, package in LIBRARIES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ValueError(f"the metrics need {', '.join(missing)}: run `pip install {' '.join(LIBRARIES.values())}`.")
 
 
 def score(prediction: str, reference: str) -> dict[str, float]:
-    """The scores of one answer; an answer without words has none to match, so all of its scores are 0.
+    """The scores of one answer; a blank answer scores 0.
 
     Args:
-        prediction, reference: texts, both as the tokenizer decodes them: it makes much punctuation half-width.
+        prediction, reference: texts, both as the tokenizer decodes them: it converts much full-width punctuation to
+            half-width.
     Returns:
-        Name in `METRICS` -> percent, rounded to four digits.
+        Name in `METRICS` -> percent, rounded to four decimal places.
+    Source: compute_metrics in ptuning/main.py of ChatGLM-6B.
     """
     import jieba
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu

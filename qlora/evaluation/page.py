@@ -1,4 +1,4 @@
-"""The results of an evaluation as one HTML page: means, distributions, best and worst samples."""
+"""The results of an evaluation as an HTML page: mean scores, histograms, best and worst samples."""
 
 import io
 
@@ -57,14 +57,14 @@ PAGE = """<!DOCTYPE html>
 
 
 def render_page(title: str, settings: dict, means: dict, predictions: list[dict], shown: int = 5) -> str:
-    """The page.
+    """The text of the HTML page.
 
     Args:
-        title: its heading.
-        settings: how the answers were made, name -> value.
+        title: heading of the page.
+        settings: of the evaluation, name -> value.
         means: model ("base", "adapter") -> metric -> mean in percent.
-        predictions: rows with `prompt`, `reference`, `base`, `adapter` and `scores`, a dict as `means`.
-        shown: how many of the best and of the worst samples.
+        predictions: dicts with `prompt`, `reference`, `base`, `adapter`, and `scores`, in the form of `means`.
+        shown: number of the best samples to show, and of the worst.
     """
     ranked = sorted(predictions, key=lambda row: row["scores"]["adapter"][SORTED_BY], reverse=True)
     sections = {
@@ -80,7 +80,7 @@ def render_page(title: str, settings: dict, means: dict, predictions: list[dict]
 
 
 def draw_histograms(predictions: list[dict]) -> str:
-    """The distribution of each metric for both models, as an SVG element."""
+    """A histogram of each metric with the scores of both models, as an SVG element."""
     figure = Figure(figsize=(9.6, 5.4), layout="tight")
     for axes, metric in zip(figure.subplots(2, 2).flat, METRICS, strict=True):
         values = {model: [row["scores"][model][metric] for row in predictions] for model in MODELS}

@@ -1,6 +1,6 @@
-"""Answers of the base model and of the adapter to every row of a file, stored one batch at a time.
+"""Predictions: answers without and with the adapter to all data rows of a file, stored batch by batch.
 
-An interrupted evaluation continues where it stopped.
+An interrupted evaluation continues with the first batch that is not stored.
 """
 
 import hashlib
@@ -18,21 +18,32 @@ PREDICTIONS, METRICS_FILE = "predictions.jsonl", "metrics.json"
 
 
 def reference_text(tokenizer: PreTrainedTokenizer, text: str, max_tokens: int | None) -> str:
-    """A reference after encoding and decoding, as answers are: with half-width punctuation, cut to `max_tokens`."""
+    """A reference after encoding and decoding, with the same half-width punctuation as the answers.
+
+    Args:
+        tokenizer: of the model.
+        text: of the reference; control tokens written in it stay text.
+        max_tokens: it is cut to so many tokens, `[gMASK]` and `<sop>` included; None for no limit.
+    """
     cut = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
     return tokenizer.decode(tokenizer(text, split_special_tokens=True, **cut).input_ids, skip_special_tokens=True)
 
 
 def digest(*contents: bytes) -> str:
-    """A short fingerprint."""
+    """The first 16 hexadecimal digits of a SHA-256 hash."""
     return hashlib.sha256(b"\n".join(contents)).hexdigest()[:16]
 
 
 def resume_predictions(folder: Path, settings: dict) -> dict[int, dict]:
-    """The predictions of an interrupted run, by index; an incomplete last line is dropped.
+    """Reads the predictions of an interrupted evaluation, and writes the settings; a cut last line is dropped.
 
+    Args:
+        folder: of the results; it is created if it is missing.
+        settings: everything that the answers depend on, name -> value.
+    Returns:
+        Index of the data row -> prediction.
     Raises:
-        ValueError: they were made with other settings.
+        ValueError: the folder has predictions that were made with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder, settings)
@@ -45,7 +56,7 @@ def resume_predictions(folder: Path, settings: dict) -> dict[int, dict]:
 
 
 def check_settings(folder: Path, settings: dict):
-    """ValueError where a folder holds predictions that were made with other settings."""
+    """ValueError if a folder has predictions that were made with other settings."""
     path = folder / PREDICTIONS
     if not path.is_file() or path.stat().st_size == 0:
         return
@@ -68,7 +79,7 @@ def check_settings(folder: Path, settings: dict):
 
 
 def write_predictions(folder: Path, predictions: dict[int, dict]):
-    """Replaces the file of predictions, sorted by the order of the rows."""
+    """Replaces the file of predictions, in the order of the data rows."""
     text = "".join(json.dumps(predictions[i], ensure_ascii=False) + "\n" for i in sorted(predictions))
     staged = folder / f"{PREDICTIONS}.new"
     staged.write_text(text, encoding="utf-8")
@@ -76,9 +87,10 @@ def write_predictions(folder: Path, predictions: dict[int, dict]):
 
 
 def batches_of(rows: list[dict], batch_size: int) -> list[list[int]]:
-    """Indices of rows in batches of similar length; the same for every run, so that sampling is reproducible.
+    """The indices of rows, in batches of prompts of similar length.
 
-    The longest come first, so that a batch too large for the GPU's memory fails at the start.
+    The batches depend on the rows only, so that sampling is reproducible. The longest prompts come first, so that a
+    batch that is too large for the GPU's memory fails at the start.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]), reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -92,17 +104,17 @@ def answer_rows(
     seed: int,
     done: dict[int, dict],
 ) -> Iterator[list[dict]]:
-    """Answers, without and with the adapter, the rows that have no prediction yet, a batch at a time.
+    """Generates answers without and with the adapter, for each batch that has rows without a prediction.
 
     Args:
         model: a peft model in evaluation mode.
-        answer: prompts, seed -> the model's answers as the tokenizer decodes them.
+        answer: (prompts, seed) -> the model's answers as the tokenizer decodes them.
         rows: with `prompt` and `reference`.
-        batch_size: prompts answered at once.
-        seed: of the sampling; each batch has its own, so that an interruption does not change the answers.
-        done: the predictions that exist, by index.
+        batch_size: prompts in a batch.
+        seed: of the sampling. The n-th batch has seed + n, so that an interruption does not change the answers.
+        done: the existing predictions, by index.
     Yields:
-        The rows of a batch with `index`, and `base` and `adapter`, the two answers.
+        The predictions of a batch: its rows with `index`, `base` and `adapter`, the answers without and with it.
     """
     with tqdm(total=len(rows), desc="Answering") as progress:
         for number, indices in enumerate(batches_of(rows, batch_size)):

@@ -1,16 +1,17 @@
-"""How answers are made in an evaluation, and what they are compared with."""
+"""Evaluation protocols: how answers are generated, and to which lengths texts are cut."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Settings of an evaluation; lengths in tokens, None for no limit.
+    """Settings of an evaluation.
 
     Attributes:
-        do_sample: sampling with the official settings, `chatglm.chat.OFFICIAL_SAMPLING`, else the most likely token.
-        max_prompt_tokens, max_reference_tokens: lengths that these are cut to, `[gMASK]` and `<sop>` included.
-        max_new_tokens: longest answer.
+        do_sample: whether tokens are sampled, with `chatglm.chat.OFFICIAL_SAMPLING`, or are the most likely ones.
+        max_prompt_tokens, max_reference_tokens: most tokens of prompt and reference, `[gMASK]` and `<sop>` included;
+            longer texts are cut. None for no limit.
+        max_new_tokens: most tokens of an answer.
     """
 
     do_sample: bool
@@ -20,7 +21,7 @@ class Protocol:
 
 
 PROTOCOLS = {
-    # Source: ptuning/evaluate.sh and ptuning/main.py of ChatGLM-6B: 64 tokens each, 512 for prompt and answer.
+    # Source: ptuning/evaluate.sh and ptuning/main.py of ChatGLM-6B: 64 tokens each, 512 of prompt and answer together.
     "published": Protocol(do_sample=True, max_prompt_tokens=64, max_reference_tokens=64, max_new_tokens=448),
     "greedy": Protocol(do_sample=False, max_prompt_tokens=None, max_reference_tokens=None, max_new_tokens=512),
 }

@@ -1,1 +1,1 @@
-"""Model folders that other programs read."""
+"""Writes model folders, for this project and for other programs."""

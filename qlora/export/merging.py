@@ -1,6 +1,6 @@
-"""Merging an adapter into the base model's weights, a tensor at a time, so that the whole model is never in memory.
+"""Merges an adapter into the base model's weights, one tensor at a time: the complete model is never in memory.
 
-W + scaling * B @ A, added in fp32, where W is the original 16-bit weight or its NF4 form, dequantized.
+merged = W + scaling * B @ A, computed in fp32; W is the 16-bit weight, or its NF4 form, dequantized.
 """
 
 import functools
@@ -19,13 +19,13 @@ from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qlora.checkpoint import check_checkpoint, weight_files
 from qlora.loading import adapter_config, digest_of, is_quantized, load_adapter
 
-# What a merge allows for, besides settings that have their defaults.
+# Fields of a LoRA configuration that may have any value; the others must be off or have their default.
 PLAIN_LORA = (
     *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
 )
-PACKED = ".quant_state.bitsandbytes__nf4"
+PACKED = ".quant_state.bitsandbytes__nf4"  # suffix of the entry with shape, dtype and block size of a 4-bit weight
 
 
 def merged_tensors(
@@ -34,14 +34,16 @@ def merged_tensors(
     """The merged model, to be written by `write_checkpoint`.
 
     Args:
-        base_path: checkpoint folder with 16-bit weights, or with 4-bit ones that `write_quantized` wrote.
-        adapter_path: folder of a LoRA adapter.
-        onto: "original" for the 16-bit weights, "nf4" for what they are in 4 bits, as in training.
-        compute_dtype: type of the arithmetic in training, for which the NF4 weights were made.
+        base_path: of a checkpoint folder with 16-bit weights, or with 4-bit weights that `write_quantized` wrote.
+        adapter_path: of the folder of a LoRA adapter.
+        onto: "original" to merge into the 16-bit weights; "nf4" to merge into the weights that training used,
+            quantized to NF4 and dequantized.
+        compute_dtype: of training; the weights are converted to it before they are quantized.
     Returns:
-        The configuration, and a function name, shape -> weight, merged where the adapter has a part in it.
+        The configuration, and a function (name, shape) -> weight, merged if the adapter changes it.
     Raises:
-        FileNotFoundError, ValueError: either is incomplete, they do not fit, or the adapter is no plain LoRA.
+        FileNotFoundError, ValueError: base model or adapter is incomplete, they do not fit each other, or the adapter
+            is not plain LoRA.
     """
     config = check_checkpoint(base_path)
     if onto == "original" and is_quantized(config):
@@ -72,20 +74,20 @@ def merged_tensors(
 
 
 def check_plain_lora(path: str, config: PeftConfig):
-    """ValueError for an adapter that changes the model in another way than by B @ A."""
+    """ValueError for an adapter that changes the model by anything else than scaling * B @ A."""
     if not isinstance(config, LoraConfig):
         raise ValueError(f"the adapter in {path} is of type {config.peft_type}; only LoRA can be merged.")
     values, defaults = config.to_dict(), LoraConfig().to_dict()
-    more = {name: v for name, v in values.items() if name not in PLAIN_LORA and v and v != defaults[name]}
-    if more.get("init_lora_weights") == "gaussian":  # unlike other ways of starting, leaves the base as it is
-        del more["init_lora_weights"]
-    if more:
-        found = ", ".join(f"{name}={value}" for name, value in more.items())
+    others = {name: v for name, v in values.items() if name not in PLAIN_LORA and v and v != defaults[name]}
+    if others.get("init_lora_weights") == "gaussian":  # an initialization that leaves the base weights unchanged
+        del others["init_lora_weights"]
+    if others:
+        found = ", ".join(f"{name}={value}" for name, value in others.items())
         raise ValueError(f"the adapter in {path} is more than plain LoRA ({found}): merge it with peft instead.")
 
 
 def without_storage(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
-    """The model on the CPU, every weight a single zero expanded to its shape, so that peft can add an adapter."""
+    """The model on the CPU, so that peft can add an adapter; each weight is one zero, expanded to the shape."""
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config)
     for module in model.modules():
@@ -95,31 +97,35 @@ def without_storage(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
 
 
 def linear_layers(config: ChatGLMConfig) -> list[str]:
-    """Names of the linear layers apart from the head: those that are quantized and may have an adapter."""
+    """Names of the linear layers except the head: these are quantized and can have an adapter."""
     model = without_storage(config)
     return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
 
 
 def weight_deltas(config: ChatGLMConfig, adapter_path: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """Name of a weight -> a function that computes what the adapter adds to it."""
+    """Name of a weight -> a function that computes the adapter's addition to it, [out_features, in_features], fp32."""
     model = load_adapter(without_storage(config), adapter_path)
     layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     return {f"{name}.weight": functools.partial(delta_weight, layer) for name, layer in layers.items()}
 
 
 def delta_weight(layer: LoraLayer) -> torch.Tensor:
-    """What the adapter adds to a layer's weight, [out_features, in_features], fp32, as peft computes it."""
+    """The adapter's addition to a layer's weight, [out_features, in_features], fp32, as peft computes it."""
     return layer.get_delta_weight(layer.active_adapters[0]).float()
 
 
 def through_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """A weight after quantization to NF4 and dequantization, in its own dtype."""
+    """A weight quantized to NF4 and dequantized, in the dtype that it had."""
     packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     return bitsandbytes.functional.dequantize_4bit(packed, state)
 
 
 class WeightReader:
-    """Reads a checkpoint tensor by tensor, with one file mapped at a time; 4-bit weights are dequantized."""
+    """Reads a checkpoint one tensor at a time and dequantizes 4-bit weights; one file is memory-mapped at a time.
+
+    Args:
+        path: of the checkpoint folder.
+    """
 
     def __init__(self, path: str):
         self.path = path
@@ -128,7 +134,7 @@ class WeightReader:
         self.file_of = {name: file for file in weight_files(Path(path)) for name in self.map(file)}
 
     def map(self, file: Path) -> dict[str, Callable[[], torch.Tensor]]:
-        """Name -> a function that reads it, for all tensors of a file."""
+        """For all tensors of a file: name -> a function that reads it. Maps the file into memory."""
         if file != self.mapped:
             if file.suffix == ".safetensors":
                 opened = safe_open(file, "pt")
@@ -140,12 +146,13 @@ class WeightReader:
         return self.tensors
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as it is stored."""
+        """A tensor as it is stored; ValueError if it is in none of the files."""
         if name not in self.file_of:
             raise ValueError(f"{self.path}: {name} is in none of its weight files.")
         return self.map(self.file_of[name])[name]()
 
     def __call__(self, name: str) -> torch.Tensor:
+        """A weight in 16 bits or, of a 4-bit checkpoint, dequantized; errors as for `read`."""
         if name + PACKED not in self.file_of:
             return self.read(name)
         names = [other for other in self.file_of if other.startswith(f"{name}.")]

@@ -1,4 +1,4 @@
-"""Writing a model folder: `.bin` shards in the official format, or the 4-bit weights as they are in memory."""
+"""Writes model folders: `.bin` shards in the official format, or 4-bit weights in the format of bitsandbytes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,7 @@ from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.rotary import ChatGLMRotaryEmbedding
 from qlora.atomic import write_json
 
+# Keys of the configuration that are not written.
 NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings", "quantization_config")
 
 
@@ -23,15 +24,15 @@ def write_checkpoint(
     shard_size: str = "1900MB",
     dtype: torch.dtype = torch.float16,
 ):
-    """Writes weights and configuration; one shard is in memory at a time, so the model may be larger than the memory.
+    """Writes weights and configuration in the official format, with one shard in memory at a time.
 
     Args:
-        folder: created if it is missing. The tokenizer's files and the official code are not written; config.json
-            points to the official code if it is in the folder already.
-        config: the model's configuration.
-        tensor: returns the weight of a name and shape; the head is asked for under the embedding's name.
+        folder: created if it is missing. The tokenizer's files and the official code are not written; if
+            modeling_chatglm.py is already in the folder, config.json refers to the official code.
+        config: of the model.
+        tensor: (name, shape) -> weight; called with the embedding's name for the head.
         shard_size: largest size of a file.
-        dtype: 16-bit type of the weights.
+        dtype: of the weights.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -59,15 +60,17 @@ def write_checkpoint(
 
 
 def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str | Path):
-    """Writes a 4-bit model with its scales, which `load_quantized_model` then loads without quantizing again.
+    """Writes a 4-bit model, which `load_quantized_model` then loads without quantizing again.
 
-    The packed weights and their scales are bit-equal when they are read back. Embedding and norms are stored in their
-    present dtype; loaded for another `compute_dtype`, they are converted from it.
+    Packed weights and scales are bit-equal when they are read back. The other weights are stored in their present
+    dtype, and converted if they are loaded for another `compute_dtype`.
 
     Args:
-        model: as `load_quantized_model` gives it, without an adapter.
-        tokenizer: its tokenizer, whose files are written too.
-        folder: created if need be.
+        model: as `load_quantized_model` returns it, without an adapter.
+        tokenizer: of the model; its files are written, too.
+        folder: created if it is missing.
+    Raises:
+        ValueError: the model has an adapter.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError("a model with an adapter in its layers cannot be written in 4 bits: write its base model.")
@@ -76,7 +79,7 @@ def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, fold
 
 
 def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every entry of an official checkpoint, in its order, as a tensor without storage."""
+    """The entries of an official checkpoint, in its order: name -> a tensor of the right shape without storage."""
     with torch.device("meta"):
         model = ChatGLMForConditionalGeneration(config).half()
         sizes = {name: torch.empty_like(parameter) for name, parameter in model.state_dict().items()}
@@ -88,7 +91,7 @@ def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor) -> dict[str, 
 
 
 def official_config(config: ChatGLMConfig, dtype: torch.dtype) -> dict:
-    """config.json as the official files have it."""
+    """The values of config.json, with the keys of the official file."""
     values = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_OFFICIAL}
     auto_map = {
         "AutoConfig": "configuration_chatglm.ChatGLMConfig",

@@ -1,4 +1,4 @@
-"""Answers to prompts: many at once, or one as it is being written."""
+"""Answers to prompts, in batches or as a stream."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ def generate_answers(
     sampler: Sampler,
     batch_size: int,
 ) -> list[str]:
-    """The answers to all prompts, cleaned for people to read; see `generate_texts`."""
+    """The answers to all prompts, formatted by `clean_response`; arguments as for `generate_texts`."""
     return [
         clean_response(text) for text in generate_texts(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
     ]
@@ -34,16 +34,17 @@ def generate_texts(
     batch_size: int,
     max_prompt_tokens: int | None = None,
 ) -> list[str]:
-    """Answers every prompt, in batches of prompts of similar length; control tokens written in a prompt stay text.
+    """Answers all prompts, in batches of prompts of similar length.
 
     Args:
-        model: a peft model on its device; its adapter is used unless it is disabled.
-        tokenizer: the model's.
-        prompts: texts as the user wrote them.
-        max_new_tokens: longest answer in tokens.
+        model: a peft model on its device, with its adapter enabled or disabled.
+        tokenizer: of the model.
+        prompts: texts; control tokens written in them stay text.
+        max_new_tokens: most tokens of an answer.
         sampler: see `make_sampler`.
-        batch_size: prompts answered at once.
-        max_prompt_tokens: longest prompt, `[gMASK]` and `<sop>` included; the rest is cut. None for no limit.
+        batch_size: prompts in a batch.
+        max_prompt_tokens: most tokens of a prompt, `[gMASK]` and `<sop>` included; longer prompts are cut. None for no
+            limit.
     Returns:
         The answers as the tokenizer decodes them, in the order of the prompts.
     """
@@ -69,7 +70,14 @@ def generate_texts(
 def stream_answer(
     model: PeftModel, tokenizer: PreTrainedTokenizer, prompt: str, max_new_tokens: int, sampler: Sampler
 ) -> Iterator[str]:
-    """Yields the answer so far, again and again, as it grows."""
+    """Generates one answer.
+
+    Args:
+        model, tokenizer, max_new_tokens, sampler: as for `generate_texts`.
+        prompt: a text; control tokens written in it stay text.
+    Yields:
+        The answer generated so far, after every two tokens.
+    """
     batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
     tokens = []
     for piece in decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, sampler=sampler, sync_every=2):

@@ -1,6 +1,6 @@
-"""The compare page without its looks: answers before and after that grow together, and a conversation.
+"""What the compare page computes: answers with and without the adapter side by side, and a conversation.
 
-`web_page` draws it with gradio; nothing here needs that.
+`web_page` builds the page with gradio, which this module does not import.
 """
 
 import contextlib
@@ -22,35 +22,32 @@ from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import stream_answer
 
 PASSWORD_VARIABLE = "QLORA_PASSWORD"  # a flag could be read in the list of processes
-SETTINGS = (
-    "do_sample",
-    "top_k",
-    "top_p",
-    "temperature",
-    "max_new_tokens",
-    "seed",
-)  # fields of InferenceArguments on the page
-LOOKS_PER_UPDATE = 4  # a stream is looked at every two tokens; sending each look would cost more than the tokens
+# Fields of InferenceArguments on the page.
+SETTINGS = ("do_sample", "top_k", "top_p", "temperature", "max_new_tokens", "seed")
+YIELDS_PER_UPDATE = 4  # of `stream_answer`, every two tokens; sending each takes longer than generating the tokens
 
 
 class Answerer:
-    """One model for all visitors. Whether its adapter counts is a switch on the model, so they take turns."""
+    """Answers the prompts of all visitors with one model.
+
+    Enabling or disabling the adapter changes the model itself, so that a lock lets one visitor use it at a time.
+    """
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.lock = threading.Lock()  # a web server resumes a generator on whichever thread is free
+        self.lock = threading.Lock()  # the web server may resume a generator on another thread
 
     def stream(self, prompt: str, tuned: tuple[bool, ...], args: InferenceArguments) -> Iterator[list[str]]:
-        """Answers one prompt several times at once, a few tokens of each answer in turn.
+        """Generates several answers to one prompt side by side: a few tokens of each answer, then of the next.
 
         Args:
-            prompt: as the user wrote it; control tokens in it stay text.
-            tuned: for each answer, whether the adapter counts.
-            args: how to decode.
+            prompt: a text; control tokens written in it stay text.
+            tuned: for each answer, whether it is generated with the adapter.
+            args: the decoding settings, the seed, and the text put before the prompt.
         Yields:
-            The answers so far.
+            The answers generated so far.
         Raises:
-            ValueError: an empty prompt, or one too long for the model.
+            ValueError: the prompt is empty, or too long for the model.
         """
         self.check_prompt(prompt, args)
         prompt = args.prompt_text + prompt
@@ -60,24 +57,24 @@ class Answerer:
         with self.lock:
             torch.manual_seed(args.seed)
         while True:
-            with self.lock:  # released before the yield, at which a visitor may leave for good
-                longer = [self.advance(*pair) for pair in zip(streams, tuned, strict=True)]
-            if longer == [None] * len(tuned):
+            with self.lock:  # released before the yield, after which a generator may never be resumed
+                newest = [self.advance(*pair) for pair in zip(streams, tuned, strict=True)]
+            if newest == [None] * len(tuned):
                 return
-            answers = [old if new is None else new for old, new in zip(answers, longer, strict=True)]
+            answers = [answer if newer is None else newer for answer, newer in zip(answers, newest, strict=True)]
             yield answers
 
     def advance(self, stream: Iterator[str], tuned: bool) -> str | None:
-        """The answer after a few more tokens; None where it had ended."""
+        """The answer after a few more tokens; None if it had ended."""
         text = None
-        # A CUDA graph keeps the switch as it was when it was recorded, which is in the first call.
+        # A CUDA graph is recorded in the first call, with or without the adapter, and replayed in the later ones.
         with contextlib.nullcontext() if tuned else self.model.disable_adapter():
-            for longer in itertools.islice(stream, LOOKS_PER_UPDATE):
-                text = longer
+            for newest in itertools.islice(stream, YIELDS_PER_UPDATE):
+                text = newest
         return text
 
     def check_prompt(self, prompt: str, args: InferenceArguments):
-        """ValueError for a prompt with nothing in it, or with no room for an answer."""
+        """ValueError for a blank prompt, or one that with its answer would exceed the model's sequence length."""
         if not prompt.strip():
             raise ValueError("请先输入内容。 Type a prompt first.")
         limit = self.model.config.max_sequence_length
@@ -92,45 +89,56 @@ class Answerer:
 
 
 class Page:
-    """What the buttons do."""
+    """The event handlers of the page."""
 
     def __init__(self, answerer: Answerer, args: InferenceArguments):
         self.answerer, self.args = answerer, args
 
     def compare(self, prompt: str, *settings) -> Iterator[list[str]]:
-        """Yields the answers before and after; `settings` are the values of `SETTINGS`."""
+        """Yields the answers without and with the adapter; `settings` are the values of `SETTINGS`."""
         yield from self.answerer.stream(prompt, (False, True), with_settings(self.args, settings))
 
     def chat(self, message: str, history: History, tuned: bool, *settings) -> Iterator[tuple[str, History, list]]:
-        """Yields an emptied message box, the history with the reply so far, and the same as messages."""
+        """Continues a conversation.
+
+        Args:
+            message: of the user.
+            history: the rounds before it.
+            tuned: whether the reply is generated with the adapter.
+            settings: the values of `SETTINGS`.
+        Yields:
+            The empty text of the message box, the history with the reply so far, and the history as messages.
+        """
         args = with_settings(self.args, settings)
-        self.answerer.check_prompt(message, args)  # with a history the prompt is never empty
+        self.answerer.check_prompt(message, args)  # the prompt with its history is never blank
         for (reply,) in self.answerer.stream(build_prompt(message, history), (tuned,), args):
             rounds = [*history, (message, reply)]
             yield "", rounds, messages(rounds)
 
 
 def messages(history: History) -> list[dict[str, str]]:
-    """Rounds as a list of messages with their roles."""
+    """A history as a list of messages with `role` and `content`."""
     pairs = [zip(("user", "assistant"), texts, strict=True) for texts in history]
     return [{"role": role, "content": text} for pair in pairs for role, text in pair]
 
 
 def with_settings(args: InferenceArguments, settings: tuple) -> InferenceArguments:
-    """The arguments with the page's settings; ValueError for a value that cannot be."""
+    """The arguments with the page's settings; ValueError for a setting that is empty or out of range."""
     if None in settings:
         raise ValueError("有一项设置是空的。 A setting is empty.")
     values = dict(zip(SETTINGS, settings, strict=True))
-    # A browser sends 1.0 as 1.
+    # Browsers send 1.0 as 1.
     return dataclasses.replace(args, **{name: type(getattr(args, name))(value) for name, value in values.items()})
 
 
 def check_web(args: InferenceArguments):
-    """What can be known before the model is loaded.
+    """Checks, before the model is loaded, that the page can be served.
 
+    Args:
+        args: with host and port.
     Raises:
         ValueError: gradio is missing or too old, or the password is empty.
-        OSError: the address or port cannot be had.
+        OSError: the host and port cannot be bound.
     """
     try:
         version = importlib.metadata.version("gradio")
@@ -142,7 +150,8 @@ def check_web(args: InferenceArguments):
         raise ValueError(f"{PASSWORD_VARIABLE} is empty: set it to a password, or unset it for a page without one.")
     try:
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does, to follow another soon
+            # As the server does: a port that another server closed a moment ago can be bound.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((args.host, args.port))
     except OSError as error:
         raise OSError(

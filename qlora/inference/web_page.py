@@ -1,4 +1,4 @@
-"""How the compare page looks, and its server. Needs gradio 6."""
+"""The layout of the compare page, and its server. Needs gradio 6."""
 
 import hmac
 import logging
@@ -15,18 +15,23 @@ from qlora.inference.web import PASSWORD_VARIABLE, Page
 logger = logging.getLogger(__name__)
 
 BEFORE, AFTER = "微调前 Before", "微调后 After"
-FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")  # the visitor's own
+FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")  # fonts of the system
 CSS = ".gradio-container { max-width: 1200px !important; margin: 0 auto !important }"
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
 
 
 def serve(page: Page, examples: list[str]):
-    """Shows the page until it is interrupted; `examples` are prompts to click on."""
+    """Serves the page until Ctrl-C.
+
+    Args:
+        page: the event handlers.
+        examples: prompts that the page offers.
+    """
     args, password = page.args, os.environ.get(PASSWORD_VARIABLE)
     if password is None and args.host not in LOCAL_HOSTS:
         logger.warning("Whoever can reach %s can use the page: %s sets a password.", args.host, PASSWORD_VARIABLE)
-    os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would keep prompts and answers in the visitor's browser
-    os.environ["no_proxy"] = "*"  # gradio asks the page whether it is there; a proxy could not say
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # gradio would store prompts and answers in the visitor's browser
+    os.environ["no_proxy"] = "*"  # gradio requests its own page at the start, which a proxy could not reach
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logger.info("The page is at http://%s:%d, until Ctrl-C.", args.host, args.port)
     build_page(page, examples).launch(
@@ -46,7 +51,7 @@ def serve(page: Page, examples: list[str]):
 
 
 def build_page(page: Page, examples: list[str]) -> gr.Blocks:
-    """Two tabs, and below them the settings of both."""
+    """The page: a tab to compare answers, one for a conversation, and below them the settings of both."""
     args, base_path = page.args, page.answerer.model.get_base_model().name_or_path
     with gr.Blocks(title="ChatGLM-6B QLoRA", analytics_enabled=False) as blocks:
         gr.Markdown(
@@ -65,7 +70,7 @@ def build_page(page: Page, examples: list[str]) -> gr.Blocks:
 
 
 def setting_controls(args: InferenceArguments) -> list[Component]:
-    """Controls for `SETTINGS`, made before the buttons that send their values, but not yet put on the page."""
+    """The controls of `SETTINGS`, not rendered yet: the buttons that send their values stand above them."""
     methods = [("贪心 Greedy", False), ("采样 Sampling", True)]
     return [
         gr.Radio(methods, value=args.do_sample, label="方式 Method", min_width=320, render=False),
@@ -78,7 +83,7 @@ def setting_controls(args: InferenceArguments) -> list[Component]:
 
 
 def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings: list[Component]):
-    """A prompt, its two answers, and prompts to try."""
+    """The tab with a prompt, its answers without and with the adapter, and example prompts."""
     prompt = gr.Textbox(label="输入 Prompt", lines=2, max_lines=8, autofocus=True)
     with gr.Row():
         start, stop = gr.Button("生成 Generate", variant="primary"), gr.Button("停止 Stop")
@@ -92,9 +97,9 @@ def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings:
 
 
 def chat_tab(chat: Callable[..., Iterator], settings: list[Component]):
-    """A conversation with either model."""
+    """The tab with a conversation, with or without the adapter."""
     history = gr.State([])
-    # Prompts are full of # and *, which are no Markdown here.
+    # Prompts of product attributes contain # and *, which are not Markdown.
     conversation = gr.Chatbot(label="对话 Conversation", render_markdown=False, buttons=["copy_all"])
     with gr.Row():
         message = gr.Textbox(label="消息 Message", scale=4)
@@ -110,7 +115,16 @@ def chat_tab(chat: Callable[..., Iterator], settings: list[Component]):
 def ask(
     triggers: list[Callable], stop: gr.Button, function: Callable[..., Iterator], inputs: list, outputs: list
 ) -> Dependency:
-    """Triggers start the generator, a button stops it; those of all visitors run one after the other."""
+    """Connects buttons with a generator function.
+
+    Args:
+        triggers: events that start it; of all visitors' calls one runs at a time.
+        stop: button that stops it.
+        function: its ValueErrors are shown as warnings.
+        inputs, outputs: components whose values it takes and yields.
+    Returns:
+        The event, by which another can cancel it.
+    """
 
     def with_notes(*values) -> Iterator:
         try:

@@ -1,6 +1,6 @@
-"""Checkpoints: which of them a run may resume from, where a run may write, how a checkpoint or adapter is written.
+"""Checkpoints: which of them a run may resume from, where a run may write, and the checks around writing one.
 
-`QLoRATrainer` decides when; `qlora.atomic` makes files appear complete or not at all.
+`QLoRATrainer` calls these functions; `qlora.atomic` renames files and folders to their final names.
 """
 
 import contextlib
@@ -22,33 +22,40 @@ from qlora.errors import TrainingStopped
 
 logger = logging.getLogger(__name__)
 
-STAGING = "_saving"  # in output_dir; not a name that could be taken for a checkpoint
+STAGING = "_saving"  # folder in output_dir; its name does not match `checkpoint-N`
 CHECKPOINT_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "optimizer.pt",
     "scheduler.pt",
-    "rng_state*.pth",  # with several processes, one for each
+    "rng_state*.pth",  # one of each process
     "trainer_state.json",
 )
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SCALER = "scaler.pt"  # only of a run in fp16
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, exceeded quota, file size limit
+SCALER = "scaler.pt"  # exists only for a run in fp16
 
 
 def step_of(checkpoint: Path) -> int:
-    """N of a folder `checkpoint-N`; -1 for anything else."""
+    """The step N of a folder `checkpoint-N`; -1 for any other path."""
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(match[1]) if match and checkpoint.is_dir() else -1
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, newest first."""
+    """The checkpoint folders of a run, newest first, complete or not."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if step_of(path) >= 0]
     return sorted(found, key=step_of, reverse=True)
 
 
 def checkpoint_problem(checkpoint: Path) -> str | None:
-    """Why a run cannot resume from a checkpoint: a file is missing, damaged or holds code; None for a complete one."""
+    """Why a run cannot resume from a checkpoint.
+
+    Args:
+        checkpoint: the folder.
+    Returns:
+        What is wrong: the folder or a file is missing, or a file is damaged or would run code. None if the checkpoint
+        is complete.
+    """
     if not checkpoint.is_dir():
         return "there is no such folder"
     for pattern in (*CHECKPOINT_FILES, SCALER):
@@ -63,13 +70,15 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
 
 
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
-    """The checkpoint to resume from.
+    """The checkpoint to resume from; incomplete ones that are newer are logged.
 
     Args:
-        requested: a folder, or 'last' for the newest complete one in `output_dir`; None for none.
+        requested: a folder, or 'last' for the newest complete one in `output_dir`; None for a new run.
         output_dir: of the run.
+    Returns:
+        The folder; None for a new run.
     Raises:
-        FileNotFoundError: there is none, or it has a `checkpoint_problem`.
+        FileNotFoundError: there is no complete checkpoint, or the requested folder is not one.
     """
     if requested is None:
         return None
@@ -90,11 +99,11 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
 
 
 def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules: list[str]):
-    """Checks that a resumed run asks for the adapter of its checkpoint; only the dropout may differ.
+    """Checks that the flags of a resumed run describe the adapter of its checkpoint; only the dropout may differ.
 
     Args:
-        checkpoint: a folder in which `checkpoint_problem` finds nothing.
-        rank, alpha, target_modules: of the adapter that is asked for.
+        checkpoint: a complete checkpoint.
+        rank, alpha, target_modules: of the adapter, by the flags.
     Raises:
         ValueError: the checkpoint's adapter has other values.
     """
@@ -114,13 +123,13 @@ def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules:
 
 
 def check_output_dir(output_dir: str, checkpoint: str | None):
-    """Checks that no earlier run is in a new run's folder, and no later checkpoint in that of a resumed run.
+    """Checks that a new run's folder has no earlier run, and that a resumed run's folder has no later checkpoint.
 
     Args:
         output_dir: of the run.
-        checkpoint: what the run resumes from; None for a new run.
+        checkpoint: the checkpoint to resume from; None for a new run.
     Raises:
-        ValueError: a model's files, or another run's results, would be overwritten or mixed with this run's.
+        ValueError: the run would overwrite the files of a model or the results of another run, or mix with them.
     """
     if (Path(output_dir) / "config.json").exists():
         raise ValueError(
@@ -136,8 +145,8 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
             path.name for path in checkpoints(output_dir) if step_of(path) > step and not checkpoint_problem(path)
         ]
     if present:
-        whole = any(not checkpoint_problem(path) for path in checkpoints(output_dir))
-        resume = ", or go on with --resume_from_checkpoint last" if whole else ""
+        can_resume = any(not checkpoint_problem(path) for path in checkpoints(output_dir))
+        resume = ", or go on with --resume_from_checkpoint last" if can_resume else ""
         raise ValueError(
             f"{output_dir} holds an earlier run ({', '.join(present[:2])}), which is not overwritten. Name another "
             f"output_dir in the JSON, move or delete this one{resume}."
@@ -146,13 +155,13 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
 
 @contextlib.contextmanager
 def staging_dir(output_dir: str | Path, owner: bool) -> Iterator[Path]:
-    """A folder in `output_dir` to write into, from which finished results are moved; it is deleted at the end.
+    """A folder in `output_dir` to write into; complete results are moved out of it, and it is deleted at the end.
 
     Args:
         output_dir: of the run.
-        owner: whether this process deletes the folder; several processes write into it.
+        owner: whether this process deletes the folder, into which all processes write.
     Raises:
-        TrainingStopped: the disk is full, or another failure to write.
+        TrainingStopped: writing failed, for example because the disk is full.
     """
     staging = Path(output_dir) / STAGING
     if owner:
@@ -161,7 +170,7 @@ def staging_dir(output_dir: str | Path, owner: bool) -> Iterator[Path]:
         yield staging
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):
-            raise  # not one of torch.save's errors in writing
+            raise  # not an error of torch.save in writing
         reason = str(error).partition("\n")[0]
         if is_out_of_space(error):
             reason += f" ({shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB are free there). Make room"
@@ -172,14 +181,14 @@ def staging_dir(output_dir: str | Path, owner: bool) -> Iterator[Path]:
 
 
 def is_out_of_space(error: OSError | SafetensorError | RuntimeError) -> bool:
-    """Whether the cause of a failed write is a full disk, a quota or a limit; torch gives no cause, so it may be."""
-    in_words = re.search(r"os error (\d+)", str(error))  # safetensors gives the number in its text
-    number = int(in_words[1]) if in_words else getattr(error, "errno", None)
+    """Whether a write may have failed for lack of space or by a size limit; always for torch, which gives no cause."""
+    in_text = re.search(r"os error (\d+)", str(error))  # safetensors gives the number in its text
+    number = int(in_text[1]) if in_text else getattr(error, "errno", None)
     return isinstance(error, RuntimeError) or number in NO_ROOM
 
 
 def resume_advice(output_dir: str | Path) -> str:
-    """A sentence on the newest complete checkpoint and how to resume from it."""
+    """A sentence for the user: the newest complete checkpoint, and the flag that resumes from it."""
     newest = next((path for path in checkpoints(output_dir) if not checkpoint_problem(path)), None)
     if newest is None:
         return "There is no checkpoint yet."
@@ -187,12 +196,12 @@ def resume_advice(output_dir: str | Path) -> str:
 
 
 def delete_old_checkpoints(newest: Path, limit: int | None, best: str | None):
-    """Deletes a run's oldest checkpoints, but never the one just written, nor the best.
+    """Deletes a run's oldest checkpoints, except the one just written and the best one.
 
     Args:
-        newest: the one just written; checkpoints of a later step belong to another run.
-        limit: how many may exist, `save_total_limit`; None, 0 or less for any number.
-        best: the one with the lowest evaluation loss so far, if the run tracks it.
+        newest: the one just written. Checkpoints of a later step belong to another run and are not deleted.
+        limit: most checkpoints that may exist, `save_total_limit`; None, 0 or less for any number.
+        best: the one with the lowest evaluation loss; None if the run does not determine it.
     """
     if not limit or limit < 0:
         return
@@ -204,20 +213,20 @@ def delete_old_checkpoints(newest: Path, limit: int | None, best: str | None):
 
 
 def check_saved_adapter(model: PeftModel, folder: Path, final: Path):
-    """Reads a saved adapter back and compares it with the one in memory; warns if it is untrained.
+    """Reads a saved adapter back and compares it with the one in memory; logs a warning if it is untrained.
 
     Args:
         model: the model whose adapter was saved.
-        folder: where it is now.
-        final: where it will be published, which the messages name.
+        folder: the present folder of the adapter.
+        final: its final folder, for the messages.
     Raises:
         TrainingStopped: the two differ, or a value is not finite.
     """
-    saved, held = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
-    different = [name for name in held if name not in saved or not torch.equal(saved[name], held[name].cpu())]
-    strange = [name for name, tensor in held.items() if not tensor.isfinite().all()]
-    if different or strange:
-        found = f"{strange[0]} is not finite" if strange else f"{different[0]} was read back differently"
+    saved, trained = load_peft_weights(str(folder), device="cpu"), get_peft_model_state_dict(model)
+    different = [name for name in trained if name not in saved or not torch.equal(saved[name], trained[name].cpu())]
+    not_finite = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
+    if different or not_finite:
+        found = f"{not_finite[0]} is not finite" if not_finite else f"{different[0]} was read back differently"
         raise TrainingStopped(f"the adapter cannot be trusted as it was saved for {final}: {found}.")
-    if not any(tensor.any() for name, tensor in held.items() if "lora_B" in name):
+    if not any(tensor.any() for name, tensor in trained.items() if "lora_B" in name):
         logger.warning("The adapter in %s is untrained: every lora_B is zero.", final)

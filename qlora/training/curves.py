@@ -1,4 +1,4 @@
-"""Loss curves from what the Trainer logged."""
+"""Loss curves from the log history of the Trainer."""
 
 import json
 from pathlib import Path
@@ -12,17 +12,22 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def draw_losses(runs: dict[str, list[dict]], path: str | Path):
-    """Writes the picture of `loss_figure`; the suffix of the path says its format."""
+    """Writes the figure of `loss_figure` to a file.
+
+    Args:
+        runs: label -> the Trainer's log history.
+        path: of the file; its suffix gives the format.
+    """
     loss_figure(runs).savefig(path)
 
 
 def loss_figure(runs: dict[str, list[dict]]) -> "Figure":
-    """Training and evaluation loss over the steps, and the learning rate where there is one run.
+    """Draws training and evaluation loss over the optimizer steps, and the learning rate if there is only one run.
 
     Args:
         runs: label -> the Trainer's log history.
     """
-    from matplotlib.figure import Figure  # takes a second, which a run spends at its end rather than at its start
+    from matplotlib.figure import Figure  # imported here: it takes a second, and only the end of a run needs it
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="tight")
     axes = figure.subplots()
@@ -34,29 +39,31 @@ def loss_figure(runs: dict[str, list[dict]]) -> "Figure":
     axes.grid(alpha=0.3)
     lines = axes.get_lines()
     if len(runs) == 1:
-        right = axes.twinx()
-        plot(right, history, "learning_rate", "learning rate", color="0.6", linewidth=1)
-        right.set_ylabel("learning rate", color="0.5")
-        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        right.set_ylim(bottom=0)
-        lines = [*lines, *right.get_lines()]
+        rate_axes = axes.twinx()
+        plot(rate_axes, history, "learning_rate", "learning rate", color="0.6", linewidth=1)
+        rate_axes.set_ylabel("learning rate", color="0.5")
+        rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        rate_axes.set_ylim(bottom=0)
+        lines = [*lines, *rate_axes.get_lines()]
     if lines:
         axes.legend(handles=lines)
     return figure
 
 
 def plot(axes: "Axes", history: list[dict], key: str, label: str, **style: Any):
-    """A line through the values logged under a key; a dot where there is only one."""
+    """Draws a line through the values logged under a key; a dot if there is only one."""
     points = [(entry["step"], entry[key]) for entry in history if key in entry]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, **({"marker": "."} if len(points) == 1 else {}) | style)
 
 
 def read_history(run: str) -> list[dict]:
-    """The log of a finished run or of a checkpoint.
+    """Reads the log history of a finished run or of a checkpoint.
 
+    Args:
+        run: the folder.
     Raises:
-        FileNotFoundError: the folder is neither.
+        FileNotFoundError: there is no trainer_state.json in it.
     """
     path = Path(run) / "trainer_state.json"
     if not path.is_file():

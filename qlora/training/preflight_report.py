@@ -1,4 +1,4 @@
-"""What `--check` prints: a table of the run, the lengths of its samples, and the first samples as token text."""
+"""What `--check` prints: a table of the run, a histogram of the sample lengths, and the text of the first samples."""
 
 import itertools
 import os
@@ -14,8 +14,8 @@ from qlora.training.preflight import Preflight
 from qlora.units import GIB
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
-LONGEST_BAR, BARS = 40, 8  # characters, lines
-PARTS = {  # trained on, control token -> name, colour
+LONGEST_BAR, BARS = 40, 8  # of the histogram: characters of a bar, and lines
+PARTS = {  # (is trained on, is a control token) -> (name, color)
     (False, False): ("prompt", "\033[34m"),  # blue
     (False, True): ("control", "\033[2m"),  # dim
     (True, False): ("answer", "\033[32m"),  # green
@@ -25,7 +25,11 @@ END_OF_COLOUR = "\033[0m"
 
 
 def describe(preflight: Preflight) -> str:
-    """The report on a run, with as many samples as `--check` asks for."""
+    """The report on a run, as lines of text.
+
+    Args:
+        preflight: the results of the checks; `args.check` is the number of samples to show.
+    """
     lines = [f"{name:<11} {indented(value)}" for name, value in table(preflight) if value]
     if preflight.train_samples:
         lines.append(f"{'lengths':<11} {indented(histogram(numpy_column(preflight.train_samples, 'length')))}")
@@ -39,12 +43,12 @@ def describe(preflight: Preflight) -> str:
 
 
 def indented(text: str) -> str:
-    """A text of several lines in the second column."""
+    """A text whose further lines are indented to the second column."""
     return text.replace("\n", "\n" + " " * 12)
 
 
 def table(preflight: Preflight) -> list[tuple[str, str | None]]:
-    """Name and value of everything but the samples; None for what is not known."""
+    """The names and values of the report's first part; a value is None if it is not known."""
     args, config, steps, disk = preflight.args, preflight.config, preflight.steps, preflight.disk
     plan = preflight.plan_table()
     targets = ", ".join(args.lora_target_modules)
@@ -65,7 +69,7 @@ def table(preflight: Preflight) -> list[tuple[str, str | None]]:
 
 
 def describe_gpu(preflight: Preflight) -> str:
-    """The GPU in a line."""
+    """One line: name, compute capability and free memory of the GPU, and whether bitsandbytes works on it."""
     if not torch.cuda.is_available():
         return "none"
     free, total = torch.cuda.mem_get_info()
@@ -76,7 +80,7 @@ def describe_gpu(preflight: Preflight) -> str:
 
 
 def histogram(lengths: np.ndarray) -> str:
-    """A line for each range of lengths: tokens, number of samples, a bar."""
+    """One line for each range of lengths (in tokens): the range, the number of samples, and a bar."""
     bars = min(BARS, int(np.ptp(lengths)) + 1)
     edges = np.linspace(lengths.min(), lengths.max() + 1, bars + 1).round().astype(int)
     counts, _ = np.histogram(lengths, edges)
@@ -87,7 +91,13 @@ def histogram(lengths: np.ndarray) -> str:
 
 
 def show_sample(sample: dict, tokenizer: PreTrainedTokenizer, colour: bool) -> str:
-    """A sample's tokens as text, a line for each part: which is prompt, which is trained on."""
+    """A sample as text, one line for each part: prompt, control tokens, answer, end.
+
+    Args:
+        sample: with `input_ids`, `labels`, `line`, and possibly `file`.
+        tokenizer: of the model.
+        colour: whether ANSI codes color the parts.
+    """
     control = {tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     ids, trained = sample["input_ids"], [label != IGNORE_INDEX for label in sample["labels"]]
     of_file = f"{sample['file']}, " if "file" in sample else ""

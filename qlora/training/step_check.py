@@ -11,12 +11,20 @@ from accelerate.utils import gather_object
 
 from qlora.errors import stop_all_processes
 
-MOST_SKIPPED = 32  # steps in a row that loss scaling may skip: from 65536 it has then gone far below 1
+MOST_SKIPPED = 32  # consecutive steps that loss scaling may skip: each halves the scale, 65536 at first
 
 
 @dataclass
 class Step:
-    """An optimizer step: where it stands, file and line of its rows, and its numbers, still on the device."""
+    """An optimizer step.
+
+    Attributes:
+        number: of the step, from 1.
+        learning_rate: of the step.
+        rows: file and line of its data rows, on this process.
+        loss: scalar, on the device, so that it is not waited for.
+        gradient_norm: the same; None until it is computed.
+    """
 
     number: int
     learning_rate: float
@@ -29,10 +37,10 @@ class Step:
 
 
 class StepCheck:
-    """The steps since the last check. Adding a step does not synchronize with the device; a check does once.
+    """The steps since the last check. Adding a step does not synchronize with the device; a check does so once.
 
     Args:
-        accelerator: of the run; where it scales the loss, a gradient that overflows is normal: the step is skipped.
+        accelerator: of the run. If it scales the loss, a gradient that overflows is no error: the step is skipped.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -40,10 +48,12 @@ class StepCheck:
         self.steps: list[Step] = []
 
     def check(self):
-        """Checks all steps added since the last check and drops them.
+        """Checks all steps since the last check, on all processes together, and empties the list.
 
         Raises:
-            TrainingStopped: a loss that is not finite or exactly zero, a gradient that is not finite.
+            TrainingStopped: on the main process: a loss is not finite or exactly zero, or a gradient is not finite;
+                where the loss is scaled, in more than MOST_SKIPPED consecutive steps.
+            SystemExit: the same, on the other processes.
         """
         if not self.steps:
             return
@@ -53,11 +63,11 @@ class StepCheck:
         for number, step in enumerate(self.steps):
             problem = self.problem(*values[:, number].T)
             if problem:
-                self.stop(step, problem, suspects=~values[:, number, 0].isfinite())
+                self.stop(step, problem, not_finite=~values[:, number, 0].isfinite())
         self.steps.clear()
 
     def problem(self, losses: torch.Tensor, norms: torch.Tensor) -> str | None:
-        """What is wrong with a step, from every process' loss and gradient norm."""
+        """What is wrong with a step, or None; `losses` and `norms` [processes] have a value of each process."""
         loss, norm = losses.mean().item(), norms[0].item()
         if not losses.isfinite().all():
             return f"the loss is {loss}"
@@ -73,19 +83,26 @@ class StepCheck:
             return f"the gradient was not finite in {self.skipped} steps in a row, however small the loss was scaled"
         return None
 
-    def stop(self, step: Step, problem: str, suspects: torch.Tensor):
-        """Ends the run, naming the rows of the suspects, the processes whose loss is bad, or else of all."""
-        shares = gather_object([step.rows])
-        shares = [share for share, suspect in zip(shares, suspects, strict=True) if suspect] or shares
+    def stop(self, step: Step, problem: str, not_finite: torch.Tensor):
+        """Ends the run with a message that names data rows.
+
+        Args:
+            step: in which the problem was found.
+            problem: the beginning of the message.
+            not_finite: [processes], bool, whose loss is not finite: their rows are named, or those of all processes
+                if there is none.
+        """
+        rows = gather_object([step.rows])
+        rows = [process_rows for process_rows, failed in zip(rows, not_finite, strict=True) if failed] or rows
         stop_all_processes(
-            f"{step}: {problem}. {name_rows(itertools.chain(*shares))} Look at them, or lower learning_rate in the "
+            f"{step}: {problem}. {name_rows(itertools.chain(*rows))} Look at them, or lower learning_rate in the "
             "JSON; the checkpoints from before this step are kept.",
             self.accelerator.is_main_process,
         )
 
 
 def name_rows(rows: Iterable[tuple[str, int]]) -> str:
-    """A sentence that names rows of the data files."""
+    """A sentence with the line numbers of data rows; `rows` are (file, line), the file empty if there is only one."""
     by_file = itertools.groupby(sorted(rows), key=operator.itemgetter(0))
     named = [
         f"{', '.join(str(line) for _, line in group)} of {file or 'the training data'}" for file, group in by_file

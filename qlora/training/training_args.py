@@ -1,4 +1,4 @@
-"""The JSON of transformers' TrainingArguments: translated, checked key by key, read."""
+"""Reads the JSON of transformers' TrainingArguments: translates renamed keys, checks keys and values."""
 
 import dataclasses
 import json
@@ -17,8 +17,8 @@ from qlora.loading import choose_compute_dtype
 
 logger = logging.getLogger(__name__)
 
-# Settings that this trainer would ignore, or whose effect would depend on the split of a step, since loss, step and
-# evaluation are its own. They may be in the JSON as long as they are off.
+# `QLoRATrainer` has its own loss, training step and evaluation. It would ignore these settings, or their effect would
+# depend on how a step is split into micro-batches. The JSON may contain them if they are off.
 NOT_FOR_THIS_TRAINER = (
     "accelerator_config",
     "activation_checkpointing_kwargs",
@@ -46,7 +46,7 @@ NOT_FOR_THIS_TRAINER = (
     "torch_empty_cache_steps",
     "use_liger_kernel",
 )
-OPTIMIZERS_WITH_STEPS_OF_THEIR_OWN = ("lomo", "adalomo", "schedule_free")  # as their names begin
+OPTIMIZERS_WITH_STEPS_OF_THEIR_OWN = ("lomo", "adalomo", "schedule_free")  # prefixes of their names
 JSON_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 POSITIVE_KEYS = (
     "per_device_train_batch_size",
@@ -62,7 +62,7 @@ RECOMPUTE_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # the o
 # Keys of older transformers and their present names.
 RENAMED_KEYS = {
     "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",  # below 1 it is a share of all steps
+    "warmup_ratio": "warmup_steps",  # a value below 1 is a fraction of all steps
     "no_cuda": "use_cpu",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
@@ -72,7 +72,13 @@ RENAMED_KEYS = {
 
 
 class TrainingSetup(NamedTuple):
-    """What the JSON and the hardware decide together."""
+    """The settings of a run that follow from the JSON and the hardware.
+
+    Attributes:
+        training_args: as the Trainer takes them.
+        compute_dtype: of the arithmetic.
+        recompute: the JSON's `gradient_checkpointing` or `activation_checkpointing`; None if it has neither.
+    """
 
     training_args: TrainingArguments
     compute_dtype: torch.dtype
@@ -84,19 +90,20 @@ def read_training_args(
 ) -> TrainingSetup:
     """Reads the JSON of TrainingArguments; keys that transformers renamed are translated.
 
-    With fp16 arithmetic the Trainer's loss scaling is switched on: without it small gradients vanish.
+    With fp16 arithmetic on a GPU the Trainer's loss scaling is enabled, since small gradients would underflow.
 
     Args:
-        path: the JSON file.
-        seed: takes the place of the JSON's.
-        compute_dtype: fp32, fp16 or bf16; None for what the JSON (`fp16`, `bf16`) or the hardware suggests.
-        evaluate: False where there is nothing to evaluate on.
+        path: of the JSON file.
+        seed: overrides the JSON's seed; None for that of the JSON.
+        compute_dtype: fp32, fp16 or bf16; None for that of the JSON (`fp16`, `bf16`), or else the best for the
+            hardware.
+        evaluate: whether there are data rows to evaluate on.
     Returns:
-        The arguments, the type of the arithmetic, and the JSON's `gradient_checkpointing` or
-        `activation_checkpointing`, which the memory plan heeds; None where it has neither.
+        See `TrainingSetup`.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: broken JSON, an unknown key (with the nearest known one), or a value transformers refuses.
+        ValueError: invalid JSON, an unknown key (with the nearest known one), a value of another type or out of range,
+            a setting that this training does not use, or a value that transformers refuses.
     """
     values = translate_renamed_keys(read_json_object(path), path)
     if seed is not None:
@@ -107,11 +114,11 @@ def read_training_args(
     dtype = set_precision(values, compute_dtype)
     if not evaluate:
         values["eval_strategy"] = "no"
-    values.setdefault("use_cpu", not torch.cuda.is_available())  # without a GPU torchrun's processes need gloo
+    values.setdefault("use_cpu", not torch.cuda.is_available())  # several processes on a CPU need gloo
     values.setdefault("ddp_find_unused_parameters", False)
     values.setdefault("ddp_broadcast_buffers", False)  # buffers never change
     values.setdefault("dataloader_pin_memory", False)  # the trainer pins micro-batches itself
-    values.setdefault("logging_nan_inf_filter", False)  # it would synchronize with the GPU in every step
+    values.setdefault("logging_nan_inf_filter", False)  # it synchronizes with the GPU in every step
     recompute = [values.pop(key) for key in RECOMPUTE_KEYS if key in values]
     try:
         training_args = TrainingArguments(**values)
@@ -127,10 +134,12 @@ def read_training_args(
 
 
 def set_precision(values: dict, name: str | None) -> torch.dtype:
-    """The compute dtype: as asked, else as the JSON's `fp16` or `bf16` say, else what the hardware does best.
+    """Chooses the compute dtype and sets `fp16` and `bf16` for the Trainer.
 
-    Sets `fp16` in `values` where the Trainer must scale the loss, and `bf16` to False: the model is in its compute
-    dtype, so that no autocast is needed.
+    Args:
+        values: the JSON's. `fp16` is set to whether the Trainer must scale the loss, and `bf16` to False: the model is
+            in its compute dtype, so that autocast is not needed.
+        name: fp32, fp16 or bf16; None for that of the JSON, or else the best for the hardware.
     """
     if name is None:
         name = next((key for key in ("bf16", "fp16") if values.get(key)), None)
@@ -141,12 +150,12 @@ def set_precision(values: dict, name: str | None) -> torch.dtype:
 
 
 def samples_per_step(args: TrainingArguments) -> int:
-    """Samples of one optimizer step in each process, which the JSON gives as two factors."""
+    """Samples of one optimizer step in each process: the product of two values of the JSON."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
 def check_keys(values: dict) -> list[str]:
-    """What is wrong with the keys of the JSON and their values, as far as it shows without making the arguments."""
+    """A problem for each wrong key or value that can be found before `TrainingArguments` is constructed."""
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     unknown = [f"{key}{nearest(key, list(defaults))}" for key in values if key not in defaults]
     problems = []
@@ -172,19 +181,19 @@ def check_keys(values: dict) -> list[str]:
 
 
 def check_no_evaluation(values: dict) -> list[str]:
-    """A problem for every setting that needs evaluations where there are none."""
+    """A problem if there are settings that need evaluations, for a run without evaluations."""
     asked = [key for key in ("eval_on_start", "load_best_model_at_end") if values.get(key)]
     asked += ["save_strategy"] * (values.get("save_strategy") == "best")
     return [f"{', '.join(asked)} cannot be had with --eval_data_path none"] if asked else []
 
 
 def is_in_use(value: object, default: object) -> bool:
-    """Whether a setting changes something: it is on, or it is on by default and off here."""
+    """Whether a setting has an effect: it is on, or it is off and its default is on."""
     return value != default and (default is True or value not in (None, False, 0, "", "no", [], {}))
 
 
 def wrong_types(values: dict) -> list[str]:
-    """A problem for every value that is not of the plain type that TrainingArguments declares."""
+    """A problem for each value of another type than TrainingArguments declares, where that is a JSON type."""
     problems = []
     for key, hint in typing.get_type_hints(TrainingArguments).items():
         kinds = (hint,) if typing.get_origin(hint) is list else typing.get_args(hint) or (hint,)
@@ -197,7 +206,7 @@ def wrong_types(values: dict) -> list[str]:
 
 
 def read_json_object(path: str) -> dict:
-    """Reads a JSON file that holds one object."""
+    """The object in a JSON file; FileNotFoundError without a file, ValueError for any other content."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"--train_args_json: there is no file {path}.")
     try:
@@ -214,14 +223,21 @@ def read_json_object(path: str) -> dict:
 
 
 def translate_renamed_keys(values: dict, path: str) -> dict:
-    """Gives keys of older transformers their present names, and says so in one line."""
+    """Gives keys of older transformers their present names, and logs these in one line.
+
+    Args:
+        values: the JSON's.
+        path: of the JSON, for messages.
+    Raises:
+        ValueError: a key has both its old and its present name.
+    """
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     renamed = {old: new for old, new in RENAMED_KEYS.items() if old in values and old not in known}
     if "group_by_length" in values and "group_by_length" not in known:
         renamed["group_by_length"] = "train_sampling_strategy"
-    clash = [f"{old} and {new}" for old, new in renamed.items() if new in values]
-    if clash:
-        raise ValueError(f"{path} sets {'; '.join(clash)}, which are the same setting: keep one.")
+    duplicates = [f"{old} and {new}" for old, new in renamed.items() if new in values]
+    if duplicates:
+        raise ValueError(f"{path} sets {'; '.join(duplicates)}, which are the same setting: keep one.")
     translated = {renamed.get(key, key): value for key, value in values.items()}
     if "group_by_length" in renamed:
         translated["train_sampling_strategy"] = "group_by_length" if values["group_by_length"] else "random"
