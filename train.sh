@@ -18,18 +18,23 @@ fi
 demo=false check=false flags=()
 for argument in "$@"; do
   case "$argument" in
+    -h | --help*) exec python train_qlora.py "$argument" ;;
     --demo) demo=true ;;
-    --check* | --dry_run*) check=true flags+=("$argument") ;;
+    --check* | --dry[_-]run*) check=true flags+=("$argument") ;;
     *) flags+=("$argument") ;;
   esac
 done
 
 if $demo; then
+  demo_flags=(--train_args_json scripts/demo.json --model_name_or_path THUDM/chatglm-tiny --eval_data_path none)
+  # A wrong flag ends here, before an earlier demo is deleted.
+  python -c "from qlora import arguments, command_line, errors
+with errors.message_instead_of_traceback():
+    command_line.parse_command_line(arguments.FinetuneArguments)" "${demo_flags[@]}" "${flags[@]}"
   echo "Demo: a tiny ChatGLM made on the spot, fine-tuned by the same code as the real one. No weights, no GPU needed."
-  $check || rm -rf saved_files/chatglm_tiny_demo  # written by an earlier demo
-  python scripts/make_tiny_checkpoint.py --output_dir THUDM/chatglm-tiny
-  "${launch[@]}" train_qlora.py --train_args_json scripts/demo.json --model_name_or_path THUDM/chatglm-tiny \
-    --eval_data_path none "${flags[@]}"
+  $check || rm -rf saved_files/chatglm_tiny_demo  # of an earlier demo
+  [[ -f THUDM/chatglm-tiny/config.json ]] || python scripts/make_tiny_checkpoint.py --output_dir THUDM/chatglm-tiny
+  "${launch[@]}" train_qlora.py "${demo_flags[@]}" "${flags[@]}"
   $check || python inference_qlora.py --adapter_path saved_files/chatglm_tiny_demo \
     --prompt_file data/dev.jsonl --max_prompts 3
 else
