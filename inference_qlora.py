@@ -55,7 +55,7 @@ def main():
         model = load_adapter(model, args.adapter_path).eval()
     replace_layers(model, for_training=False)
     torch.manual_seed(args.seed)
-    sampler = make_sampler(args.do_sample, args.top_p, args.temperature)
+    sampler = make_sampler(args.do_sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if args.web:
         from qlora.inference.web_page import serve  # gradio is optional
 

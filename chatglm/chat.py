@@ -13,7 +13,9 @@ Rounds = Sequence[Sequence[str]]  # (question, answer) pairs: a history, or list
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 CJK = "[\u4e00-\u9fff]"
 HALF_WIDTH_BY_CJK = re.compile(f"(?<={CJK})[,!:;?]|[,!:;?](?={CJK})")
-CHAT_DEFAULTS = {"max_length": 2048, "do_sample": True, "top_p": 0.7, "temperature": 0.95}
+# `chat` of the official code sets top_p and temperature; top_k is the default of transformers' `generate`.
+OFFICIAL_SAMPLING = {"do_sample": True, "temperature": 0.95, "top_k": 50, "top_p": 0.7}
+CHAT_DEFAULTS = {"max_length": 2048, **OFFICIAL_SAMPLING}
 
 
 def build_prompt(query: str, history: Rounds | None = None) -> str:
@@ -61,8 +63,8 @@ class ChatMixin:
             tokenizer: the model's tokenizer.
             query: the user's message; control tokens written in it stay text.
             history: the (query, reply) pairs of earlier rounds.
-            generation_kwargs: arguments of `generate`. The defaults are the official ones: sampling with top_p 0.7
-                and temperature 0.95, and at most 2,048 tokens of prompt and reply together; `max_new_tokens` replaces
+            generation_kwargs: arguments of `generate`. The defaults are the official ones: `OFFICIAL_SAMPLING`,
+                and at most 2,048 tokens of prompt and reply together; `max_new_tokens` replaces
                 this limit.
         Returns:
             The reply, and a new history with this round.

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizer
 
 MAX_BLANKS = 80  # there is a piece for each run of 2 to 80 spaces
 RUN_OF_SPACES = re.compile(f" {{2,{MAX_BLANKS}}}")
-BLANK_PIECE = re.compile(r"<\|blank_(\d+)\|>")
+BLANK_PIECE = re.compile(r"<\|blank_([2-9]|[1-7][0-9]|80)\|>")  # as text, any other number is not such a piece
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):

@@ -215,7 +215,11 @@ class InferenceArguments:
     max_prompts: int | None = field(default=None, metadata={"help": "Answer only the first so many prompts."})
     prompt_text: str = field(default="", metadata={"help": "Text put before every prompt, as in training."})
     do_sample: bool = field(
-        default=False, metadata={"help": "Sample with top_p and temperature instead of taking the likeliest token."}
+        default=False,
+        metadata={"help": "Sample with temperature, top_k and top_p instead of taking the likeliest token."},
+    )
+    top_k: int = field(
+        default=50, metadata={"help": "Sampling: this many most likely tokens at most; 0 for any number."}
     )
     top_p: float = field(default=0.7, metadata={"help": "Sampling: smallest set of tokens with this probability."})
     temperature: float = field(default=0.95, metadata={"help": "Sampling: above 1 flatter, below 1 sharper."})
@@ -235,6 +239,8 @@ class InferenceArguments:
         problems = check_positive(self, "max_new_tokens", "batch_size", "max_prompts")
         if not 0 < self.temperature < math.inf:
             problems.append(f"--temperature is {self.temperature}; it must be a positive number")
+        if self.top_k < 0:
+            problems.append(f"--top_k is {self.top_k}; it must not be negative")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
         if not -(2**63) <= self.seed < 2**64:

@@ -30,8 +30,8 @@ def parse_command_line(kind: type[Arguments], args: list[str] | None = None) -> 
         kind: the dataclass, whose fields are str, int, float, bool, any of these or None, or list[str].
         args: the flags; by default those of the program.
     Raises:
-        ValueError: an unknown flag (with the nearest known one) or a value out of range.
-        SystemExit: `--help`, or a value of another type.
+        ValueError: an unknown flag (with the nearest known one), a value of another type or out of range.
+        SystemExit: `--help`.
     """
     names = flag_names(kind)
     args = [present_name(arg, names) for arg in (sys.argv[1:] if args is None else args)]
@@ -42,6 +42,13 @@ def parse_command_line(kind: type[Arguments], args: list[str] | None = None) -> 
         if field.metadata.get("hidden") and getattr(parsed, field.name) is not None:
             logger.warning("--%s is of an earlier release. %s", field.name, field.metadata["help"])
     return kind(**vars(parsed))
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises ValueError where argparse prints its usage and ends the program."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}.")
 
 
 def refuse_unknown(unknown: list[str], kind: type):
@@ -73,10 +80,10 @@ def present_name(arg: str, names: dict[str, str]) -> str:
     return names.get(name, flag) + equals + value
 
 
-def build_parser(kind: type, show_expert: bool) -> argparse.ArgumentParser:
+def build_parser(kind: type, show_expert: bool) -> Parser:
     """The parser of a dataclass."""
     summary = (kind.__doc__ or "").splitlines()[0]
-    parser = argparse.ArgumentParser(description=summary, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
+    parser = Parser(description=summary, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
     types = typing.get_type_hints(kind)
     if any(field.metadata.get("expert") for field in fields_of(kind)):
         parser.add_argument("--help_all", action="help", help="show the flags for experts, too, and exit")

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from chatglm.chat import OFFICIAL_SAMPLING
 from qlora.arguments import FinetuneArguments, InferenceArguments
 from qlora.command_line import parse_command_line
 from qlora.training.training_args import set_precision
@@ -205,6 +206,7 @@ def test_max_tokens_out_of_range():
         ("batch_size", 0),
         ("max_prompts", 0),
         ("temperature", 0.0),
+        ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.5),
     ],
@@ -215,10 +217,14 @@ def test_inference_value_out_of_range(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), [("compute_dtype", "fp8"), ("lora_rank", "four"), ("seed", "1.5")])
-def test_value_of_another_type(name, value, capsys):
-    with pytest.raises(SystemExit):
+def test_value_of_another_type_is_reported_in_one_line(name, value):
+    with pytest.raises(ValueError, match=rf"^argument --{name}: [^\n]*'{value}'[^\n]*\.$"):
         parse(f"--{name}", value)
-    assert value in capsys.readouterr().err
+
+
+def test_sampling_is_the_official_one_by_default():
+    args = parse("--do_sample", kind=InferenceArguments)
+    assert {name: getattr(args, name) for name in OFFICIAL_SAMPLING} == OFFICIAL_SAMPLING
 
 
 def test_prompts_may_be_given_many_times():

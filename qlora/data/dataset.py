@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizer
 
 from chatglm.chat import build_prompt
-from qlora.data.rows import read_rows
+from qlora.data.rows import ROWS_VERSION, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ ROW_FEATURES = Features(
         "answer": Value("string"),
     }
 )
-ROWS_VERSION = 3  # part of the cache key; to be raised when `read_rows` accepts or yields other rows
 ROWS_AT_ONCE = 100  # rows that a process holds in memory; a row may have megabytes
 TOKENIZER_PROCESSES = 8  # at most; starting more takes longer than they save
 

@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 from chatglm.chat import build_prompt
 from qlora.data.strict_json import parse_json
 
+ROWS_VERSION = 3  # in the key of cached rows: raise it with every change of what is accepted or what a row becomes
 LONGEST_LINE = 2**24  # bytes; a file with a longer line probably has no line breaks
 LONGEST_REASON = 200  # characters of an error's reason, which may quote the row, in a message
 Parsed = TypeVar("Parsed")
@@ -41,7 +42,7 @@ def read_rows(path: str) -> Iterator[dict]:
         ValueError: a line that cannot be trained on, with file, line number and reason; or a file without rows.
     """
     empty = True
-    for number, row in read_lines(path, lambda text: check_row(parse_json(text))):
+    for number, row in read_lines(path, lambda text: parse_row(parse_json(text))):
         empty = False
         yield {"line": number, **vars(row)}
     if empty:
@@ -59,7 +60,7 @@ def read_prompts(path: str) -> list[str]:
         FileNotFoundError, ValueError: as `read_rows`.
     """
     is_text = Path(path).suffix != ".jsonl"
-    prompt_of = str.strip if is_text else lambda text: build_prompt(*check_query(parse_json(text)))
+    prompt_of = str.strip if is_text else lambda text: build_prompt(*parse_query(parse_json(text)))
     prompts = [prompt for _, prompt in read_lines(path, prompt_of) if prompt]
     if not prompts:
         raise ValueError(f"{path} has no prompts.")
@@ -114,13 +115,13 @@ def describe(error: Exception) -> str:
     return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} (and more)"
 
 
-def check_row(row: object) -> Row:
+def parse_row(row: object) -> Row:
     """The checked row of a parsed line; ValueError with the reason if it cannot be trained on."""
-    query, history = check_query(row)
+    query, history = parse_query(row)
     return Row(query, history, text_field(cast(dict, row), "output", "summary"))
 
 
-def check_query(row: object) -> tuple[str, list[list[str]]]:
+def parse_query(row: object) -> tuple[str, list[list[str]]]:
     """The question of a row, with its `input`, and its history; ValueError with the reason if one cannot be used."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with instruction and output, found a {type(row).__name__}")

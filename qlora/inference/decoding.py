@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import StaticCache
 
+from chatglm.chat import OFFICIAL_SAMPLING
 from chatglm.modeling_chatglm import prefix_lm_position_ids
 
 # Without cuDNN's, which takes a second to plan for each new shape.
@@ -23,11 +24,26 @@ SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 Sampler = Callable[[torch.Tensor], torch.Tensor]  # logits [B, V] -> token ids [B, 1]
 
 
-def make_sampler(do_sample: bool, top_p: float = 0.7, temperature: float = 0.95) -> Sampler:
-    """A sampler: the most likely token, or one drawn with the official model's default settings."""
+def make_sampler(
+    do_sample: bool,
+    *,
+    temperature: float = OFFICIAL_SAMPLING["temperature"],
+    top_k: int = int(OFFICIAL_SAMPLING["top_k"]),
+    top_p: float = OFFICIAL_SAMPLING["top_p"],
+) -> Sampler:
+    """A sampler: the most likely token, or one drawn as `generate` draws it, by default with the official settings.
+
+    Args:
+        do_sample: whether to draw.
+        temperature: divisor of the logits, above 0.
+        top_k: number of the most likely tokens that stay possible; 0 for all.
+        top_p: of these, the smallest set of the most likely tokens with this probability stays possible.
+    """
     if not do_sample:
         return lambda logits: logits.argmax(dim=-1, keepdim=True)
-    warpers = (TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p))
+    # In the order of `generate`, on which the result depends.
+    top_k_warper = [TopKLogitsWarper(top_k)] if top_k else []
+    warpers = [TemperatureLogitsWarper(temperature), *top_k_warper, TopPLogitsWarper(top_p)]
 
     def sample(logits: torch.Tensor) -> torch.Tensor:
         for warper in warpers:

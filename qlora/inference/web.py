@@ -22,7 +22,8 @@ from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import stream_answer
 
 PASSWORD_VARIABLE = "QLORA_PASSWORD"  # a flag could be read in the list of processes
-SETTINGS = ("do_sample", "top_p", "temperature", "max_new_tokens", "seed")  # fields of InferenceArguments on the page
+# Fields of InferenceArguments on the page.
+SETTINGS = ("do_sample", "top_k", "top_p", "temperature", "max_new_tokens", "seed")
 YIELDS_PER_UPDATE = 4  # of `stream_answer`, every two tokens; sending each takes longer than generating the tokens
 
 
@@ -50,7 +51,7 @@ class Answerer:
         """
         self.check_prompt(prompt, args)
         prompt = args.prompt_text + prompt
-        sampler = make_sampler(args.do_sample, args.top_p, args.temperature)
+        sampler = make_sampler(args.do_sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         streams = [stream_answer(self.model, self.tokenizer, prompt, args.max_new_tokens, sampler) for _ in tuned]
         answers = [""] * len(tuned)
         with self.lock:

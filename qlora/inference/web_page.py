@@ -74,6 +74,7 @@ def setting_controls(args: InferenceArguments) -> list[Component]:
     methods = [("贪心 Greedy", False), ("采样 Sampling", True)]
     return [
         gr.Radio(methods, value=args.do_sample, label="方式 Method", min_width=320, render=False),
+        gr.Number(args.top_k, label="top_k", precision=0, render=False),
         gr.Number(args.top_p, label="top_p", step=0.05, render=False),
         gr.Number(args.temperature, label="温度 Temperature", step=0.05, render=False),
         gr.Number(args.max_new_tokens, label="最大长度 Max tokens", precision=0, render=False),

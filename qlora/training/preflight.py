@@ -15,7 +15,14 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizer,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import DefaultFlowCallback
 
 from chatglm import ChatGLMConfig
@@ -236,7 +243,37 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
         if preflight.train_samples:
             preflight.steps = count_steps(training_args, len(preflight.train_samples))
     with preflight.collect_problems():
+        check_optimizer(args.train_args_json, training_args, preflight.steps.steps if preflight.steps else 1)
+    with preflight.collect_problems():
         check_disk(preflight, training_args)
+
+
+def check_optimizer(path: str, args: TrainingArguments, steps: int):
+    """Builds the optimizer and the learning rate schedule for a model of one weight, and takes two steps.
+
+    Args:
+        path: the JSON file, for the message.
+        args: the JSON's values.
+        steps: optimizer steps of the run.
+    Raises:
+        ValueError: a value or a combination that the optimizer or the schedule refuses, or a package that is missing.
+    """
+    weight = torch.nn.Parameter(torch.zeros(8, 8, device=args.device))
+    model = torch.nn.Module()
+    model.register_parameter("weight", weight)
+    nothing_else = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            trainer = Trainer(model, dataclasses.replace(args, output_dir=scratch, push_to_hub=False, **nothing_else))
+            trainer.create_optimizer_and_scheduler(steps)
+            for _ in range(2):
+                weight.grad = torch.ones_like(weight)
+                trainer.optimizer.step()
+                trainer.lr_scheduler.step()
+    except (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0].removesuffix(".")
+        names = f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}"
+        raise ValueError(f"{path}: {names} cannot be used: {reason}.") from error
 
 
 def check_disk(preflight: Preflight, training_args: TrainingArguments):

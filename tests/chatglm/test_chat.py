@@ -95,7 +95,7 @@ def generate_options(model, tokenizer, monkeypatch: pytest.MonkeyPatch, query: s
 
 def test_defaults_are_the_official_decoding(tiny_model, tokenizer, monkeypatch):
     options = generate_options(tiny_model, tokenizer, monkeypatch, "类型#裙")
-    expected = {"do_sample": True, "top_p": 0.7, "temperature": 0.95, "max_length": 2048}
+    expected = {"do_sample": True, "top_k": 50, "top_p": 0.7, "temperature": 0.95, "max_length": 2048}
     assert {name: options.get(name) for name in expected} == expected
 
 

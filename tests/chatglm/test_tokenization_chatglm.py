@@ -118,6 +118,15 @@ def test_runs_of_spaces_take_few_tokens(tokenizer):
     assert [piece for piece in pieces if "blank" in piece] == ["<|blank_80|>", "<|blank_80|>", "<|blank_40|>"]
 
 
+def test_text_that_names_a_run_of_spaces(tokenizer):
+    # The official decoding replaces the names of its 79 pieces of spaces, and no others.
+    for number in [*map(str, range(100)), "02", "002", "080", "9" * 5000, "500000000", "-2", ""]:
+        text = f"a<|blank_{number}|>b"
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        expected = f"a{' ' * int(number)}b" if number in map(str, range(2, 81)) else text
+        assert tokenizer.decode(ids) == expected, number
+
+
 def test_control_tokens_are_appended(tokenizer):
     text, pair = (tokenizer.encode(text, add_special_tokens=False) for text in ("类型#裙", "白色"))
     gmask, sop, eop = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>", "<eop>"])

@@ -5,9 +5,11 @@ import contextlib
 import pytest
 import torch
 from conftest import GOLDEN_CHECKPOINT, add_random_lora
+from transformers import GenerationConfig
 
 from chatglm import ChatGLMForConditionalGeneration
-from qlora.inference.decoding import Decoder, decode, make_sampler
+from chatglm.chat import OFFICIAL_SAMPLING
+from qlora.inference.decoding import Decoder, Sampler, decode, make_sampler
 from qlora.layers import replacement
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
@@ -123,3 +125,37 @@ def test_logits_of_layers_for_inference_are_those_of_peft(golden_folder, cases, 
     for adapter, expected_logits in zip((True, False), expected, strict=True):
         torch.testing.assert_close(logits(adapter), expected_logits, atol=1e-4, rtol=1e-4)
     assert (expected[0] - expected[1]).abs().max() > 1e-2
+
+
+# Sampling.
+
+
+def kept_tokens(sampler: Sampler, logits: torch.Tensor, draws: int = 4000) -> torch.Tensor:
+    """How often each token is drawn, [V]."""
+    return torch.bincount(sampler(logits.expand(draws, -1))[:, 0], minlength=logits.shape[-1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"top_k": 5, "top_p": 1.0, "temperature": 1.0},
+        {"top_k": 0, "top_p": 0.9, "temperature": 1.0},
+        {"top_k": 0, "top_p": 1.0, "temperature": 2.0},
+        {"top_k": 40, "top_p": 0.5, "temperature": 0.5},
+    ],
+)
+def test_frequencies_are_those_of_the_warpers_of_generate(tiny_model, settings):
+    """A chi-square test; the expected distribution is made by the processors that `generate` itself would use."""
+    config = GenerationConfig(**OFFICIAL_SAMPLING | settings)
+    processors = tiny_model._get_logits_processor(config, input_ids_seq_length=1)
+    torch.manual_seed(0)
+    logits = torch.randn(1, 200) * 2
+    expected = processors(torch.zeros(1, 1, dtype=torch.long), logits).softmax(dim=-1)[0]
+    draws = 20_000
+    found = kept_tokens(make_sampler(True, **settings), logits, draws).double()
+    possible = expected > 0
+    assert not found[~possible].any()
+    statistic = ((found - draws * expected) ** 2 / (draws * expected))[possible].sum().item()
+    freedom = int(possible.sum()) - 1
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5 + 5  # five standard deviations

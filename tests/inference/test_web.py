@@ -37,7 +37,7 @@ from qlora.loading import load_adapter, load_quantized_model
 
 PROMPT = "类型#裤*风格#简约"
 ARGS = InferenceArguments(max_new_tokens=24)
-GREEDY = (False, 0.7, 0.95, 24, 42)
+GREEDY = (False, 50, 0.7, 0.95, 24, 42)
 PASSWORD = "芝麻开门"
 
 
@@ -148,7 +148,7 @@ def test_simultaneous_visitors_get_their_own_answers(answerer):
 
 def test_sampling_follows_the_seed(answerer):
     def sample(seed: int) -> list[str]:
-        args = with_settings(ARGS, (True, 1.0, 2.0, 24, seed))
+        args = with_settings(ARGS, (True, 0, 1.0, 2.0, 24, seed))
         return list(answerer.stream(PROMPT, (False, True), args))[-1]
 
     assert sample(1) == sample(1) != sample(2)
@@ -187,7 +187,7 @@ def test_control_tokens_in_a_prompt_stay_text(answerer):
 
 
 def test_compare_uses_the_settings(answerer):
-    updates = list(Page(answerer, ARGS).compare(PROMPT, False, 0.7, 0.95, 6, 42))
+    updates = list(Page(answerer, ARGS).compare(PROMPT, False, 50, 0.7, 0.95, 6, 42))
     assert updates[-1] == expected_answers(answerer, PROMPT, max_new_tokens=6)
 
 
@@ -211,11 +211,11 @@ def test_empty_message_in_a_conversation_is_refused(answerer):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((True, 0.7, 0.95, 24, None), "setting is empty"),
-        ((True, 1.5, 0.95, 24, 1), "--top_p is 1.5"),
-        ((True, 0.7, 0, 24, 1), "--temperature is 0"),
-        ((True, 0.7, 0.95, 0, 1), "--max_new_tokens is 0"),
-        ((True, 0.7, 0.95, 24, 2**64), "--seed is"),
+        ((True, 50, 0.7, 0.95, 24, None), "setting is empty"),
+        ((True, 50, 1.5, 0.95, 24, 1), "--top_p is 1.5"),
+        ((True, 50, 0.7, 0, 24, 1), "--temperature is 0"),
+        ((True, 50, 0.7, 0.95, 0, 1), "--max_new_tokens is 0"),
+        ((True, 50, 0.7, 0.95, 24, 2**64), "--seed is"),
     ],
 )
 def test_settings_out_of_range_are_refused(answerer, settings, message):
@@ -224,9 +224,14 @@ def test_settings_out_of_range_are_refused(answerer, settings, message):
 
 
 def test_integers_are_accepted_for_floats(answerer):
-    args = with_settings(ARGS, (True, 1, 1, 24.0, 42))
-    assert [repr(value) for value in (args.top_p, args.temperature, args.max_new_tokens)] == ["1.0", "1.0", "24"]
-    assert list(Page(answerer, ARGS).compare(PROMPT, True, 1, 1, 8, 42))
+    args = with_settings(ARGS, (True, 50.0, 1, 1, 24.0, 42))
+    assert [repr(value) for value in (args.top_k, args.top_p, args.temperature, args.max_new_tokens)] == [
+        "50",
+        "1.0",
+        "1.0",
+        "24",
+    ]
+    assert list(Page(answerer, ARGS).compare(PROMPT, True, 50, 1, 1, 8, 42))
 
 
 # What is checked before the model is loaded.

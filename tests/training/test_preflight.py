@@ -21,7 +21,7 @@ from qlora.export.official_folder import write_quantized
 from qlora.loading import add_lora, load_quantized_model
 from qlora.training import preflight
 from qlora.training.memory_plan import GIB
-from qlora.training.preflight import Preflight, Steps, check_memory, count_steps, run_preflight
+from qlora.training.preflight import Preflight, Steps, check_memory, check_optimizer, count_steps, run_preflight
 from qlora.training.preflight_report import describe, histogram, show_sample
 from qlora.training.training_args import read_training_args
 
@@ -193,6 +193,42 @@ def test_unknown_target_module(flags):
 def test_no_checkpoint_to_resume_from(flags):
     problem = problem_of(flags, resume_from_checkpoint="last")
     assert "--resume_from_checkpoint last: there is no whole checkpoint" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
+        ({"optim": "galore_adamw"}, "galore"),
+        ({"optim": "adamw_torch_4bit"}, "torchao"),
+        ({"adam_beta2": 1.5}, "beta"),
+        ({"learning_rate": -1.0}, "learning rate: -1.0"),
+    ],
+)
+def test_optimizer_and_schedule_that_cannot_be_made(flags, values, changes, reason):
+    edit_json(flags, values, **changes)
+    problem = problem_of(flags)
+    assert re.search(rf"args\.json: optim \w+ with lr_scheduler_type \w+ cannot be used: .*{reason}", problem), problem
+    assert not Path(values["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    "optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_8bit", "paged_adamw_8bit"]
+)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"lr_scheduler_type": "cosine", "warmup_steps": 3},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}},
+        {"lr_scheduler_type": "constant"},
+    ],
+)
+def test_optimizers_and_schedules_that_can_be_made(flags, values, optim, schedule):
+    setup = read_training_args(flags["train_args_json"])
+    args = TrainingArguments(output_dir=values["output_dir"], optim=optim, use_cpu=True, report_to="none", **schedule)
+    check_optimizer("args.json", args, 12)
+    assert setup and not Path(values["output_dir"]).exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
