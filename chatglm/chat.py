@@ -75,7 +75,7 @@ class ChatMixin:
     def stream_chat(
         self, tokenizer: PreTrainedTokenizer, query: str, history: History | None = None, **generation_kwargs
     ) -> Iterator[tuple[str, History]]:
-        """Generates one reply in a thread of its own and yields it while it grows.
+        """Generates one reply in a separate thread and yields it while it grows.
 
         Args:
             tokenizer, query, history, generation_kwargs: as for `chat`.

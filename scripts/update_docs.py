@@ -3,8 +3,8 @@
     python scripts/update_docs.py             # rewrites the tables
     python scripts/update_docs.py --check     # ends with an error if one of them is out of date
 
-A table stands between `<!-- flags: common -->` or `<!-- flags: expert -->` and `<!-- end of flags -->`. In pages in
-Chinese, `*_zh.md`, the meanings stay as they are written there; flags and defaults come from the code.
+A table is between `<!-- flags: common -->` or `<!-- flags: expert -->` and `<!-- end of flags -->`. In pages in
+Chinese, `*_zh.md`, the meanings are not changed; flags and defaults come from the code.
 """
 
 import re

@@ -1,11 +1,11 @@
-"""What several test modules need: the official numbers, the genuine files where they are, tiny models and data."""
+"""Fixtures and functions of several test modules: golden values, genuine files, tiny models, data rows, short runs."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which other libraries do
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, by other libraries too
 
 import importlib.util
 import itertools
@@ -41,33 +41,33 @@ GOOD_LINE = json.dumps(GOOD).encode()
 
 
 def import_script(path: Path) -> ModuleType:
-    """A script as a module, without running it."""
+    """Imports a script as a module, without running its main."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up
+    sys.modules[path.stem] = module  # the dataclasses module looks it up there
     spec.loader.exec_module(module)
     return module
 
 
 def to_json(**fields) -> bytes:
-    """A row that can be trained on, with these fields in addition or in place of its own."""
+    """A valid row as a line of JSON, with these fields added or replaced."""
     return json.dumps(GOOD | fields, ensure_ascii=False).encode()
 
 
 def write_lines(path: Path, *lines: bytes, end: bytes = b"\n") -> str:
-    """Lines, whatever they hold, as a file; its path as a flag has it."""
+    """Writes lines of any bytes to a file; returns its path as a string."""
     path.write_bytes(end.join((*lines, b"")))
     return str(path)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
-    """Rows as a jsonl file."""
+    """Writes rows to a jsonl file; returns its path."""
     return Path(write_lines(path, *(json.dumps(row, ensure_ascii=False).encode() for row in rows)))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """No network, and a cache of its own for the datasets library, here and in the processes that tests start."""
+    """No network access, and a new cache for the datasets library, in this process and in those that tests start."""
     cache = tmp_path_factory.mktemp("datasets_cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
@@ -92,7 +92,7 @@ def arrays() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def genuine_tokenizer() -> ChatGLMTokenizer:
-    """The tokenizer of THUDM/chatglm-6b, if its files are here."""
+    """The tokenizer of THUDM/chatglm-6b; skips the test if its files are missing."""
     folder = ROOT / "THUDM" / "chatglm-6b"
     if not (folder / "ice_text.model").is_file():
         pytest.skip("no genuine ice_text.model in THUDM/chatglm-6b")
@@ -101,19 +101,19 @@ def genuine_tokenizer() -> ChatGLMTokenizer:
 
 @pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
-    """Where a test may write its rows."""
+    """A path for the rows of a test; the file does not exist yet."""
     return tmp_path / "rows.jsonl"
 
 
 @pytest.fixture
 def encoder(tokenizer: ChatGLMTokenizer) -> SampleEncoder:
-    """With the tiny model's tokenizer, and limits that few rows reach."""
+    """An encoder with the tiny tokenizer, and with limits that few rows reach."""
     return SampleEncoder(tokenizer, "", 512, 512)
 
 
 @pytest.fixture(scope="session")
 def genuine_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 5,000 training rows of AdvertiseGen, if they were converted as the README says."""
+    """The first 5,000 training rows of AdvertiseGen; skips the test if they were not converted as the README says."""
     source = ROOT / "data" / "adgen" / "train.jsonl"
     if not source.is_file():
         pytest.skip("no genuine ADGEN rows in data/adgen/train.jsonl")
@@ -125,13 +125,13 @@ def genuine_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_script() -> ModuleType:
-    """scripts/make_tiny_checkpoint.py."""
+    """scripts/make_tiny_checkpoint.py as a module."""
     return import_script(ROOT / "scripts" / "make_tiny_checkpoint.py")
 
 
 @pytest.fixture(scope="session")
 def sample_rows() -> list[dict]:
-    """The first sample rows that the repository ships."""
+    """The first 60 rows of data/train.jsonl."""
     with open(ROOT / "data" / "train.jsonl", encoding="utf-8") as lines:
         return [json.loads(line) for line in itertools.islice(lines, 60)]
 
@@ -147,7 +147,7 @@ def tokenizer(
 
 @pytest.fixture(scope="session")
 def tiny_config(tokenizer: ChatGLMTokenizer) -> ChatGLMConfig:
-    """Two layers of width 64 for `tokenizer`."""
+    """A model of two layers of width 64, for `tokenizer`."""
     names = ("bos", "eos", "pad", "mask", "gmask")
     return ChatGLMConfig(
         vocab_size=1152,
@@ -175,25 +175,25 @@ def tiny_checkpoint(
 
 @pytest.fixture
 def tiny_model(tiny_checkpoint: Path) -> ChatGLMForConditionalGeneration:
-    """The model of `tiny_checkpoint` in fp32, ready to generate."""
+    """The model of `tiny_checkpoint` in fp32 and in evaluation mode."""
     return ChatGLMForConditionalGeneration.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
 
 
 @pytest.fixture
 def golden_folder(tokenizer: ChatGLMTokenizer, tmp_path: Path) -> Path:
-    """A copy of the golden checkpoint that may be changed, completed by (other) tokenizer files."""
+    """A copy of the golden checkpoint with the files of `tokenizer`; a test may change it."""
     folder = shutil.copytree(GOLDEN_CHECKPOINT, tmp_path / "golden")
     copy_tokenizer(tokenizer, folder)
     return folder
 
 
 def copy_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path):
-    """Puts the two tokenizer files of the official folder beside the weights."""
+    """Copies the tokenizer's two files into a folder with weights."""
     for name in TOKENIZER_FILES:
         shutil.copyfile(Path(tokenizer.vocab_file).parent / name, folder / name)
 
 
-# Training and inference as a user runs them, on `tiny_checkpoint` and a few rows.
+# Short runs of training and inference, with `tiny_checkpoint` and a few rows.
 
 
 @pytest.fixture(scope="session")
@@ -207,7 +207,7 @@ def dev_file(sample_rows: list[dict], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def write_json(path: Path, output_dir: Path, **values) -> Path:
-    """A short run in the style of the shipped JSON."""
+    """Writes the JSON of a short run, with the keys of the shipped JSON; returns its path."""
     defaults = {
         "output_dir": str(output_dir),
         "per_device_train_batch_size": 4,
@@ -240,7 +240,7 @@ def flags_of(args_json: Path, model: Path, train: Path, dev: Path | str, *flags:
 
 
 def run_script(name: str, *flags: object) -> subprocess.CompletedProcess:
-    """A script in a process of its own, from another folder than the repository's."""
+    """Runs a script in a new process."""
     return subprocess.run(
         [sys.executable, ROOT / name, *map(str, flags)],
         capture_output=True,
@@ -257,7 +257,7 @@ def add_random_lora(
     std: float = 0.02,
     dropout: float = 0.0,
 ) -> PeftModel:
-    """The model with a LoRA adapter that is not zero, as if it had been trained."""
+    """The model with a LoRA adapter whose B is random, so that it changes the outputs."""
     torch.manual_seed(0)
     model = add_lora(model, rank=4, alpha=32, dropout=dropout, target_modules=list(target_modules))
     for name, parameter in model.named_parameters():
@@ -267,25 +267,25 @@ def add_random_lora(
 
 
 def run_main(module, *flags: object):
-    """A script's main in this process, which saves the seconds of the imports."""
+    """Runs a script's main in this process, which needs no time for imports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         module.main()
 
 
 def error_of(module, *flags: object) -> str:
-    """The message with which a script ends."""
+    """The error message with which a script ends."""
     with pytest.raises(SystemExit) as raised:
         run_main(module, *flags)
-    # Python prints a string to stderr and ends with status 1.
+    # For a string Python prints it to stderr and exits with status 1.
     message = raised.value.code
     assert isinstance(message, str) and message.startswith("error: ")
-    assert all(line.startswith("- ") for line in message.splitlines()[1:])  # several mistakes are listed
+    assert all(line.startswith("- ") for line in message.splitlines()[1:])  # a list of several problems
     return message
 
 
 def history(output_dir: Path, key: str) -> list[float]:
-    """What was logged under a key."""
+    """The values that a run logged under a key."""
     state = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))
     return [entry[key] for entry in state["log_history"] if key in entry]
 

@@ -14,11 +14,11 @@ SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
 FILES = [path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py")] + SCRIPTS
 QLORA_FILES = [path for path in FILES if path.is_relative_to(ROOT / "qlora")]
 TORCH_FREE = ("qlora/arguments.py", "qlora/command_line.py", "qlora/errors.py", "qlora/units.py", "qlora/__init__.py")
-OUR_OWN = {*PACKAGES, "scripts", *(path.stem for path in SCRIPTS)}
+PROJECT_MODULES = {*PACKAGES, "scripts", *(path.stem for path in SCRIPTS)}
 
 
 def imported(path: Path) -> list[str]:
-    """The modules that a file imports, wherever the import stands; `from a import b` counts as a.b."""
+    """The modules that a file imports, at the top or in functions; `from a import b` counts as a.b."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -29,9 +29,9 @@ def imported(path: Path) -> list[str]:
     return found
 
 
-def ours(path: Path) -> list[list[str]]:
+def own_imports(path: Path) -> list[list[str]]:
     """The imported modules of this project, as lists of names."""
-    return [name.split(".") for name in imported(path) if name.split(".")[0] in OUR_OWN]
+    return [name.split(".") for name in imported(path) if name.split(".")[0] in PROJECT_MODULES]
 
 
 def parameters(paths: list[Path]) -> pytest.MarkDecorator:
@@ -42,7 +42,7 @@ def parameters(paths: list[Path]) -> pytest.MarkDecorator:
 def test_imports_run_one_way(path):
     package = path.relative_to(ROOT).parts[0]
     allowed = PACKAGES[: PACKAGES.index(package) + 1] if package in PACKAGES else PACKAGES
-    wrong = [".".join(name) for name in ours(path) if name[0] not in allowed]
+    wrong = [".".join(name) for name in own_imports(path) if name[0] not in allowed]
     assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(wrong)}"
 
 
@@ -50,29 +50,29 @@ def test_imports_run_one_way(path):
 def test_folders_of_qlora_use_what_is_shared_and_not_each_other(path):
     folder = path.relative_to(ROOT / "qlora").parts[0] if path.parent != ROOT / "qlora" else None
     folders = {path.name for path in (ROOT / "qlora").iterdir() if (path / "__init__.py").exists()}
-    used = {name[1] for name in ours(path) if name[0] == "qlora"} & folders
+    used = {name[1] for name in own_imports(path) if name[0] == "qlora"} & folders
     allowed = {folder} if folder in SHARED else {folder} | SHARED if folder else set()
     assert used <= allowed, f"{path.relative_to(ROOT)} imports from {', '.join(sorted(used - allowed))}"
 
 
-def test_there_is_no_circle():
+def test_no_circular_imports():
     modules = {path.relative_to(ROOT).with_suffix("").parts: path for path in FILES}
     modules = {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for parts, path in modules.items()}
 
     def dependencies(name: str) -> set[str]:
-        candidates = {".".join(parts[:length]) for parts in ours(modules[name]) for length in (len(parts), -1)}
-        candidates |= {".".join(parts[: len(parts) - 1]) for parts in ours(modules[name])}
+        candidates = {".".join(parts[:length]) for parts in own_imports(modules[name]) for length in (len(parts), -1)}
+        candidates |= {".".join(parts[: len(parts) - 1]) for parts in own_imports(modules[name])}
         return {module for module in candidates if module in modules} - {name}
 
-    finished, path = set(), []
+    visited, path = set(), []
 
     def visit(name: str):
         assert name not in path, f"a circle of imports: {' -> '.join([*path[path.index(name) :], name])}"
-        if name not in finished:
+        if name not in visited:
             path.append(name)
             for other in sorted(dependencies(name)):
                 visit(other)
-            finished.add(path.pop())
+            visited.add(path.pop())
 
     for name in sorted(modules):
         visit(name)

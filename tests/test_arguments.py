@@ -1,4 +1,4 @@
-"""qlora/arguments.py: the command line of the project this one follows, and the type of the arithmetic."""
+"""qlora/arguments.py: flags of the upstream project and of earlier releases, errors, and the compute dtype."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from qlora.arguments import FinetuneArguments, InferenceArguments
 from qlora.command_line import parse_command_line
 from qlora.training.training_args import set_precision
 
-# The command line of shuxueslpi/chatGLM-6B-QLoRA's train_qlora.py, with values other than the defaults.
+# All flags of train_qlora.py of shuxueslpi/chatGLM-6B-QLoRA, the upstream project, with values that are not defaults.
 UPSTREAM_FLAGS = {
     "train_args_json": "my.json",
     "model_name_or_path": "models/chatglm-6b",
@@ -73,13 +73,13 @@ def test_check_and_dry_run_are_one_flag(flags, samples):
     assert parse(*flags).check == samples
 
 
-def test_nearest_flag_may_be_a_second_name():
+def test_nearest_flag_may_be_an_alias():
     with pytest.raises(ValueError, match=r"unknown argument --dryrun \(did you mean --dry_run\?\)\.$"):
         parse("--dryrun")
 
 
 @pytest.mark.parametrize("size", ["8", "8G", "eight GiB"])
-def test_memory_budget_is_read_with_the_command_line(size):
+def test_invalid_memory_budget_is_refused(size):
     with pytest.raises(ValueError, match=f"--memory_budget {size}: expected a number with a unit") as raised:
         parse("--memory_budget", size, "--lora_rank", 0)
     assert "--lora_rank is 0" in str(raised.value) and ".." not in str(raised.value)
@@ -97,7 +97,7 @@ def test_memory_budget_is_read_with_the_command_line(size):
         ("offload", "false"),
     ],
 )
-def test_plain_path_with_a_flag_of_the_plan_is_refused(flag, value):
+def test_plain_with_a_flag_of_the_memory_plan_is_refused(flag, value):
     with pytest.raises(ValueError, match=f"--plain plans nothing, and does not heed --{flag}"):
         parse("--plain", f"--{flag}", value)
 
@@ -161,15 +161,15 @@ def test_flags_of_the_earlier_release_are_read():
         parse("--kept_mlp", 20, "--recompute_mlp", 8)
 
 
-def test_flags_win_over_the_activation_checkpointing_of_the_json():
+def test_flags_override_the_activation_checkpointing_of_the_json():
     assert parse("--recompute_mlp", 8).fixed_plan(True, 28) == {"recompute_mlp": 8, "recompute_attention": 28}
     assert parse().fixed_plan(False, 28) == {"recompute_mlp": 0, "recompute_attention": 0}
 
 
-def test_misspelt_flag_is_named_although_a_required_one_is_missing():
+def test_misspelt_flag_is_reported_before_a_missing_one():
     @dataclasses.dataclass
     class Required:
-        """One flag."""
+        """A dataclass with one required flag."""
 
         output_dir: str = dataclasses.field(metadata={"help": "Folder."})
 
@@ -194,7 +194,7 @@ def test_value_out_of_range(name, value):
         parse(f"--{name}", value)
 
 
-def test_tokens_at_once_out_of_range():
+def test_max_tokens_out_of_range():
     with pytest.raises(ValueError, match="--max_tokens is 0"):
         parse("--max_tokens", 0)
 
@@ -217,7 +217,7 @@ def test_inference_value_out_of_range(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), [("compute_dtype", "fp8"), ("lora_rank", "four"), ("seed", "1.5")])
-def test_value_of_another_kind_is_one_line(name, value):
+def test_value_of_another_type_is_reported_in_one_line(name, value):
     with pytest.raises(ValueError, match=rf"^argument --{name}: [^\n]*'{value}'[^\n]*\.$"):
         parse(f"--{name}", value)
 
@@ -233,7 +233,7 @@ def test_prompts_may_be_given_many_times():
 
 
 @pytest.mark.parametrize("kind", [FinetuneArguments, InferenceArguments])
-def test_every_flag_is_explained(kind, capsys):
+def test_every_flag_has_a_help_text(kind, capsys):
     with pytest.raises(SystemExit):
         parse("--help_all" if kind is FinetuneArguments else "--help", kind=kind)
     text = " ".join(capsys.readouterr().out.split())
@@ -242,11 +242,11 @@ def test_every_flag_is_explained(kind, capsys):
         assert len(field.metadata["help"]) > 10
 
 
-# The type of the arithmetic.
+# The compute dtype.
 
 
 @pytest.mark.parametrize(
-    ("asked", "values", "expected"),
+    ("name", "values", "expected"),
     [
         (None, {}, torch.float32),  # no GPU
         (None, {"fp16": False}, torch.float32),
@@ -257,9 +257,9 @@ def test_every_flag_is_explained(kind, capsys):
         ("fp16", {}, torch.float16),
     ],
 )
-def test_compute_dtype_on_a_cpu(monkeypatch, asked, values, expected):
+def test_compute_dtype_on_a_cpu(monkeypatch, name, values, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert set_precision(dict(values), asked) == expected
+    assert set_precision(dict(values), name) == expected
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
@@ -268,5 +268,5 @@ def test_compute_dtype_on_a_gpu(monkeypatch, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     values = {}
     assert set_precision(values, None) == expected
-    # Without loss scaling small gradients vanish in fp16.
+    # fp16 needs loss scaling: small gradients would underflow.
     assert values.get("fp16", False) is (expected == torch.float16)

@@ -1,6 +1,6 @@
-"""qlora/checkpoint.py: every way in which a folder can be no ChatGLM-6B.
+"""qlora/checkpoint.py: damaged, incomplete and other folders are refused.
 
-And qlora/export/official_folder.py, which writes one.
+Also qlora/export/official_folder.py: a folder that it writes in the official format.
 """
 
 import json
@@ -70,7 +70,7 @@ def test_sharded_safetensors_folder_passes(golden_folder):
         check_checkpoint(str(golden_folder))
 
 
-# Incomplete and foreign ones.
+# Folders that are refused.
 
 
 def test_missing_folder(tmp_path):
@@ -123,13 +123,15 @@ def test_broken_safetensors_header(safetensors_folder, header):
         check_checkpoint(str(safetensors_folder))
 
 
-def test_no_flipped_bits_let_another_exception_escape(golden_folder):
+def test_flipped_bits_raise_no_other_exception(golden_folder):
     path, draw, refused = golden_folder / SHARDS[1], random.Random(0), 0
     content = path.read_bytes()
     for _ in range(100):
         damaged = bytearray(content)
-        for place in draw.sample(range(len(content) - 2000, len(content)), 3):  # the directory of the archive
-            damaged[place] ^= 1 << draw.randrange(8)
+        for position in draw.sample(
+            range(len(content) - 2000, len(content)), 3
+        ):  # where the directory of the zip archive is
+            damaged[position] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         try:
             check_checkpoint(str(golden_folder))
@@ -145,14 +147,14 @@ def test_chatglm2_is_refused(golden_folder):
         check_checkpoint(str(golden_folder))
 
 
-def test_quantised_checkpoint_is_refused(golden_folder):
+def test_quantized_checkpoint_is_refused(golden_folder):
     edit_json(golden_folder / "config.json", quantization_bit=4)
     with pytest.raises(ValueError, match="quantization_bit=4"):
         check_checkpoint(str(golden_folder))
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_folder_with_an_adapter_is_no_base(golden_folder, tmp_path, with_base):
+def test_folder_with_an_adapter_is_refused(golden_folder, tmp_path, with_base):
     folder = shutil.copytree(GOLDEN_ADAPTER, golden_folder if with_base else tmp_path / "adapter", dirs_exist_ok=True)
     advice = "move adapter_config.json and adapter_model.* into another one" if with_base else "name that one"
     with pytest.raises(ValueError, match=re.escape(f"{folder} holds an adapter")) as raised:
@@ -175,14 +177,14 @@ def test_broken_config_is_refused(golden_folder, content):
 
 
 @pytest.mark.parametrize("name", ["../x.bin", "/etc/passwd", "sub/x.bin", 7, None, ["x.bin"]])
-def test_index_may_only_name_files_beside_it(golden_folder, name):
+def test_index_that_names_files_of_other_folders_is_refused(golden_folder, name):
     edit_weight_map(golden_folder, name)
     with pytest.raises(ValueError, match=r"index\.json"):
         check_checkpoint(str(golden_folder))
 
 
 @pytest.mark.parametrize("name", ["..", "", ".", "other.bin"])
-def test_index_that_names_no_file(golden_folder, name):
+def test_index_that_names_a_missing_file_is_refused(golden_folder, name):
     edit_weight_map(golden_folder, name)
     with pytest.raises((FileNotFoundError, ValueError), match=r"missing|index"):
         check_checkpoint(str(golden_folder))
@@ -205,7 +207,7 @@ def golden_model() -> ChatGLMForConditionalGeneration:
 
 @pytest.fixture(scope="module", params=["200KB", "5GB"])
 def written(request, golden_model, tmp_path_factory) -> Path:
-    """The golden model, written again, in shards or in one file."""
+    """A folder with the golden model as `write_checkpoint` writes it, in shards or in one file."""
     folder = tmp_path_factory.mktemp("written") / "new"
     folder.mkdir()
     (folder / "modeling_chatglm.py").touch()  # the official code, which is not run
@@ -215,7 +217,7 @@ def written(request, golden_model, tmp_path_factory) -> Path:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything the .bin files of a folder hold."""
+    """The tensors of all .bin files of a folder."""
     state = {}
     for path in sorted(folder.glob("*.bin")):
         part = torch.load(path, weights_only=True)
@@ -225,11 +227,11 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_written_entries_are_those_of_the_official_files(written):
-    official, ours = stored(GOLDEN_CHECKPOINT), stored(written)
-    assert ours.keys() == official.keys()
-    assert {tensor.dtype for tensor in ours.values()} == {torch.float16}
+    official, found = stored(GOLDEN_CHECKPOINT), stored(written)
+    assert found.keys() == official.keys()
+    assert {tensor.dtype for tensor in found.values()} == {torch.float16}
     for name, tensor in official.items():
-        assert torch.equal(ours[name], tensor), name
+        assert torch.equal(found[name], tensor), name
 
 
 def test_written_index_is_right(written):
@@ -246,10 +248,10 @@ def test_written_index_is_right(written):
 
 
 def test_written_config_has_the_official_keys(written):
-    ours, official = (json.loads((folder / "config.json").read_text()) for folder in (written, GOLDEN_CHECKPOINT))
-    of_no_use = {"transformers_version", "prefix_projection", "quantization_embeddings"}
-    assert {name: ours.get(name) for name in official.keys() - of_no_use} == {
-        name: value for name, value in official.items() if name not in of_no_use
+    found, official = (json.loads((folder / "config.json").read_text()) for folder in (written, GOLDEN_CHECKPOINT))
+    ignored = {"transformers_version", "prefix_projection", "quantization_embeddings"}
+    assert {name: found.get(name) for name in official.keys() - ignored} == {
+        name: value for name, value in official.items() if name not in ignored
     }
 
 

@@ -1,4 +1,4 @@
-"""What README, docs/ and the other pages say of files, flags, settings and messages is true."""
+"""README, docs/ and the other pages: files, flags, settings and messages that they name exist in the code."""
 
 import dataclasses
 import importlib
@@ -31,7 +31,7 @@ troubleshooting_pages = pytest.mark.parametrize("page", ["docs/troubleshooting.m
 
 
 def blocks(page: str, language: str = r"\w*") -> list[str]:
-    """The contents of the code blocks in a language."""
+    """The contents of a page's code blocks in a language."""
     return [body for _, body in re.findall(rf"^```({language})\n(.*?)^```$", TEXTS[page], re.M | re.S)]
 
 
@@ -49,7 +49,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def check_flags(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch):
-    """Parses flags as the script does; raises where the script does not know one."""
+    """Parses flags as the script does; raises an error for an unknown flag."""
     path = ROOT / script
     module = importlib.import_module(path.stem) if path.parent == ROOT else import_script(path)
     if hasattr(module, "parse_args"):
@@ -63,7 +63,7 @@ def check_flags(script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch):
 
 
 def own_arguments(script: Path) -> type | None:
-    """The dataclass of a script's arguments, if it has one of its own."""
+    """The dataclass of a script's arguments; None if the script has none of its own."""
     module = import_script(script)
     kinds = [value for key, value in vars(module).items() if key.endswith("Arguments")]
     return next((kind for kind in kinds if kind.__module__ == module.__name__), None)
@@ -80,11 +80,13 @@ def test_commands_use_scripts_and_flags_that_exist(page, monkeypatch):
             check_flags(script, flags, monkeypatch)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])  # which names earlier flags
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != "CHANGELOG.md"]
+)  # CHANGELOG.md names flags of earlier releases
 def test_flags_named_in_the_text_exist(page):
     kinds = [FinetuneArguments, InferenceArguments, *map(own_arguments, ROOT.glob("scripts/*.py"))]
     known = {name for kind in kinds if kind for name in shown_flags(kind)} | {"--help", "--help_all", "--overwrite"}
-    known |= {"--demo"}  # of train.sh
+    known |= {"--demo"}  # a flag of train.sh
     named = {word for code in re.findall(r"`(--[^`]+)`", prose(page)) for word in code.split() if word[:2] == "--"}
     assert named <= known
 
@@ -123,7 +125,7 @@ def test_example_rows_are_accepted(page, rows_file):
 
 
 @data_pages
-def test_example_rows_are_shown_as_the_model_sees_them(page, rows_file, genuine_tokenizer):
+def test_shown_samples_are_those_of_the_example_rows(page, rows_file, genuine_tokenizer):
     rows_file.write_text(example_rows(page), encoding="utf-8")
     samples = load_samples(str(rows_file), SampleEncoder(genuine_tokenizer, "", 512, 1536))
     shown = "\n".join(show_sample(sample, genuine_tokenizer, colour=False) for sample in samples)
@@ -180,18 +182,18 @@ def test_quoted_messages_are_those_of_the_code(page, tmp_path, monkeypatch):
 
 
 @troubleshooting_pages
-def test_messages_explained_are_in_the_code(page):
+def test_explained_messages_are_in_the_code(page):
     sources = [path for part in ("chatglm", "qlora") for path in ROOT.glob(f"{part}/**/*.py")]
     code = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in sources))
-    code += "CUDA out of memory, Failed to find C compiler"  # torch's and Triton's
+    code += "CUDA out of memory, Failed to find C compiler"  # messages of torch and Triton
     table = re.search(r"^\| there is no folder.*?(\n\n|\Z)", TEXTS[page], re.M | re.S).group()
     for cell in re.findall(r"^\| (.*?) \|", table, re.M):
         message = re.sub(r"（.*）|, during training", "", cell).replace("line N", "line {number}")
         assert all(piece.strip() in code for piece in re.split("[;…]", message)), message
 
 
-def test_tests_that_keep_promises_exist():
-    rows = re.findall(r"^\| .*", TEXTS["docs/reliability.md"], re.M)[2:]  # without the head
+def test_tests_named_in_reliability_exist():
+    rows = re.findall(r"^\| .*", TEXTS["docs/reliability.md"], re.M)[2:]  # without the header of the table
     assert len(rows) > 10
     for row in rows:
         files = re.findall(r"`(tests/[\w/]+\.py)`", row)
@@ -199,8 +201,8 @@ def test_tests_that_keep_promises_exist():
         assert files and all(f"\ndef {test}(" in code for test in re.findall(r"`(test_\w+)`", row)), row
 
 
-def test_section_that_messages_name_exists():
-    # qlora/checkpoint.py: HOW_TO_GET.
+def test_section_named_in_messages_exists():
+    # HOW_TO_GET in qlora/checkpoint.py names it.
     assert re.search(r"^## Weights$", TEXTS["README.md"], re.M)
     assert re.search(r"^## .*Weights", TEXTS["README_zh.md"], re.M)
 
@@ -219,10 +221,14 @@ def test_python_example_runs(page, tiny_checkpoint, tmp_path, monkeypatch):
     ).save_pretrained(tmp_path)
     monkeypatch.setitem(chatglm.chat.CHAT_DEFAULTS, "max_length", 80)
     (code,) = blocks(page, "python")
-    here = {"THUDM/chatglm-6b": str(tiny_checkpoint), "saved_files/chatGLM_6B_QLoRA_t32": str(tmp_path), "cuda": "cpu"}
-    for there, stand_in in here.items():
-        assert f'"{there}"' in code
-        code = code.replace(f'"{there}"', repr(stand_in))
+    replacements = {
+        "THUDM/chatglm-6b": str(tiny_checkpoint),
+        "saved_files/chatGLM_6B_QLoRA_t32": str(tmp_path),
+        "cuda": "cpu",
+    }
+    for value, replacement in replacements.items():
+        assert f'"{value}"' in code
+        code = code.replace(f'"{value}"', repr(replacement))
     names = {}
     exec(code, names)
     assert isinstance(names["reply"], str) and len(names["history"]) == 2

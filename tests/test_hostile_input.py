@@ -1,4 +1,4 @@
-"""Rows and files made to do harm: refused with a reason, or trained on rightly; never run, lost or crashed upon."""
+"""Hostile rows and files: they are refused with a reason, or trained on as written; their code is not run."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from qlora.data.rows import read_rows
 from qlora.loading import load_adapter
 from qlora.training.checkpoints import find_checkpoint
 
-# Lines at random, thousands of them.
+# Thousands of random lines.
 
 FIELDS = ("instruction", "input", "output", "history", "content", "summary", "score")
 CONTROL_WORDS = ("<sop>", "[gMASK]", "<eop>", "[MASK]", "<pad>", "<unk>", "</s>", "[Round 0]\n问：")
@@ -40,25 +40,25 @@ values = st.recursive(
     max_leaves=5,
 )
 histories = st.lists(st.tuples(texts, texts).map(list), max_size=3)
-good_rows = st.fixed_dictionaries(
+valid_rows = st.fixed_dictionaries(
     {"instruction": plain_texts, "output": plain_texts}, optional={"input": texts, "history": histories}
 )
-bad_rows = st.dictionaries(st.sampled_from(FIELDS), values | texts | histories, max_size=5)
-json_lines = (good_rows | bad_rows | values).flatmap(
+any_rows = st.dictionaries(st.sampled_from(FIELDS), values | texts | histories, max_size=5)
+json_lines = (valid_rows | any_rows | values).flatmap(
     lambda row: st.booleans().map(lambda ascii: json.dumps(row, ensure_ascii=ascii).encode("utf-8", "surrogatepass"))
 )
 
 
 @st.composite
 def damaged_lines(draw: st.DrawFn) -> bytes:
-    """A line of JSON with bytes put in, left out, or standing twice."""
+    """A line of JSON in which bytes are inserted, deleted or repeated."""
     line = draw(json_lines)
     start, end = sorted(draw(st.tuples(*[st.integers(0, len(line))] * 2)))
     middle = draw(st.sampled_from((b"", line[start:end] * 2)) | st.binary(max_size=4))
     return (line[:start] + middle + line[end:]).replace(b"\n", b" ")
 
 
-lines_at_random = json_lines | damaged_lines() | st.binary(max_size=40).map(lambda line: line.replace(b"\n", b""))
+random_lines = json_lines | damaged_lines() | st.binary(max_size=40).map(lambda line: line.replace(b"\n", b""))
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +68,22 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer: ChatGLMTokenizer) -> SampleEncoder:
-    """With limits that cut nothing of what is made up here."""
+    """An encoder with limits that cut none of the generated rows."""
     return SampleEncoder(tokenizer, "", 10_000, 10_000)
 
 
 def words(text: str) -> list[str]:
-    """A text as far as blanks do not matter, of which the official tokenizer drops some."""
+    """The words of a text; spaces are not compared, since the official tokenizer drops some of them."""
     return text.split()
 
 
-def as_read(text: str, tokenizer: ChatGLMTokenizer) -> list[str]:
-    """What SentencePiece's normalisation, which is part of the official tokenizer, leaves of a text."""
+def normalized_words(text: str, tokenizer: ChatGLMTokenizer) -> list[str]:
+    """The words of a text after SentencePiece's normalization, which is part of the official tokenizer."""
     return words(tokenizer.sp_model.normalize(text).replace("\u2581", " "))
 
 
-def assert_trained_on_rightly(line: bytes, row: dict, encoder: SampleEncoder):
-    """The ids are those of prompt and answer and decode to them; labels are on answer and <eop>."""
+def assert_trained_on_as_written(line: bytes, row: dict, encoder: SampleEncoder):
+    """Checks that the ids decode to prompt and answer, and that the labels are on the answer and <eop>."""
     fields, tokenizer = json.loads(line), encoder.tokenizer
     query = fields["instruction"] if "instruction" in fields else fields["content"]
     query += "\n" + fields["input"] if (fields.get("input") or "").strip() else ""
@@ -95,20 +95,22 @@ def assert_trained_on_rightly(line: bytes, row: dict, encoder: SampleEncoder):
     start = ids.index(tokenizer.bos_token_id) + 1
     assert ids[start - 2] == tokenizer.gmask_token_id and ids[-1] == tokenizer.eos_token_id
     assert labels == [IGNORE_INDEX] * start + ids[start:] and start < length - 1
-    assert words(tokenizer.decode(ids[: start - 2])) == as_read(build_prompt(query, fields.get("history")), tokenizer)
-    assert words(tokenizer.decode(ids[start:-1])) == as_read(answer, tokenizer)
+    assert words(tokenizer.decode(ids[: start - 2])) == normalized_words(
+        build_prompt(query, fields.get("history")), tokenizer
+    )
+    assert words(tokenizer.decode(ids[start:-1])) == normalized_words(answer, tokenizer)
 
 
 def assert_refused_with_a_reason(error: ValueError, start: str):
     message = str(error)
     assert message.startswith(start) and len(start) + 5 < len(message) < len(start) + 300
     assert len(message.splitlines()) == 1
-    message.encode("utf-8")  # no halves of characters, which could not be printed
+    message.encode("utf-8")  # raises an error for a lone surrogate, which cannot be printed
 
 
 @settings(max_examples=500, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(lines=st.lists(lines_at_random, min_size=5, max_size=15))
-def test_every_line_is_refused_with_a_reason_or_trained_on_rightly(lines, path, encoder):
+@given(lines=st.lists(random_lines, min_size=5, max_size=15))
+def test_random_line_is_refused_with_a_reason_or_trained_on_as_written(lines, path, encoder):
     for line in lines:
         path.write_bytes(b"\n".join((GOOD_LINE, line, GOOD_LINE)))
         try:
@@ -119,22 +121,22 @@ def test_every_line_is_refused_with_a_reason_or_trained_on_rightly(lines, path, 
         assert [row["line"] for row in rows] == ([1, 2, 3] if line.strip() else [1, 3])
         if line.strip():
             try:
-                assert_trained_on_rightly(line, rows[1], encoder)
+                assert_trained_on_as_written(line, rows[1], encoder)
             except ValueError as error:
                 assert_refused_with_a_reason(error, "field ")
 
 
 @settings(max_examples=500, derandomize=True, deadline=None)
-@given(row=good_rows.filter(lambda row: row["instruction"].strip() and row["output"].strip()))
-def test_no_good_row_is_refused(row, path, encoder):
+@given(row=valid_rows.filter(lambda row: row["instruction"].strip() and row["output"].strip()))
+def test_valid_row_is_not_refused(row, path, encoder):
     line = json.dumps(row).encode()
     path.write_bytes(line)
     (read,) = read_rows(str(path))
-    assert_trained_on_rightly(line, read, encoder)
+    assert_trained_on_as_written(line, read, encoder)
 
 
 def test_no_row_of_a_file_is_lost(tmp_path, encoder):
-    # The same rows as above, through the datasets library with its batches.
+    # Through the datasets library, which reads and tokenizes the rows in batches.
     rows = [{"instruction": f"类型#裙*编号#{n}", "output": "裙" * (n % 7 + 1)} for n in range(1234)]
     samples = load_samples(str(write_rows(tmp_path / "rows.jsonl", rows)), encoder)
     assert samples["line"][:] == list(range(1, 1235))
@@ -142,11 +144,11 @@ def test_no_row_of_a_file_is_lost(tmp_path, encoder):
         assert encoder.encode(row["instruction"], [], row["output"])[0] == sample["input_ids"]
 
 
-# Files of torch.save with code in them.
+# Files of torch.save that contain code.
 
 
 class Payload:
-    """An object whose unpickling would create a folder."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, target: Path):
         self.target = target
@@ -156,43 +158,43 @@ class Payload:
 
 
 @pytest.fixture
-def mark(tmp_path: Path) -> Path:
-    """What a payload would create. It is shown first that it would."""
+def payload_folder(tmp_path: Path) -> Path:
+    """The folder that the payload of a test would create; a first payload shows that unpickling creates one."""
     torch.save({"w": Payload(tmp_path / "trial")}, tmp_path / "trial.bin")
     torch.load(tmp_path / "trial.bin", weights_only=False)
     assert (tmp_path / "trial").exists()
     return tmp_path / "executed"
 
 
-def arm(path: Path, mark: Path):
-    """Puts a payload into a file of torch.save, beside what it holds."""
+def add_payload(path: Path, payload_folder: Path):
+    """Adds a payload to the content of a torch.save file."""
     content = torch.load(path, weights_only=False) if path.is_file() else {}
-    torch.save({"payload": Payload(mark), "content": content}, path)
+    torch.save({"payload": Payload(payload_folder), "content": content}, path)
 
 
-def test_code_in_a_weight_file_is_not_run(golden_folder, mark):
+def test_code_in_a_weight_file_is_not_run(golden_folder, payload_folder):
     shard = golden_folder / "pytorch_model-00002-of-00002.bin"
-    arm(shard, mark)
+    add_payload(shard, payload_folder)
     with pytest.raises(ValueError, match=rf"{shard.name} holds more than numbers: loading it would run posix.mkdir"):
         check_checkpoint(str(golden_folder))
-    # Nor without the check.
+    # It is not run without the check either.
     with pytest.raises(pickle.UnpicklingError):
         ChatGLMForConditionalGeneration.from_pretrained(golden_folder)
-    assert not mark.exists()
+    assert not payload_folder.exists()
 
 
-def test_code_in_an_adapter_is_not_run(golden_folder, tmp_path, mark):
+def test_code_in_an_adapter_is_not_run(golden_folder, tmp_path, payload_folder):
     adapter = shutil.copytree(GOLDEN_ADAPTER, tmp_path / "adapter")
     model = ChatGLMForConditionalGeneration.from_pretrained(golden_folder)
     load_adapter(model, str(adapter)).unload()
-    arm(adapter / "adapter_model.bin", mark)
+    add_payload(adapter / "adapter_model.bin", payload_folder)
     with pytest.raises(ValueError, match=r"the adapter's weights in .* are damaged"):
         load_adapter(model, str(adapter))
-    assert not mark.exists()
+    assert not payload_folder.exists()
 
 
 def flags_of(folder: Path, checkpoint: Path, rows: list[dict], *flags: str) -> list[str]:
-    """A run of two steps that saves after the first."""
+    """Flags of a run of two steps that saves a checkpoint after each."""
     values = {"output_dir": str(folder / "out"), "max_steps": 2, "save_steps": 1, "report_to": "none"}
     values |= {"per_device_train_batch_size": 4, "optim": "adamw_torch", "remove_unused_columns": False}
     (folder / "args.json").write_text(json.dumps(values))
@@ -207,7 +209,7 @@ def flags_of(folder: Path, checkpoint: Path, rows: list[dict], *flags: str) -> l
 
 
 def train(*flags: str):
-    """train_qlora.py in this process."""
+    """Runs train_qlora.py in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_qlora.py", *flags])
         train_qlora.main()
@@ -224,31 +226,31 @@ def interrupted(tiny_checkpoint, sample_rows, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 @pytest.mark.parametrize("checked", [True, False], ids=["checked", "unchecked"])
 def test_code_in_a_checkpoint_is_not_run(
-    interrupted, tiny_checkpoint, sample_rows, tmp_path, mark, monkeypatch, name, checked
+    interrupted, tiny_checkpoint, sample_rows, tmp_path, payload_folder, monkeypatch, name, checked
 ):
     checkpoint = shutil.copytree(interrupted, tmp_path / "checkpoint-1")
-    arm(checkpoint / name, mark)
-    if not checked:  # the libraries beneath must hold too
+    add_payload(checkpoint / name, payload_folder)
+    if not checked:  # without the check, the libraries must not run the code either
         monkeypatch.setattr("qlora.training.checkpoints.checkpoint_problem", lambda folder: None)
     flags = flags_of(tmp_path, tiny_checkpoint, sample_rows[:8], "--resume_from_checkpoint", str(checkpoint))
     with pytest.raises((SystemExit, pickle.UnpicklingError)) as raised:
         train(*flags)
     assert not checked or f"{name} holds more than numbers" in str(raised.value.code)
-    assert not mark.exists()
+    assert not payload_folder.exists()
 
 
-def test_checkpoint_with_code_is_passed_over(interrupted, tmp_path, mark, caplog):
+def test_checkpoint_with_code_is_skipped(interrupted, tmp_path, payload_folder, caplog):
     for step in (1, 2):
         shutil.copytree(interrupted, tmp_path / f"checkpoint-{step}")
-    arm(tmp_path / "checkpoint-2" / "scheduler.pt", mark)
+    add_payload(tmp_path / "checkpoint-2" / "scheduler.pt", payload_folder)
     assert find_checkpoint("last", str(tmp_path)) == str(tmp_path / "checkpoint-1")
     assert "checkpoint-2 is passed over: scheduler.pt holds more than numbers" in caplog.text
-    assert not mark.exists()
+    assert not payload_folder.exists()
 
 
-def test_code_in_training_args_is_not_run(interrupted, tiny_checkpoint, sample_rows, tmp_path, mark):
-    # The file is written by the Trainer and read by nobody.
+def test_code_in_training_args_is_not_run(interrupted, tiny_checkpoint, sample_rows, tmp_path, payload_folder):
+    # The Trainer writes this file and never reads it.
     checkpoint = shutil.copytree(interrupted, tmp_path / "checkpoint-1")
-    arm(checkpoint / "training_args.bin", mark)
+    add_payload(checkpoint / "training_args.bin", payload_folder)
     train(*flags_of(tmp_path, tiny_checkpoint, sample_rows[:8], "--resume_from_checkpoint", str(checkpoint)))
-    assert (tmp_path / "out" / "checkpoint-2").is_dir() and not mark.exists()
+    assert (tmp_path / "out" / "checkpoint-2").is_dir() and not payload_folder.exists()

@@ -1,4 +1,4 @@
-"""qlora/loading.py: what is quantised, what is trained, and what is said where it cannot be."""
+"""qlora/loading.py: what is quantized and trained; errors of folders, adapters and hardware."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def model(golden_folder: Path) -> ChatGLMForConditionalGeneration:
     return load_quantized_model(str(golden_folder), torch.float32)
 
 
-def test_quantisation_is_nf4_with_double_quantisation():
+def test_quantization_is_nf4_with_double_quantization():
     # Source: "QLoRA: Efficient Finetuning of Quantized LLMs", section 3.
     for dtype in DTYPES:
         config = quantization_config(dtype)
@@ -40,7 +40,7 @@ def test_quantisation_is_nf4_with_double_quantisation():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_layers_are_quantised_and_nothing_else(golden_folder, dtype):
+def test_only_linear_layers_are_quantized(golden_folder, dtype):
     model = load_quantized_model(str(golden_folder), dtype)
     quantized = [n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
     assert sorted({name.rsplit(".", 1)[-1] for name in quantized}) == sorted(LINEAR)
@@ -59,7 +59,7 @@ def test_linear_layers_are_quantised_and_nothing_else(golden_folder, dtype):
     assert not isinstance(model.lm_head, bitsandbytes.nn.Linear4bit)
 
 
-def test_quantised_weights_are_close_to_the_16_bit_ones(golden_folder, model):
+def test_quantized_weights_are_close_to_the_16_bit_ones(golden_folder, model):
     exact = ChatGLMForConditionalGeneration.from_pretrained(golden_folder, dtype=torch.float32)
     for name, layer in model.named_modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
@@ -79,16 +79,16 @@ def test_only_the_adapter_is_trained_in_fp32(golden_folder, dtype):
 
 def test_adapter_has_the_names_of_the_official_one(model):
     official = torch.load(GOLDEN_ADAPTER / "adapter_model.bin", weights_only=True)
-    ours = get_peft_model_state_dict(lora(model))
-    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in official.items()}
+    found = get_peft_model_state_dict(lora(model))
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in official.items()}
 
 
 def test_6b_model_has_the_published_number_of_trained_parameters():
-    # 28 layers x r 4 x (4,096 + 3 x 4,096): the 7.1 MB of the published adapter.
+    # 28 layers x rank 4 x (4,096 + 3 x 4,096), as in the published adapter.
     with torch.device("meta"):
         tuned = lora(ChatGLMForConditionalGeneration(ChatGLMConfig()))
     assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == 1_835_008
-    # 6.17 billion with the head that is the embedding.
+    # The head is the embedding, so that its weights are counted once.
     assert sum(p.numel() for p in tuned.get_base_model().parameters() if not p.requires_grad) == 6_173_286_400
 
 
@@ -103,8 +103,8 @@ def test_unknown_target_modules_are_named(model):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_flow_after_an_evaluation(golden_folder, dtype):
-    # bitsandbytes repacks the weights for evaluation on some CPUs.
+def test_gradients_are_the_same_after_an_evaluation(golden_folder, dtype):
+    # On some CPUs bitsandbytes would repack the weights in evaluation mode, and could not train with them.
     tuned = add_random_lora(load_quantized_model(str(golden_folder), dtype))
     ids = [25, 50, 228, 507, 508, 129, 52, 509]
     batch = PaddingFreeCollator(tuned.config)(
@@ -138,7 +138,7 @@ def test_adapter_of_old_peft_loads(model):
 
 
 def save_adapter(folder: Path, target_modules: tuple[str, ...] = ("query_key_value",), **shape) -> str:
-    """An adapter of a model of another shape."""
+    """Writes an adapter of a model of another shape; returns its path."""
     config = ChatGLMConfig(**{"vocab_size": 512, "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4} | shape)
     lora(ChatGLMForConditionalGeneration(config), target_modules=target_modules).save_pretrained(folder)
     return str(folder)
@@ -199,8 +199,8 @@ def test_folder_is_checked_before_loading(golden_folder):
         load_quantized_model(str(golden_folder), torch.float32)
 
 
-def test_weights_that_are_not_in_the_files_are_not_made_up(golden_folder):
-    # transformers only warns, and draws the missing layer at random.
+def test_missing_weights_are_refused(golden_folder):
+    # transformers only logs a warning, and initializes the missing layer at random.
     config = json.loads((golden_folder / "config.json").read_text()) | {"num_layers": 4}
     (golden_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"layers\.3"):
@@ -212,7 +212,7 @@ def test_weights_that_are_not_in_the_files_are_not_made_up(golden_folder):
 
 @pytest.fixture
 def folder_6b(golden_folder: Path) -> Path:
-    """Whole files whose configuration is that of the 6B model; nothing may be loaded from it."""
+    """A folder with the configuration of the 6B model and small weights; loading must fail before they are read."""
     config = {name: value for name, value in dataclasses.asdict(ChatGLMConfig()).items() if name != "dtype"}
     (golden_folder / "config.json").write_text(json.dumps(config | {"model_type": "chatglm"}))
     return golden_folder
@@ -220,9 +220,9 @@ def folder_6b(golden_folder: Path) -> Path:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch):
-    """Pretends that there is a GPU with so many bytes free."""
+    """A function (free bytes, all bytes) that simulates a GPU."""
 
-    def pretend(free: float, total: float = 80 * 2**30):
+    def simulate(free: float, total: float = 80 * 2**30):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (int(free), int(total)))
@@ -231,7 +231,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch):
         randn = torch.randn
         monkeypatch.setattr(torch, "randn", lambda *size, device=None, **kwargs: randn(*size, **kwargs))
 
-    return pretend
+    return simulate
 
 
 def one_line(raised: pytest.ExceptionInfo) -> str:
@@ -248,7 +248,7 @@ def test_6b_model_needs_a_gpu(folder_6b, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_too_little_memory_is_said_before_loading(folder_6b, gpu, dtype):
+def test_too_little_memory_is_reported_before_loading(folder_6b, gpu, dtype):
     gpu(free=3.5 * 2**30, total=8 * 2**30)
     with pytest.raises(ValueError, match=r"A Test GPU has 3\.5 of 8\.0 GiB free; the model needs at least") as raised:
         load_quantized_model(str(folder_6b), dtype)
@@ -261,7 +261,7 @@ def test_too_little_memory_is_said_before_loading(folder_6b, gpu, dtype):
 @pytest.mark.parametrize(
     "error", [RuntimeError("CUDA Setup failed\nsecond line"), AttributeError("undefined symbol: cquantize_blockwise")]
 )
-def test_broken_bitsandbytes_is_said(folder_6b, gpu, monkeypatch, error):
+def test_error_of_bitsandbytes_is_reported(folder_6b, gpu, monkeypatch, error):
     gpu(free=70 * 2**30)
 
     def fail(*args, **kwargs):
@@ -273,7 +273,7 @@ def test_broken_bitsandbytes_is_said(folder_6b, gpu, monkeypatch, error):
     assert str(error).splitlines()[0] in one_line(raised)
 
 
-def test_wrong_results_of_bitsandbytes_are_noticed(folder_6b, gpu, monkeypatch):
+def test_wrong_results_of_bitsandbytes_are_reported(folder_6b, gpu, monkeypatch):
     gpu(free=70 * 2**30)
     monkeypatch.setattr(
         bitsandbytes.functional, "dequantize_4bit", lambda packed, state, *args, **kwargs: torch.zeros(64, 64)
@@ -282,7 +282,7 @@ def test_wrong_results_of_bitsandbytes_are_noticed(folder_6b, gpu, monkeypatch):
         load_quantized_model(str(folder_6b), torch.bfloat16)
 
 
-def test_peft_is_asked_for_plain_lora(model):
+def test_adapter_is_plain_lora(model):
     config = lora(model, rank=8).peft_config["default"]
     assert isinstance(config, peft.LoraConfig)
     assert (config.r, config.lora_alpha, config.bias, config.use_dora) == (8, 32, "none", False)

@@ -1,4 +1,4 @@
-"""train_qlora.py and inference_qlora.py, run as a user runs them, on a random model of two layers and on a CPU."""
+"""train_qlora.py and inference_qlora.py, run with a random model of two layers."""
 
 import json
 import re
@@ -33,7 +33,7 @@ from qlora.loading import load_quantized_model
 PROMPTS = ("类型#裙*颜色#白色", "类型#裤*风格#简约")
 
 
-# A whole run.
+# A complete run.
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,7 @@ def trained(tiny_checkpoint: Path, train_file: Path, dev_file: Path, tmp_path_fa
     return folder / "out"
 
 
-def test_training_leaves_adapter_tokenizer_and_state(trained):
+def test_training_writes_adapter_tokenizer_and_state(trained):
     expected = {"adapter_config.json", "adapter_model.safetensors", "trainer_state.json", "loss.png"}
     expected |= {"ice_text.model", "tokenizer_config.json", f"checkpoint-{SAVE_STEPS}", f"checkpoint-{STEPS}"}
     assert expected <= {path.name for path in trained.iterdir()}
@@ -60,7 +60,7 @@ def test_loss_falls(trained):
     assert len(evaluations) == STEPS // SAVE_STEPS and evaluations[-1] < evaluations[0]
 
 
-def test_adapter_is_of_the_asked_size(trained, tiny_config):
+def test_adapter_has_the_requested_size(trained, tiny_config):
     weights = adapter(trained)
     assert len(weights) == 2 * tiny_config.num_layers
     assert all("query_key_value.lora_" in name for name in weights)
@@ -70,12 +70,14 @@ def test_adapter_is_of_the_asked_size(trained, tiny_config):
 
 
 def interrupted(trained: Path, target: Path) -> Path:
-    """The output as it was after the first checkpoint."""
+    """A folder with the first checkpoint of a run, as after an interruption."""
     shutil.copytree(trained / f"checkpoint-{SAVE_STEPS}", target / f"checkpoint-{SAVE_STEPS}")
     return target
 
 
-def test_resuming_from_the_last_checkpoint_ends_alike(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
+def test_resuming_from_the_last_checkpoint_gives_the_same_results(
+    trained, tiny_checkpoint, train_file, dev_file, tmp_path
+):
     output = interrupted(trained, tmp_path / "out")
     args_json = write_json(tmp_path / "args.json", output)
     flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file, "--resume_from_checkpoint", "last")
@@ -86,7 +88,7 @@ def test_resuming_from_the_last_checkpoint_ends_alike(trained, tiny_checkpoint, 
     assert history(output, "loss")[SAVE_STEPS:] == pytest.approx(history(trained, "loss")[SAVE_STEPS:], abs=1e-4)
 
 
-def test_resuming_from_a_path_ends_alike(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
+def test_resuming_from_a_path_gives_the_same_results(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
     args_json = write_json(tmp_path / "args.json", tmp_path / "out")
     flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file)
     run_main(train_qlora, *flags, "--resume_from_checkpoint", trained / f"checkpoint-{SAVE_STEPS}")
@@ -102,7 +104,7 @@ def test_resuming_from_nothing_is_refused(tiny_checkpoint, train_file, dev_file,
     assert f"--resume_from_checkpoint {requested}" in message and "whole checkpoint" in message
 
 
-def test_tensorboard_gets_what_is_logged(tiny_checkpoint, train_file, tmp_path):
+def test_tensorboard_has_the_logged_values(tiny_checkpoint, train_file, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     args_json = write_json(
         tmp_path / "args.json", tmp_path / "out", report_to="tensorboard", max_steps=2, save_strategy="no"
@@ -115,12 +117,12 @@ def test_tensorboard_gets_what_is_logged(tiny_checkpoint, train_file, tmp_path):
     assert len(written["tokens_per_second"]) == 2 and min(written["tokens_per_second"]) > 0
 
 
-# One step, against the same mathematics in plain operations.
+# One step, compared with gradient descent in plain operations.
 
 
 @pytest.fixture
 def one_step(tiny_checkpoint: Path, train_file: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Runs one step of plain gradient descent on the first 8 rows, and gives the output folder."""
+    """A function that trains one step of plain gradient descent on the first 8 rows and returns the output folder."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(train_file.read_text(encoding="utf-8").splitlines(keepends=True)[:8]), encoding="utf-8")
 
@@ -136,7 +138,7 @@ def one_step(tiny_checkpoint: Path, train_file: Path, tmp_path: Path) -> Callabl
 
 
 def padded_loss(model: PeftModel, tokenizer: PreTrainedTokenizer, rows: list[dict]) -> torch.Tensor:
-    """The mean loss over all label tokens, from peft's own forward on a padded batch."""
+    """The mean loss over all label tokens, with the layers of peft and a padded batch."""
     encode = SampleEncoder(tokenizer, "", 512, 512).encode
     samples = [encode(row["instruction"], [], row["output"])[:2] for row in rows]
     ids, labels = (pad_sequence([torch.tensor(s[i]) for s in samples], True, (3, -100)[i]) for i in (0, 1))
@@ -152,7 +154,7 @@ def test_one_step_is_gradient_descent_on_the_mean_loss(one_step, tiny_checkpoint
     # Evaluated after the step, on the same rows.
     evaluated = padded_loss(tuned, tokenizer, sample_rows[:8]).item()
     assert history(output, "eval_loss") == pytest.approx([evaluated], abs=1e-5)
-    # B starts at zero, so that A has no gradient in the first step and is still what it was.
+    # B is zero at first, so that A has no gradient in the first step and does not change.
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
@@ -169,7 +171,7 @@ def test_one_step_is_gradient_descent_on_the_mean_loss(one_step, tiny_checkpoint
 @pytest.mark.parametrize(
     ("batch_size", "accumulation", "flags"), [(8, 1, ()), (2, 4, ()), (1, 8, ()), (4, 2, ("--max_tokens", 150))]
 )
-def test_the_split_of_a_batch_does_not_matter(one_step, batch_size, accumulation, flags):
+def test_results_do_not_depend_on_the_micro_batches(one_step, batch_size, accumulation, flags):
     other = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
     outputs = one_step("four_by_two"), one_step("other", *flags, **other, per_device_eval_batch_size=3)
     assert_same_adapter(*outputs, tolerance=1e-5)
@@ -178,14 +180,14 @@ def test_the_split_of_a_batch_does_not_matter(one_step, batch_size, accumulation
 
 
 @pytest.mark.parametrize("values", [{"bf16": True, "use_cpu": True}, {"train_sampling_strategy": "group_by_length"}])
-def test_settings_of_the_json_run(one_step, values):
+def test_settings_of_the_json_are_accepted(one_step, values):
     (loss,) = history(one_step("settings", **values), "loss")
     assert 0 < loss < 20
 
 
 @pytest.mark.parametrize(("key", "value"), [("label_smoothing_factor", 0.5), ("include_num_input_tokens_seen", True)])
-def test_settings_that_would_be_passed_over_are_refused(one_step, key, value):
-    # Whole optimizer steps bypass the parts of the Trainer that these settings belong to.
+def test_settings_that_would_be_ignored_are_refused(one_step, key, value):
+    # The training step of `QLoRATrainer` replaces the parts of the Trainer that these settings change.
     with pytest.raises(SystemExit) as raised:
         one_step("settings", **{key: value})
     assert key in str(raised.value.code)
@@ -204,7 +206,7 @@ def test_without_evaluation_rows(tiny_checkpoint, train_file, tmp_path):
     assert history(tmp_path / "out", "eval_loss") == []
 
 
-# Mistakes in a training call.
+# Errors of a training run.
 
 
 def test_missing_weights_end_in_a_message(train_file, dev_file, tmp_path):
@@ -226,7 +228,7 @@ def test_broken_row_ends_in_one_line(tiny_checkpoint, dev_file, tmp_path):
 
 
 def answers(output: str) -> list[tuple[str, str, str]]:
-    """(input, before, after) of every prompt printed."""
+    """(input, before, after) of each printed prompt."""
     return re.findall(r"Input: +(.*)\n.*Before: ?(.*)\n.*After: *(.*)", output)
 
 
@@ -274,7 +276,7 @@ def test_conversation(trained, monkeypatch, capsys):
     assert next(lines, None) is None
 
 
-# Mistakes in an inference call.
+# Errors of an inference run.
 
 
 def test_unknown_flag_ends_in_one_line_and_status_1():
@@ -290,7 +292,7 @@ def test_missing_adapter_ends_in_one_line(tmp_path):
 
 
 def test_missing_adapter_beside_a_named_model_ends_in_one_line(tiny_checkpoint, monkeypatch, tmp_path):
-    # A relative path of two parts looks like a name on the Hub, which must not be asked.
+    # A relative path of two parts could be a name on the Hub, which must not be requested.
     monkeypatch.chdir(tmp_path)
     flags = ("--adapter_path", "saved_files/nowhere", "--model_name_or_path", tiny_checkpoint)
     assert "there is no adapter in saved_files/nowhere" in error_of(inference_qlora, *flags)

@@ -70,7 +70,7 @@ def build_page(page: Page, examples: list[str]) -> gr.Blocks:
 
 
 def setting_controls(args: InferenceArguments) -> list[Component]:
-    """The controls of `SETTINGS`, not rendered yet: the buttons that send their values stand above them."""
+    """The controls of `SETTINGS`, not rendered yet: the buttons that send their values are rendered above them."""
     methods = [("贪心 Greedy", False), ("采样 Sampling", True)]
     return [
         gr.Radio(methods, value=args.do_sample, label="方式 Method", min_width=320, render=False),

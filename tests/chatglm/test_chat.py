@@ -1,6 +1,6 @@
-"""chatglm/chat.py: prompts with history, the clean-up of replies, and streaming.
+"""chatglm/chat.py: prompts with history, the formatting of replies, and streaming.
 
-Expected prompts and clean-ups follow the official `build_prompt` and `process_response` of THUDM/chatglm-6b.
+The expected texts follow the official `build_prompt` and `process_response` of THUDM/chatglm-6b.
 """
 
 import threading
@@ -51,9 +51,9 @@ def test_clean_response(text, cleaned):
     assert clean_response(text) == cleaned
 
 
-def test_cleaning_twice_changes_nothing():
-    once = clean_response("好!,好 a,b好:c ")
-    assert clean_response(once) == once
+def test_formatting_twice_changes_nothing():
+    formatted = clean_response("好!,好 a,b好:c ")
+    assert clean_response(formatted) == formatted
 
 
 def test_chat_returns_reply_and_history(tiny_model, tokenizer):
@@ -62,10 +62,10 @@ def test_chat_returns_reply_and_history(tiny_model, tokenizer):
     past = list(history)
     second, longer = tiny_model.chat(tokenizer, "颜色#白色", history, **GREEDY)
     assert longer == [*past, ("颜色#白色", second)]
-    assert history == past  # the caller's list is left alone
+    assert history == past  # the list of the caller is not changed
 
 
-def test_chat_is_generate_on_the_prompt(tiny_model, tokenizer):
+def test_chat_equals_generate_on_the_prompt(tiny_model, tokenizer):
     history = [("类型#裤", "好")]
     inputs = tokenizer(build_prompt("类型#裙", history), return_tensors="pt")
     output = tiny_model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
@@ -73,15 +73,15 @@ def test_chat_is_generate_on_the_prompt(tiny_model, tokenizer):
     assert tiny_model.chat(tokenizer, "类型#裙", history, **GREEDY)[0] == expected
 
 
-def test_stream_ends_with_what_chat_returns(tiny_model, tokenizer):
+def test_last_item_of_the_stream_is_what_chat_returns(tiny_model, tokenizer):
     steps = list(tiny_model.stream_chat(tokenizer, "类型#裙", **GREEDY))
     assert len(steps) > 2
     assert steps[-1] == tiny_model.chat(tokenizer, "类型#裙", **GREEDY)
     assert all(history == [("类型#裙", reply)] for reply, history in steps)
 
 
-def received(model, tokenizer, monkeypatch: pytest.MonkeyPatch, query: str, **kwargs) -> dict:
-    """What reaches `generate`."""
+def generate_options(model, tokenizer, monkeypatch: pytest.MonkeyPatch, query: str, **kwargs) -> dict:
+    """The keyword arguments with which `chat` calls `generate`, without the streamer."""
     caught = {}
 
     def generate(streamer, **options):
@@ -94,25 +94,25 @@ def received(model, tokenizer, monkeypatch: pytest.MonkeyPatch, query: str, **kw
 
 
 def test_defaults_are_the_official_decoding(tiny_model, tokenizer, monkeypatch):
-    options = received(tiny_model, tokenizer, monkeypatch, "类型#裙")
+    options = generate_options(tiny_model, tokenizer, monkeypatch, "类型#裙")
     expected = {"do_sample": True, "top_k": 50, "top_p": 0.7, "temperature": 0.95, "max_length": 2048}
     assert {name: options.get(name) for name in expected} == expected
 
 
-def test_a_limit_on_new_tokens_replaces_the_limit_on_all(tiny_model, tokenizer, monkeypatch):
-    options = received(tiny_model, tokenizer, monkeypatch, "类型#裙", max_new_tokens=5, top_p=0.5)
+def test_max_new_tokens_replaces_max_length(tiny_model, tokenizer, monkeypatch):
+    options = generate_options(tiny_model, tokenizer, monkeypatch, "类型#裙", max_new_tokens=5, top_p=0.5)
     assert options["max_new_tokens"] == 5 and options["top_p"] == 0.5 and "max_length" not in options
 
 
 def test_control_tokens_in_a_query_stay_text(tiny_model, tokenizer, monkeypatch):
-    ids = received(tiny_model, tokenizer, monkeypatch, "白<sop>裙[MASK]<eop><pad>")["input_ids"][0].tolist()
+    ids = generate_options(tiny_model, tokenizer, monkeypatch, "白<sop>裙[MASK]<eop><pad>")["input_ids"][0].tolist()
     control = [tokenizer.gmask_token_id, tokenizer.bos_token_id]
     assert ids[-2:] == control
     assert not {*control, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id} & set(ids[:-2])
 
 
 class FailAfter(LogitsProcessor):
-    """Raises in the middle of an answer."""
+    """Raises an error after a number of generated tokens."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -127,7 +127,7 @@ class FailAfter(LogitsProcessor):
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"num_beams": 2}, ValueError),  # generate cannot stream beams
+        ({"num_beams": 2}, ValueError),  # generate cannot stream with beam search
         ({"logits_processor": [FailAfter(0)]}, RuntimeError),
         ({"logits_processor": [FailAfter(3)]}, RuntimeError),
     ],

@@ -1,4 +1,4 @@
-"""chatglm/configuration_chatglm.py: the official file is read, look-alikes are refused."""
+"""chatglm/configuration_chatglm.py: the official file is read, those of similar models are refused."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_save_and_load_keeps_values(tmp_path):
     assert loaded.to_diff_dict() | {"_name_or_path": ""} == config.to_diff_dict() | {"_name_or_path": ""}
 
 
-# The fields by which the config.json of THUDM/chatglm2-6b tells itself apart.
+# Keys in the config.json of THUDM/chatglm2-6b that the first ChatGLM does not have.
 CHATGLM2 = {"padded_vocab_size": 65024, "multi_query_attention": True, "ffn_hidden_size": 13696, "rmsnorm": True}
 
 
@@ -83,11 +83,11 @@ CHATGLM2 = {"padded_vocab_size": 65024, "multi_query_attention": True, "ffn_hidd
         ({"position_encoding_2d": False}, "position_encoding_2d"),
     ],
 )
-def test_another_architecture_is_refused_by_key(tmp_path, changes, key):
+def test_another_architecture_or_variant_is_refused(tmp_path, changes, key):
     with pytest.raises(ValueError, match=key):
         read(tmp_path, OFFICIAL | changes)
 
 
 @pytest.mark.parametrize("changes", [{"quantization_bit": 0}, {"pre_seq_len": None, "prefix_projection": False}])
-def test_variants_switched_off_are_accepted(tmp_path, changes):
+def test_keys_of_disabled_variants_are_accepted(tmp_path, changes):
     read(tmp_path, OFFICIAL | changes)

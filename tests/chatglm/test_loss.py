@@ -1,4 +1,4 @@
-"""chatglm/loss.py against cross-entropy in plain operations."""
+"""chatglm/loss.py, compared with PyTorch's cross-entropy of all logits."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ HIDDEN, VOCABULARY = 16, 40
 
 @pytest.fixture(params=[1, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 3])
 def inputs(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, head and labels of fewer and of more rows than are computed at once."""
+    """Hidden states, weight of the head and labels, for one row, one slice of rows, and several slices."""
     generator = torch.Generator().manual_seed(0)
     hidden_states = torch.randn(request.param, HIDDEN, generator=generator, requires_grad=True)
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, requires_grad=True)
@@ -19,7 +19,7 @@ def inputs(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def expected(hidden_states, weight, labels, divisor=None) -> tuple[torch.Tensor, ...]:
-    """Loss and gradients of the hidden states and of the head."""
+    """Loss, gradient of the hidden states, and gradient of the head."""
     loss = F.cross_entropy(hidden_states @ weight.T, labels, reduction="sum") / (divisor or len(labels))
     return loss.detach(), *torch.autograd.grad(loss, (hidden_states, weight))
 
@@ -34,14 +34,14 @@ def test_loss_and_gradients(inputs, divisor):
         torch.testing.assert_close(actual, reference, atol=1e-5, rtol=1e-5)
 
 
-def test_gradient_follows_what_is_done_with_the_loss(inputs):
+def test_gradient_is_scaled_with_the_loss(inputs):
     hidden_states, weight, labels = inputs
     loss = 3 * linear_cross_entropy(hidden_states, weight, labels)
     (gradient,) = torch.autograd.grad(loss, hidden_states)
     torch.testing.assert_close(gradient, 3 * expected(*inputs)[1], atol=1e-5, rtol=1e-5)
 
 
-def test_frozen_head_needs_no_gradient(inputs):
+def test_gradient_with_a_frozen_head(inputs):
     hidden_states, weight, labels = inputs
     linear_cross_entropy(hidden_states, weight.detach(), labels).backward()
     torch.testing.assert_close(hidden_states.grad, expected(*inputs)[1], atol=1e-5, rtol=1e-5)

@@ -1,6 +1,6 @@
-"""chatglm/modeling_chatglm.py against what the official code computed, and against itself where that says more.
+"""chatglm/modeling_chatglm.py, compared with the outputs of the official code, and with itself on other inputs.
 
-Golden values come from tests/golden/tiny: the official modelling code in fp32 on a random model of 3 layers of width
+Golden values come from tests/golden/tiny: the official modeling code in fp32, on a random model of 3 layers of width
 64, with and without a LoRA adapter made by peft 0.4.
 """
 
@@ -59,7 +59,7 @@ def separate_samples(case: dict, pad_token_id: int = 3) -> list[dict[str, list[i
 
 
 def lora_gradients(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Gradients under the names the adapter's file uses."""
+    """Gradients of the adapter, under the names in the adapter's file."""
     return {
         name.replace(".default", ""): parameter.grad
         for name, parameter in model.named_parameters()
@@ -122,7 +122,7 @@ def test_greedy_tokens_equal_official(model, cases, number):
 
 
 def test_positions_and_mask_of_a_left_padded_batch_equal_official():
-    # In tests/golden/tokenizer.json: the official tokenizer makes them, here the model does.
+    # The official tokenizer computes them (tests/golden/tokenizer.json); here the model does.
     expected = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))["left_padded_batch"]
     ids, config = torch.tensor(expected["input_ids"]), ChatGLMConfig()
     attention_mask = (ids != config.pad_token_id).long()
@@ -130,7 +130,7 @@ def test_positions_and_mask_of_a_left_padded_batch_equal_official():
     assert position_ids.tolist() == expected["position_ids"]
     visible = prefix_lm_mask(attention_mask, position_ids[:, 1], 0, ids.shape[1])
     official = ~torch.tensor(expected["attention_mask_true_means_blocked"]).bool()
-    queries = attention_mask.bool()[:, None, :, None]  # what padding sees is of no consequence
+    queries = attention_mask.bool()[:, None, :, None]  # the mask of padding queries does not matter
     assert torch.equal(visible & queries, official & queries)
 
 
@@ -144,7 +144,7 @@ GMASK, MASK, SOP, PAD = 130001, 130000, 130004, 3
         ([7, MASK, 8, 9, SOP, 10], [0, 1, 2, 3, 1, 1], [0, 0, 0, 0, 1, 2]),  # a blank within the text
         ([7, MASK, 8, GMASK, SOP, 10], [0, 1, 2, 3, 3, 3], [0, 0, 0, 0, 1, 2]),
         ([7, GMASK, 8, MASK, SOP, 10], [0, 1, 2, 3, 1, 1], [0, 0, 0, 0, 1, 2]),
-        ([GMASK, SOP, 7, SOP, 8], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]),  # the first <sop> counts
+        ([GMASK, SOP, 7, SOP, 8], [0, 0, 0, 0, 0], [0, 1, 2, 3, 4]),  # the first <sop> ends the prompt
         ([PAD, PAD, 7, MASK, 8, SOP], [0, 0, 0, 1, 2, 1], [0, 0, 0, 0, 0, 1]),
         ([7, 8, 9], [0, 1, 2], [0, 0, 0]),
     ],
@@ -160,7 +160,7 @@ def test_positions(ids, position, block_position):
 
 
 def test_auto_classes_give_native_classes(golden_folder):
-    # config.json and tokenizer_config.json point to remote code, which is not there and is not asked for.
+    # config.json and tokenizer_config.json refer to remote code, which is not in the folder and is not needed.
     config = json.loads((golden_folder / "config.json").read_text())
     assert "AutoModel" in config["auto_map"]
     tokenizer_config = json.loads((golden_folder / "tokenizer_config.json").read_text())
@@ -185,7 +185,7 @@ def test_safetensors_round_trip_keeps_logits(sdpa_model, cases, tmp_path):
 
 
 def merge_shards(folder: Path) -> dict[str, torch.Tensor]:
-    """Takes the two shards and their index out of a folder and returns what they held."""
+    """Deletes the two shards and their index from a folder, and returns their tensors."""
     state = {}
     for shard in sorted(folder.glob("pytorch_model-*.bin")):
         state |= torch.load(shard, weights_only=True)
@@ -218,14 +218,14 @@ def test_tied_weight_is_one_parameter(sdpa_model):
     assert resized.weight is sdpa_model.lm_head.weight and sdpa_model.lm_head.out_features == 576
 
 
-def test_inverse_frequencies_survive_quantized_loading(golden_folder):
-    # They are in no state dict, so a model whose parameters are made on the meta device could lose them.
+def test_inverse_frequencies_are_right_after_quantized_loading(golden_folder):
+    # No state dict contains them, so that a model created on the meta device could be loaded without them.
     model = load_quantized_model(golden_folder, torch.float32)
     dim = 64 // 4 // 2  # hidden size 64, 4 heads, half a head
     exact = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     inv_freq = model.transformer.rotary_emb.inv_freq.float()
     assert torch.equal(inv_freq, exact.half().float())
-    assert not torch.equal(inv_freq, exact.float())  # the rounding is not a no-op
+    assert not torch.equal(inv_freq, exact.float())  # rounding to fp16 changes them
     stored = torch.load(golden_folder / "pytorch_model-00001-of-00002.bin", weights_only=True)
     assert torch.equal(inv_freq, stored["transformer.layers.0.attention.rotary_emb.inv_freq"].float())
 
@@ -233,7 +233,7 @@ def test_inverse_frequencies_survive_quantized_loading(golden_folder):
 # Generation.
 
 
-def test_left_padded_batch_equals_one_by_one(model, cases):
+def test_left_padded_batch_equals_single_prompts(model, cases):
     prompts = [case["prompt"] for case in cases["generate"][:2]]
     alone = [greedy(model, prompt) for prompt in prompts]
     length = max(map(len, prompts))
@@ -289,7 +289,7 @@ def test_static_cache_in_a_left_padded_batch(model, cases):
 def test_decoding_step_by_step_equals_one_pass(model, cases, name):
     ids = torch.tensor([cases["single"]["input_ids"]])
     context = cases["single"]["input_ids"].index(model.config.bos_token_id)
-    whole = model(input_ids=ids).logits
+    one_pass = model(input_ids=ids).logits
     first = model(input_ids=ids[:, : context + 1], use_cache=True)
     logits, cache = first.to_tuple()
     steps = [logits]
@@ -298,7 +298,7 @@ def test_decoding_step_by_step_equals_one_pass(model, cases, name):
         position_ids = torch.tensor([[[context - 1], [i - context + 1]]])
         step = model(input_ids=ids[:, i : i + 1], position_ids=position_ids, use_cache=True, **{name: cache})
         steps.append(step.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, **LOGITS)
+    torch.testing.assert_close(torch.cat(steps, dim=1), one_pass, **LOGITS)
 
 
 def log_probability(model, prompt: list[int], answer: list[int]) -> float:
@@ -307,7 +307,7 @@ def log_probability(model, prompt: list[int], answer: list[int]) -> float:
     return log_probs.gather(1, torch.tensor(answer)[:, None]).sum().item()
 
 
-def test_beams_find_an_answer_at_least_as_likely(sdpa_model, cases):
+def test_beam_search_finds_an_answer_at_least_as_likely(sdpa_model, cases):
     prompt = cases["generate"][1]["prompt"]
     beams = greedy(sdpa_model, prompt, new_tokens=8, num_beams=2)
     assert log_probability(sdpa_model, prompt, beams) >= log_probability(
@@ -341,7 +341,7 @@ def test_streamer_gives_the_generated_text(tiny_model, tokenizer):
 
 @pytest.fixture(params=["packed", "masked"])
 def concatenate(request: pytest.FixtureRequest, model) -> Callable[[list[dict]], dict]:
-    """Samples in one row, attended to sample by sample or under a mask."""
+    """Concatenates samples in a row, with attention by sample (packed) or with a mask."""
 
     def collate(samples: list[dict]) -> dict:
         batch = PaddingFreeCollator(model.config)(StepBatch.collate(samples).samples)
@@ -379,22 +379,22 @@ def test_concatenated_batch_has_loss_and_gradients_of_padded_batch(model, concat
         torch.testing.assert_close(gradient, arrays[f"grad/{name}"], atol=1e-4, rtol=0)
 
 
-def test_a_sample_does_not_see_its_neighbours(model, concatenate, cases):
+def test_sample_does_not_attend_to_other_samples(model, concatenate, cases):
     samples = separate_samples(cases["train_batch"])
     other = [{**sample, "input_ids": list(sample["input_ids"])} for sample in samples]
-    other[0]["input_ids"][2] = 42  # in the prompt of the first
+    other[0]["input_ids"][2] = 42  # in the prompt of the first sample
     count = sum(label != -100 for label in samples[0]["labels"])
     logits, changed = (label_logits(model, concatenate(rows)) for rows in (samples, other))
     torch.testing.assert_close(logits[count:], changed[count:], atol=1e-6, rtol=0)
     assert (logits[:count] - changed[:count]).abs().amax(-1).min() > 1e-3
 
 
-def test_micro_batches_add_up_to_the_whole(model, concatenate, cases):
+def test_losses_of_micro_batches_add_up(model, concatenate, cases):
     samples = separate_samples(cases["train_batch"])
-    whole = concatenate(samples)
-    count = whole["shift_labels"].numel()
+    all_samples = concatenate(samples)
+    count = all_samples["shift_labels"].numel()
     parts = (model(**concatenate(part), num_items_in_batch=count).loss for part in (samples[:1], samples[1:]))
-    assert sum(parts).item() == pytest.approx(model(**whole).loss.item(), **LOSS)
+    assert sum(parts).item() == pytest.approx(model(**all_samples).loss.item(), **LOSS)
 
 
 def test_number_of_items_divides_the_summed_loss(sdpa_model, cases):
@@ -416,20 +416,20 @@ def test_recomputing_activations_keeps_gradients(cases, arrays, reentrant):
     calls = []
     tuned.get_base_model().transformer.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     tuned(**tensors(cases["train_batch"])).loss.backward()
-    assert len(calls) == 2  # the layer did run again
+    assert len(calls) == 2  # in the forward pass, and recomputed in the backward pass
     for name, gradient in lora_gradients(tuned).items():
         torch.testing.assert_close(gradient, arrays[f"grad/{name}"], atol=1e-4, rtol=0)
 
 
-def test_kept_logits_are_those_of_all(sdpa_model, cases):
+def test_logits_to_keep_selects_positions(sdpa_model, cases):
     ids = torch.tensor([cases["single"]["input_ids"]])
     logits = sdpa_model(input_ids=ids).logits
-    kept = torch.tensor([3, 7, 11])
+    positions = torch.tensor([3, 7, 11])
     torch.testing.assert_close(sdpa_model(input_ids=ids, logits_to_keep=2).logits, logits[:, -2:])
-    torch.testing.assert_close(sdpa_model(input_ids=ids, logits_to_keep=kept).logits, logits[:, kept])
+    torch.testing.assert_close(sdpa_model(input_ids=ids, logits_to_keep=positions).logits, logits[:, positions])
 
 
-def test_embeddings_in_place_of_ids(sdpa_model, cases):
+def test_embeddings_instead_of_ids(sdpa_model, cases):
     ids = torch.tensor([cases["single"]["input_ids"]])
     context = cases["single"]["input_ids"].index(sdpa_model.config.bos_token_id)
     index = torch.arange(ids.shape[1])
@@ -443,7 +443,7 @@ def test_embeddings_in_place_of_ids(sdpa_model, cases):
         sdpa_model(input_ids=ids, inputs_embeds=embeds)
 
 
-def test_half_precision_stays_close(cases, arrays):
+def test_bf16_logits_are_close_to_fp32(cases, arrays):
     # bf16 has 8 bits of mantissa; the largest logits are about 4.
     model = load().to(torch.bfloat16)
     logits = model(**tensors(cases["single"])).logits[0].float()

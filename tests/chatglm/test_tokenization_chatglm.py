@@ -1,7 +1,7 @@
-"""chatglm/tokenization_chatglm.py against what the official tokenizer gives with the genuine `ice_text.model`.
+"""chatglm/tokenization_chatglm.py, compared with the official tokenizer and the genuine `ice_text.model`.
 
-Golden values come from tests/golden/tokenizer.json: the official tokenizer on transformers 4.30.2, loaded through
-`from_pretrained`. What needs no genuine file is tested with a tiny tokenizer of the same layout.
+Golden values come from tests/golden/tokenizer.json: the official tokenizer on transformers 4.30.2, loaded with
+`from_pretrained`. Tests that need no genuine file use a tiny tokenizer of the same layout.
 """
 
 import json
@@ -46,7 +46,7 @@ def test_pair_equals_official(genuine_tokenizer, expected):
 
 
 def test_left_padded_batch_equals_official(genuine_tokenizer):
-    # The positions and masks that go with it are the model's: test_modeling_chatglm.
+    # The positions and the mask of this batch are tested in test_modeling_chatglm.py.
     expected = EXPECTED["left_padded_batch"]
     assert genuine_tokenizer(expected["texts"], padding=True)["input_ids"] == expected["input_ids"]
 
@@ -66,7 +66,7 @@ def test_genuine_control_tokens_stay_text(genuine_tokenizer, text):
     assert_stays_text(genuine_tokenizer, text)
 
 
-# Everything below runs with the tiny tokenizer.
+# With the tiny tokenizer.
 
 
 def assert_stays_text(tokenizer: ChatGLMTokenizer, text: str):
@@ -75,10 +75,10 @@ def assert_stays_text(tokenizer: ChatGLMTokenizer, text: str):
     ids = tokenizer.encode(written, add_special_tokens=False, split_special_tokens=True)
     assert not control & set(ids)
     assert tokenizer.decode(ids) == written
-    called = tokenizer(written, split_special_tokens=True)["input_ids"]
-    assert called == [*ids, tokenizer.gmask_token_id, tokenizer.bos_token_id]
+    with_control_tokens = tokenizer(written, split_special_tokens=True)["input_ids"]
+    assert with_control_tokens == [*ids, tokenizer.gmask_token_id, tokenizer.bos_token_id]
     batch = tokenizer([written, "x"], split_special_tokens=True, padding=True)["input_ids"]
-    assert batch[0] == called and batch[1][0] == tokenizer.pad_token_id
+    assert batch[0] == with_control_tokens and batch[1][0] == tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("text", CONTROL_TOKENS)
@@ -87,13 +87,13 @@ def test_control_tokens_stay_text(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", ["<sop>", "<eop>", "<pad>", "[MASK]"])
-def test_control_tokens_are_read_by_default(tokenizer, text):
+def test_control_tokens_are_parsed_by_default(tokenizer, text):
     assert tokenizer.convert_tokens_to_ids(text) in tokenizer.encode(f"前{text}后", add_special_tokens=False)
 
 
 @pytest.mark.parametrize("text", ["[gMASK]", "[sMASK]", "<s>", "</s>"])
-def test_other_control_tokens_are_never_read(tokenizer, text):
-    # They have pieces and some a name in tokenizer_config.json, but the official tokenizer does not look for them.
+def test_other_control_tokens_are_not_parsed(tokenizer, text):
+    # They have pieces, and tokenizer_config.json names some of them, but the official tokenizer does not parse them.
     ids = tokenizer.encode(f"前{text}后", add_special_tokens=False)
     assert tokenizer.convert_tokens_to_ids(text) not in ids
     assert tokenizer.decode(ids) == f"前{text}后"
@@ -119,7 +119,7 @@ def test_runs_of_spaces_take_few_tokens(tokenizer):
 
 
 def test_text_that_names_a_run_of_spaces(tokenizer):
-    """The official decoding replaces the names of its 79 pieces and no others."""
+    # The official decoding replaces the names of its 79 pieces of spaces, and no others.
     for number in [*map(str, range(100)), "02", "002", "080", "9" * 5000, "500000000", "-2", ""]:
         text = f"a<|blank_{number}|>b"
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -127,7 +127,7 @@ def test_text_that_names_a_run_of_spaces(tokenizer):
         assert tokenizer.decode(ids) == expected, number
 
 
-def test_endings(tokenizer):
+def test_control_tokens_are_appended(tokenizer):
     text, pair = (tokenizer.encode(text, add_special_tokens=False) for text in ("类型#裙", "白色"))
     gmask, sop, eop = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>", "<eop>"])
     assert tokenizer.encode("类型#裙") == [*text, gmask, sop]
@@ -142,12 +142,12 @@ def test_padding_is_on_the_left(tokenizer):
 
 
 def test_id_beyond_the_pieces_is_unknown(tokenizer):
-    # The embedding is padded to a multiple of 64, so a model may produce such an id.
+    # The embedding is padded to a multiple of 64, so that a model can generate such an id.
     assert tokenizer.convert_ids_to_tokens(tokenizer.vocab_size + 1) == "<unk>"
     assert tokenizer.decode([tokenizer.vocab_size + 1]) == tokenizer.decode([tokenizer.unk_token_id])
 
 
-def same_ids(one: ChatGLMTokenizer, other: ChatGLMTokenizer):
+def assert_same_ids(one: ChatGLMTokenizer, other: ChatGLMTokenizer):
     for text in TEXTS:
         assert one.encode(text) == other.encode(text)
         assert one.encode(f"{text}<sop>", split_special_tokens=True) == other.encode(
@@ -162,19 +162,19 @@ def test_save_and_load_keeps_ids(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "once")
     once = AutoTokenizer.from_pretrained(tmp_path / "once")
     assert type(once) is ChatGLMTokenizer
-    same_ids(once, tokenizer)
-    once.save_pretrained(tmp_path / "once")  # onto itself
+    assert_same_ids(once, tokenizer)
+    once.save_pretrained(tmp_path / "once")  # into its own folder
     once.save_pretrained(tmp_path / "twice")
-    same_ids(AutoTokenizer.from_pretrained(tmp_path / "twice"), tokenizer)
+    assert_same_ids(AutoTokenizer.from_pretrained(tmp_path / "twice"), tokenizer)
 
 
 def test_saved_genuine_tokenizer_keeps_ids(genuine_tokenizer, tmp_path):
     genuine_tokenizer.save_pretrained(tmp_path)
-    same_ids(AutoTokenizer.from_pretrained(tmp_path), genuine_tokenizer)
+    assert_same_ids(AutoTokenizer.from_pretrained(tmp_path), genuine_tokenizer)
 
 
 def test_pickling_keeps_ids(tokenizer):
-    same_ids(pickle.loads(pickle.dumps(tokenizer)), tokenizer)
+    assert_same_ids(pickle.loads(pickle.dumps(tokenizer)), tokenizer)
 
 
 def test_image_tokens_are_refused(tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""qlora/data/batching.py: how the samples of an optimizer step are split."""
+"""qlora/data/batching.py: the samples of an optimizer step are split into micro-batches."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def sizes(micro_batches: list[list[dict]]) -> list[int]:
         ((7,) * 32, 64, 4),
     ],
 )
-def test_split_keeps_every_sample_and_the_limit(lengths, max_tokens, count):
+def test_micro_batches_have_every_sample_once_and_are_within_the_limit(lengths, max_tokens, count):
     samples = samples_of(*lengths)
     micro_batches = split_evenly(samples, max_tokens)
     assert len(micro_batches) == count and all(micro_batches)
@@ -34,6 +34,6 @@ def test_split_keeps_every_sample_and_the_limit(lengths, max_tokens, count):
     assert max(sizes(micro_batches)) <= max(max_tokens, max(lengths))
 
 
-def test_groups_are_about_equally_long():
+def test_micro_batches_are_about_equally_long():
     micro_batches = split_evenly(samples_of(*range(40, 168, 4)), max_tokens=1100)
     assert max(sizes(micro_batches)) - min(sizes(micro_batches)) <= 40

@@ -1,4 +1,4 @@
-"""qlora/data/dataset.py: what a sample becomes of a row, mixtures, and the cache."""
+"""qlora/data/dataset.py: tokenized samples, mixtures of files, and the cache."""
 
 import logging
 import os
@@ -16,8 +16,8 @@ from qlora.data.dataset import SampleEncoder, load_samples, mix_samples, numpy_c
 CONTROL_TEXT = "前<sop>[gMASK]<eop>[MASK]<pad><unk>后"
 
 
-def test_history_may_first_come_late_in_a_file(rows_file, encoder):
-    # The datasets library writes 1,000 rows at a time and would take the type of a column from the first of them.
+def test_first_history_may_be_late_in_a_file(rows_file, encoder):
+    # Without ROW_FEATURES the datasets library would infer the type of the column from the first rows that it writes.
     path = write_lines(rows_file, *[GOOD_LINE] * 1001, to_json(history=[["问", "答"]]))
     assert len(load_samples(path, encoder)) == 1002
 
@@ -28,10 +28,10 @@ def test_history_may_first_come_late_in_a_file(rows_file, encoder):
 def test_sample_is_prompt_and_answer_with_labels_on_the_answer(rows_file, encoder, tokenizer):
     sample = load_samples(write_lines(rows_file, GOOD_LINE), encoder)[0]
     prompt, answer = (tokenizer.encode(text, add_special_tokens=False) for text in GOOD.values())
-    learned = [*answer, tokenizer.eos_token_id]
+    trained_on = [*answer, tokenizer.eos_token_id]
     context = [*prompt, tokenizer.gmask_token_id, tokenizer.bos_token_id]
-    assert sample["input_ids"] == context + learned
-    assert sample["labels"] == [-100] * len(context) + learned
+    assert sample["input_ids"] == context + trained_on
+    assert sample["labels"] == [-100] * len(context) + trained_on
 
 
 def test_prompt_text_comes_before_the_prompt(rows_file, tokenizer):
@@ -43,8 +43,8 @@ def test_prompt_text_comes_before_the_prompt(rows_file, tokenizer):
 
 def test_training_prompt_is_the_prompt_of_generation(rows_file, encoder, tokenizer):
     ids = load_samples(write_lines(rows_file, GOOD_LINE), encoder)[0]["input_ids"]
-    asked = tokenizer(GOOD["instruction"], split_special_tokens=True)["input_ids"]
-    assert ids[: len(asked)] == asked
+    generation_ids = tokenizer(GOOD["instruction"], split_special_tokens=True)["input_ids"]
+    assert ids[: len(generation_ids)] == generation_ids
 
 
 def test_control_tokens_in_a_row_stay_text(rows_file, encoder, tokenizer):
@@ -58,7 +58,7 @@ def test_control_tokens_in_a_row_stay_text(rows_file, encoder, tokenizer):
 
 
 def lengths(sample: dict, tokenizer: ChatGLMTokenizer) -> tuple[int, int]:
-    """Tokens of prompt with [gMASK] and <sop>, and of answer with <eop>."""
+    """Numbers of tokens: of the prompt with [gMASK] and <sop>, and of the answer with <eop>."""
     prompt = sample["input_ids"].index(tokenizer.bos_token_id) + 1
     assert sample["labels"][:prompt] == [-100] * prompt
     assert sample["labels"][prompt:] == sample["input_ids"][prompt:]
@@ -80,7 +80,7 @@ def test_lengths_are_cut_to_the_limits_and_counted(rows_file, tokenizer, caplog)
     assert f"{tokens} tokens" in caplog.text
 
 
-def test_limits_just_large_enough_cut_nothing(rows_file, tokenizer, caplog):
+def test_sample_as_long_as_the_limits_is_not_cut(rows_file, tokenizer, caplog):
     limits = len(tokenizer.encode(GOOD["instruction"])), len(tokenizer.encode(GOOD["output"])) - 1
     with caplog.at_level(logging.INFO):
         samples = load_samples(write_lines(rows_file, GOOD_LINE), SampleEncoder(tokenizer, "", *limits))
@@ -88,32 +88,32 @@ def test_limits_just_large_enough_cut_nothing(rows_file, tokenizer, caplog):
     assert "0 prompts, 0 answers" in caplog.text
 
 
-def test_oldest_rounds_go_first(rows_file, tokenizer, caplog):
+def test_oldest_rounds_are_dropped_first(rows_file, tokenizer, caplog):
     history = [["问一", "答一"], ["问二", "答二"], ["问三", "答三"]]
-    for kept in (3, 2, 1, 0):
-        prompt = build_prompt(GOOD["instruction"], [tuple(turn) for turn in history[3 - kept :]])
+    for num_rounds in (3, 2, 1, 0):
+        prompt = build_prompt(GOOD["instruction"], [tuple(turn) for turn in history[3 - num_rounds :]])
         ids = tokenizer.encode(prompt)
         caplog.clear()
         with caplog.at_level(logging.INFO):
             encoder = SampleEncoder(tokenizer, "", len(ids), 512)
             samples = load_samples(write_lines(rows_file, to_json(history=history)), encoder)
         assert samples[0]["input_ids"][: len(ids)] == ids
-        assert f"{int(kept < 3)} prompts" in caplog.text
+        assert f"{int(num_rounds < 3)} prompts" in caplog.text
 
 
-def test_oldest_of_many_rounds_go_quickly(rows_file, tokenizer, encoded_texts):
-    # Rounds that are dropped one by one would be tokenised 20,000 times.
+def test_few_texts_are_tokenized_to_drop_many_rounds(rows_file, tokenizer, encoded_texts):
+    # If the rounds were dropped one by one, the prompt would be tokenized 20,000 times.
     history = [[f"问{n}", "答"] for n in range(20_000)]
     samples = load_samples(write_lines(rows_file, to_json(history=history)), SampleEncoder(tokenizer, "", 512, 512))
     assert len(encoded_texts) < 30
-    kept = tokenizer.decode(samples[0]["input_ids"][:510]).count("[Round") - 1
-    prompts = [build_prompt(GOOD["instruction"], history[len(history) - n :]) for n in (kept, kept + 1)]
+    num_rounds = tokenizer.decode(samples[0]["input_ids"][:510]).count("[Round") - 1
+    prompts = [build_prompt(GOOD["instruction"], history[len(history) - n :]) for n in (num_rounds, num_rounds + 1)]
     lengths_of_both = [len(tokenizer.encode(prompt)) for prompt in prompts]
     assert lengths_of_both[0] <= 512 < lengths_of_both[1]
 
 
-def test_row_of_a_megabyte_is_read_whole_and_cut_by_tokens(rows_file, tokenizer):
-    # Its beginning is a single word to the tokenizer, so that cutting the text beforehand would change the ids.
+def test_row_of_a_megabyte_is_read_completely_and_cut_by_tokens(rows_file, tokenizer):
+    # The first 100,000 characters are one word for SentencePiece, so that cutting the text would change the ids.
     text = "a" * 100_000 + "裙" * 300_000
     samples = load_samples(
         write_lines(rows_file, to_json(instruction=text, output=text)), SampleEncoder(tokenizer, "", 512, 1536)
@@ -144,12 +144,12 @@ def texts_of(samples: Dataset, tokenizer: ChatGLMTokenizer) -> Counter:
 @pytest.mark.parametrize(
     ("weights", "counts"), [((1, 1), (10, 4)), ((0.5, 1), (5, 4)), ((1, 2), (10, 8)), ((0.25, 2.5), (2, 10))]
 )
-def test_weight_says_how_often_the_rows_of_a_file_stand(parts, tokenizer, weights, counts):
+def test_weight_multiplies_the_rows_of_a_file(parts, tokenizer, weights, counts):
     mixed = texts_of(mix_samples(list(zip("ab", parts, weights, strict=True)), 0), tokenizer)
     for name, part, weight, count in zip("ab", parts, weights, counts, strict=True):
         found = {text: times for text, times in mixed.items() if text.startswith(name)}
         assert sum(found.values()) == count
-        assert set(found.values()) <= {int(weight), -int(-weight // 1)}  # no row much oftener than another
+        assert set(found.values()) <= {int(weight), -int(-weight // 1)}  # counts of rows differ by at most 1
         assert len(found) == min(len(part), count)
 
 
@@ -173,7 +173,7 @@ def test_column_of_a_mixture(parts):
 
 @pytest.fixture
 def encoded_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that are tokenised, in order."""
+    """The texts that are tokenized, in order."""
     texts = []
     encode = SampleEncoder.text_ids
     monkeypatch.setattr(SampleEncoder, "text_ids", lambda self, text: texts.append(text) or encode(self, text))
@@ -186,7 +186,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def fresh_encoder(tokenizer: ChatGLMTokenizer, *limits: int) -> SampleEncoder:
-    """As another process would make it: from the files."""
+    """An encoder with a tokenizer loaded from its files, as in another process."""
     loaded = ChatGLMTokenizer.from_pretrained(Path(tokenizer.vocab_file).parent)
     return SampleEncoder(loaded, "", *(limits or (512, 512)))
 
@@ -207,7 +207,7 @@ def test_a_changed_file_is_read_again(rows_file, tokenizer, encoded_texts):
     encoded_texts.clear()
     longer = load_samples(write_lines(rows_file, GOOD_LINE, GOOD_LINE), fresh_encoder(tokenizer))
     assert len(longer) == 2 and len(encoded_texts) == 4
-    # The same size, another time of change.
+    # The same size, another modification time.
     encoded_texts.clear()
     write_lines(rows_file, GOOD_LINE.replace(b"#", b"*"))
     os.utime(rows_file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
@@ -216,10 +216,10 @@ def test_a_changed_file_is_read_again(rows_file, tokenizer, encoded_texts):
     assert "类型*裙" in encoded_texts
 
 
-def test_other_limits_are_not_taken_from_the_cache(rows_file, tokenizer):
+def test_cache_is_not_used_for_other_limits(rows_file, tokenizer):
     path = write_lines(rows_file, to_json(output="白" * 50))
-    whole, cut = (load_samples(path, fresh_encoder(tokenizer, 512, limit)) for limit in (512, 10))
-    assert len(whole[0]["input_ids"]) > len(cut[0]["input_ids"])
+    complete, cut = (load_samples(path, fresh_encoder(tokenizer, 512, limit)) for limit in (512, 10))
+    assert len(complete[0]["input_ids"]) > len(cut[0]["input_ids"])
 
 
 def test_failed_load_leaves_nothing_in_the_cache(rows_file, encoder):
@@ -234,7 +234,7 @@ def test_failed_load_leaves_nothing_in_the_cache(rows_file, encoder):
 
 
 def test_genuine_rows_have_the_measured_lengths(genuine_tokenizer, genuine_rows):
-    # Counted beforehand with the official tokenizer: mean 103.5, longest 217 with [gMASK], <sop> and <eop>.
+    # As the official tokenizer counts: mean 103.5, longest 217 tokens, with [gMASK], <sop> and <eop>.
     samples = load_samples(str(genuine_rows), SampleEncoder(genuine_tokenizer, "", 512, 1536))
     sizes = [len(ids) for ids in samples["input_ids"]]
     assert len(sizes) == 5000 and max(sizes) == 217

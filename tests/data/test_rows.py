@@ -1,4 +1,4 @@
-"""qlora/data/rows.py: what a row may look like, and what is refused and how."""
+"""qlora/data/rows.py: rows that are accepted, and rows that are refused, with the reason."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_row_is_read(rows_file, fields, query, history):
     assert rows_of(write_lines(rows_file, to_json(**fields))) == [(query, history, "白色的裙。")]
 
 
-def test_names_of_the_original_download_are_read(rows_file):
+def test_field_names_of_advertisegen_are_read(rows_file):
     line = json.dumps({"content": "类型#裤", "summary": "好看的裤。"}).encode()
     assert rows_of(write_lines(rows_file, line)) == [("类型#裤", [], "好看的裤。")]
 
@@ -47,7 +47,7 @@ def test_line_ends_blank_lines_and_byte_order_mark(rows_file, start, end):
     assert [answer for _, _, answer in rows_of(path)] == ["白色的裙。", "白色的裙。", "三"]
 
 
-def test_last_line_may_lack_its_end(rows_file):
+def test_last_line_needs_no_line_end(rows_file):
     rows_file.write_bytes(GOOD_LINE + b"\n" + GOOD_LINE)
     assert len(rows_of(str(rows_file))) == 2
 
@@ -166,7 +166,7 @@ def test_prompt_file_without_prompts_is_refused(tmp_path, name):
         read_prompts(write_lines(tmp_path / name, b"", b"  "))
 
 
-def test_line_of_wide_blanks_is_no_prompt(tmp_path):
+def test_line_of_full_width_spaces_is_no_prompt(tmp_path):
     assert read_prompts(write_lines(tmp_path / "prompts.txt", "\u3000".encode(), "类型#裙".encode())) == ["类型#裙"]
 
 

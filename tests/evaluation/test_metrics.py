@@ -1,4 +1,4 @@
-"""qlora/evaluation/metrics.py gives what the libraries give on the same strings."""
+"""qlora/evaluation/metrics.py: the scores equal those of the libraries for the same texts."""
 
 import importlib.util
 import itertools
@@ -22,8 +22,8 @@ PAIRS = [
 ]
 
 
-def directly(prediction: str, reference: str) -> dict[str, float]:
-    """The same by the libraries alone."""
+def scores_of_libraries(prediction: str, reference: str) -> dict[str, float]:
+    """The scores as the libraries compute them."""
     words = [" ".join(jieba.cut(text)) for text in (prediction, reference)]
     rouge = rouge_chinese.Rouge().get_scores(*words)[0]
     smoothing = bleu_score.SmoothingFunction().method3
@@ -35,16 +35,16 @@ def directly(prediction: str, reference: str) -> dict[str, float]:
 def test_scores_are_those_of_the_libraries(prediction, reference):
     scores = score(prediction, reference)
     assert tuple(scores) == METRICS
-    assert scores == pytest.approx(directly(prediction, reference), abs=1e-4)
+    assert scores == pytest.approx(scores_of_libraries(prediction, reference), abs=1e-4)
 
 
 def test_scores_of_adgen_rows_are_those_of_the_libraries(sample_rows):
     answers = [row["output"] for row in sample_rows[:20]]
     for prediction, reference in itertools.pairwise(answers):
-        assert score(prediction, reference) == pytest.approx(directly(prediction, reference), abs=1e-4)
+        assert score(prediction, reference) == pytest.approx(scores_of_libraries(prediction, reference), abs=1e-4)
 
 
-def test_an_equal_answer_has_100_percent_and_a_foreign_one_none():
+def test_equal_answer_scores_100_and_an_answer_without_common_words_0():
     assert score(PAIRS[1][0], PAIRS[1][1]) == pytest.approx(dict.fromkeys(METRICS, 100), abs=1e-3)
     assert score("完全不同", "简约大方百搭") == dict.fromkeys(METRICS, 0)
 
@@ -54,11 +54,11 @@ def test_an_empty_answer_counts_as_zero(prediction):
     assert score(prediction, "简约的连衣裙") == dict.fromkeys(METRICS, 0)
 
 
-def test_no_text_makes_it_crash():
-    drawn = random.Random(0)
+def test_any_text_can_be_scored():
+    draw = random.Random(0)
     characters = "裙的。！？…\n “”.?! a1\u200b\u3000\x85"
     for _ in range(300):
-        prediction = "".join(drawn.choices(characters, k=drawn.randint(0, 8)))
+        prediction = "".join(draw.choices(characters, k=draw.randint(0, 8)))
         assert all(0 <= value <= 100.001 for value in score(prediction, "简约的连衣裙。显瘦！").values()), repr(
             prediction
         )

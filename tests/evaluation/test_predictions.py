@@ -1,4 +1,4 @@
-"""scripts/evaluate_qlora.py and what it uses: an evaluation gives the same whether it is interrupted or not."""
+"""scripts/evaluate_qlora.py and its modules: an interrupted evaluation gives the results of an uninterrupted one."""
 
 import json
 import sys
@@ -23,7 +23,7 @@ ROWS, BATCH = 11, 4
 
 @pytest.fixture(scope="module")
 def adapter(tiny_checkpoint, tmp_path_factory) -> Path:
-    """An adapter that changes the answers."""
+    """The folder of an adapter that changes the answers."""
     folder = tmp_path_factory.mktemp("adapter")
     add_random_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), std=0.1).save_pretrained(folder)
     return folder
@@ -41,7 +41,7 @@ def script():
 
 @pytest.fixture
 def run(script, adapter, data, monkeypatch):
-    """Runs the script, quickly: answers of at most 12 tokens."""
+    """A function that runs the script, with answers of at most 12 tokens to save time."""
     for name, protocol in PROTOCOLS.items():
         short = type(protocol)(**vars(protocol) | {"max_new_tokens": 12})
         monkeypatch.setitem(PROTOCOLS, name, short)
@@ -80,34 +80,34 @@ def test_every_row_is_answered_twice_and_scored(run, tmp_path, sample_rows, prot
     assert page.count('<div class="sample">') == 10 and "<svg" in page and f"{metrics['base']['rouge-1']:.2f}" in page
 
 
-def test_rerun_answers_only_what_is_missing(run, tmp_path, monkeypatch):
-    whole, interrupted = tmp_path / "whole", tmp_path / "interrupted"
-    asked, most, generate_texts = [], [100], generation.generate_texts
+def test_rerun_answers_only_the_missing_rows(run, tmp_path, monkeypatch):
+    complete, interrupted = tmp_path / "whole", tmp_path / "interrupted"
+    answered, limit, generate_texts = [], [100], generation.generate_texts
 
     def counted(model, tokenizer, prompts: list[str], **kwargs) -> list[str]:
-        if len(asked) == most[0]:
+        if len(answered) == limit[0]:
             raise KeyboardInterrupt
-        asked.extend(prompts)
+        answered.extend(prompts)
         return generate_texts(model, tokenizer, prompts, **kwargs)
 
     monkeypatch.setattr(generation, "generate_texts", counted)
-    run(whole, "--protocol", "published")
-    assert len(asked) == 2 * ROWS
+    run(complete, "--protocol", "published")
+    assert len(answered) == 2 * ROWS
 
-    asked[:], most[:] = [], [2 * 2 * BATCH]
+    answered[:], limit[:] = [], [2 * 2 * BATCH]
     with pytest.raises(KeyboardInterrupt):
         run(interrupted, "--protocol", "published")
     path = interrupted / "predictions.jsonl"
     assert len(read_predictions(interrupted)) == 2 * BATCH
-    path.write_bytes(path.read_bytes()[:-30])  # the last line is cut, as by a crash: its batch is answered again
+    path.write_bytes(path.read_bytes()[:-30])  # cuts the last line, as a crash would: its batch is answered again
 
-    asked[:], most[:] = [], [100]
+    answered[:], limit[:] = [], [100]
     for missing in (ROWS - BATCH, 0):
         run(interrupted, "--protocol", "published")
-        assert len(asked) == 2 * missing
-        assert read_predictions(interrupted) == read_predictions(whole)
-        assert read_metrics(interrupted) == read_metrics(whole)
-        asked.clear()
+        assert len(answered) == 2 * missing
+        assert read_predictions(interrupted) == read_predictions(complete)
+        assert read_metrics(interrupted) == read_metrics(complete)
+        answered.clear()
 
 
 def test_predictions_of_other_settings_are_not_mixed(run, tmp_path):
@@ -125,7 +125,7 @@ def test_predictions_of_other_settings_are_not_mixed(run, tmp_path):
         assert (read_predictions(tmp_path), read_metrics(tmp_path)) == before
 
 
-def test_too_little_memory_is_said_and_another_batch_size_may_follow(run, tmp_path, monkeypatch):
+def test_out_of_memory_is_reported_and_a_smaller_batch_can_be_tried(run, tmp_path, monkeypatch):
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -139,7 +139,7 @@ def test_too_little_memory_is_said_and_another_batch_size_may_follow(run, tmp_pa
     assert len(read_predictions(tmp_path)) == ROWS
 
 
-def test_predictions_without_settings_are_not_mixed_either(run, tmp_path):
+def test_predictions_without_settings_are_not_mixed(run, tmp_path):
     run(tmp_path)
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.raises(SystemExit, match="made in another way"):
@@ -158,8 +158,8 @@ def test_greedy_answers_are_those_of_inference(run, tmp_path, script, adapter, t
         assert tokenizer.decode(ids, skip_special_tokens=True) == row[name]
 
 
-def test_references_are_cut_as_the_official_evaluation_does(genuine_tokenizer):
-    # A label of ptuning/main.py is the official encoding, cut to 64 tokens of which [gMASK] and <sop> are two.
+def test_references_are_cut_like_those_of_the_official_evaluation(genuine_tokenizer):
+    # The labels of ptuning/main.py are cut to 64 tokens, [gMASK] and <sop> included.
     text = "换季必入的一条牛仔裙，好看又好搭，让精致感藏也藏不住。" * 8
     ids = genuine_tokenizer.encode(text, add_special_tokens=False)
     assert len(ids) > 64
@@ -172,7 +172,7 @@ def test_control_tokens_in_a_reference_stay_text(tokenizer):
     assert "sop" in reference_text(tokenizer, "裙<sop>裙", None)
 
 
-def test_page_escapes_what_models_write():
+def test_page_escapes_answers():
     scores = {model: dict.fromkeys(METRICS, 1.0) for model in ("base", "adapter")}
     row = {"prompt": "<script>alert(1)</script>", "reference": "a & b", "base": "<b>", "adapter": "", "scores": scores}
     page = render_page("title", {"seed": 1}, scores, [row])

@@ -1,4 +1,4 @@
-"""scripts/merge_lora.py and quantize_checkpoint.py: the merged model is base and adapter, in the official files."""
+"""scripts/merge_lora.py and quantize_checkpoint.py: a merged model has the outputs of base model and adapter."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def run(scripts, monkeypatch):
 
 
 def make_adapter(folder: Path, **options: object) -> str:
-    """A random LoRA adapter for the golden checkpoint."""
+    """Writes a random LoRA adapter for the golden checkpoint; returns its path."""
     torch.manual_seed(0)
     config = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 32, "target_modules": MODULES} | options
     model = ChatGLMForConditionalGeneration.from_pretrained(GOLDEN_CHECKPOINT, dtype=torch.float32)
@@ -50,7 +50,7 @@ def make_adapter(folder: Path, **options: object) -> str:
 
 
 def in_memory(base: Path, adapter: str | Path, onto: str) -> ChatGLMForConditionalGeneration:
-    """The merged model in fp32, not rounded by writing it."""
+    """The merged model in fp32, not rounded to 16 bits."""
     config, tensor = merged_tensors(str(base), str(adapter), onto, torch.float32)
     model = ChatGLMForConditionalGeneration(config)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def logits(model: torch.nn.Module, ids: list[int] = IDS) -> torch.Tensor:
         {"layers_to_transform": [1], "layers_pattern": "layers"},
     ],
 )
-def test_merging_onto_the_original_weights_is_what_peft_does(golden_folder, tmp_path, options):
+def test_merging_onto_the_original_weights_equals_peft(golden_folder, tmp_path, options):
     adapter = make_adapter(tmp_path / "adapter", **options)
     base = ChatGLMForConditionalGeneration.from_pretrained(golden_folder, dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
@@ -88,10 +88,10 @@ def test_merging_onto_the_original_weights_is_what_peft_does(golden_folder, tmp_
 
 
 def test_merged_model_has_the_logits_of_the_official_code(golden_folder, cases, arrays):
-    # Which had the adapter beside the weights, in fp32.
+    # The official code computed them in fp32, with the adapter not merged.
     model = in_memory(golden_folder, GOLDEN_ADAPTER, "original")
-    ours = logits(model, cases["single"]["input_ids"])
-    torch.testing.assert_close(ours, arrays["single_logits_with_adapter"], atol=1e-4, rtol=0)
+    merged = logits(model, cases["single"]["input_ids"])
+    torch.testing.assert_close(merged, arrays["single_logits_with_adapter"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -118,7 +118,7 @@ def test_merged_nf4_model_has_the_logits_of_base_and_adapter(golden_folder, tmp_
         assert (logits(merged) - logits(tuned)).abs().max() > 1
 
 
-def test_a_folder_of_4_bit_weights_may_be_the_base(golden_folder, tokenizer, tmp_path):
+def test_base_model_may_be_in_4_bits(golden_folder, tokenizer, tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
     write_quantized(load_quantized_model(str(golden_folder), torch.float32), tokenizer, str(tmp_path / "nf4"))
     expected = in_memory(golden_folder, adapter, "nf4").state_dict()
@@ -138,33 +138,33 @@ def test_written_folder_is_official_and_has_the_same_logits(golden_folder, tmp_p
     adapter, output = make_adapter(tmp_path / "adapter"), tmp_path / "merged"
     flags = {"onto": onto, "dtype": dtype, "compute_dtype": "fp32"}
     run("merge_lora", model_name_or_path=golden_folder, adapter_path=adapter, output_dir=output, **flags)
-    said = capsys.readouterr().out
-    assert ("original 16-bit weights" in said) == (onto == "original") and ("4-bit weights" in said) == (onto == "nf4")
+    text = capsys.readouterr().out
+    assert ("original 16-bit weights" in text) == (onto == "original") and ("4-bit weights" in text) == (onto == "nf4")
 
     assert check_checkpoint(str(output)).num_layers == 3
     assert load_tokenizer(str(output))("类型#裙") == load_tokenizer(str(golden_folder))("类型#裙")
     for name in ("modeling_chatglm.py", "tokenizer_config.json", "ice_text.model"):
         assert (output / name).read_bytes() == (golden_folder / name).read_bytes()
-    ours, official = (stored(folder) for folder in (output, golden_folder))
-    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in official.items()}
+    merged, official = (stored(folder) for folder in (output, golden_folder))
+    assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in official.items()}
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    assert {tensor.dtype for name, tensor in ours.items() if "inv_freq" not in name} == {torch_dtype}
+    assert {tensor.dtype for name, tensor in merged.items() if "inv_freq" not in name} == {torch_dtype}
     config = json.loads((output / "config.json").read_text())
     assert config["torch_dtype"] == str(torch_dtype)[6:]
     assert config["auto_map"] == json.loads((golden_folder / "config.json").read_text())["auto_map"]
 
     exact = in_memory(golden_folder, adapter, onto)
     expected = exact.state_dict()
-    for name, tensor in ours.items():
+    for name, tensor in merged.items():
         if "inv_freq" not in name:
             assert torch.equal(tensor, expected[name].to(torch_dtype)), name
     loaded = ChatGLMForConditionalGeneration.from_pretrained(output, dtype=torch.float32)
-    # Each weight is off by half a unit of its last bit at most; the largest logit is about 2.5.
+    # The rounding error of a weight is at most half a unit in its last place; the largest logit is about 2.5.
     torch.testing.assert_close(logits(loaded), logits(exact), atol=16 * 2.0**-bits, rtol=0)
     load_quantized_model(str(output), torch.float32)
 
 
-def test_config_points_to_the_official_code_only_if_it_is_there(golden_folder, tokenizer, tmp_path, run):
+def test_config_refers_to_the_official_code_only_if_it_is_copied(golden_folder, tokenizer, tmp_path, run):
     adapter, nf4, merged = make_adapter(tmp_path / "adapter"), tmp_path / "nf4", tmp_path / "merged"
     assert "auto_map" in json.loads((golden_folder / "config.json").read_text())
     write_quantized(load_quantized_model(str(golden_folder), torch.float32), tokenizer, nf4)
@@ -181,7 +181,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for file in weight_files(folder) for n, t in torch.load(file, weights_only=True).items()}
 
 
-def test_a_safetensors_base_gives_the_same(golden_folder, tmp_path):
+def test_base_model_may_be_in_safetensors_files(golden_folder, tmp_path):
     adapter = make_adapter(tmp_path / "adapter")
     expected = in_memory(golden_folder, adapter, "nf4").state_dict()
     model = ChatGLMForConditionalGeneration.from_pretrained(golden_folder)
@@ -205,7 +205,7 @@ def test_merged_model_in_4_bits(golden_folder, tmp_path, run):
 # What is refused.
 
 
-def test_an_adapter_does_not_count_twice(golden_folder, tmp_path, run):
+def test_adapter_is_refused_with_the_model_it_is_merged_into(golden_folder, tmp_path, run):
     adapter, merged, quantized = make_adapter(tmp_path / "adapter"), tmp_path / "merged", tmp_path / "nf4"
     run("merge_lora", model_name_or_path=golden_folder, adapter_path=adapter, output_dir=merged, onto="original")
     run("quantize_checkpoint", model_name_or_path=merged, output_dir=quantized)
@@ -216,7 +216,7 @@ def test_an_adapter_does_not_count_twice(golden_folder, tmp_path, run):
     load_adapter(load_quantized_model(str(merged), torch.float32), other)
 
 
-def test_a_folder_in_4_bits_is_not_quantised_again(golden_folder, tmp_path, run):
+def test_folder_in_4_bits_is_not_quantized_again(golden_folder, tmp_path, run):
     run("quantize_checkpoint", model_name_or_path=golden_folder, output_dir=tmp_path / "nf4")
     with pytest.raises(SystemExit, match="is in 4 bits already"):
         run("quantize_checkpoint", model_name_or_path=tmp_path / "nf4", output_dir=tmp_path / "again")
@@ -252,7 +252,7 @@ def test_an_adapter_of_embedding_or_head_is_refused(golden_folder, tmp_path, mod
 
 
 def test_an_adapter_of_another_model_is_refused(tiny_checkpoint, tmp_path):
-    adapter = make_adapter(tmp_path / "adapter")  # of three layers, not two
+    adapter = make_adapter(tmp_path / "adapter")  # of a model with three layers, not two
     with pytest.raises(ValueError, match=r"adapter in .* does not fit the base model"):
         merged_tensors(str(tiny_checkpoint), adapter, "nf4", torch.float32)
 
@@ -277,7 +277,7 @@ def test_an_existing_folder_is_not_overwritten(run, golden_folder, tmp_path, nam
 
 
 def write_folder(path: str, *, appears: Path | None = None):
-    """Writes a folder of one file, during which another folder appears."""
+    """Writes a folder with one file; meanwhile the folder `appears` is created."""
     with atomic_folder(path) as folder:
         folder.mkdir()
         (folder / "all").write_text("ours")
@@ -287,7 +287,7 @@ def write_folder(path: str, *, appears: Path | None = None):
 
 
 @pytest.mark.parametrize("name", ["merged", "merged/", "merged//", "v1.0"])
-def test_a_folder_appears_whole_or_not_at_all(tmp_path, name):
+def test_folder_appears_complete_or_not_at_all(tmp_path, name):
     target = f"{tmp_path}/{name}"
     with pytest.raises(OSError, match="disk full"), atomic_folder(target) as folder:
         folder.mkdir()
@@ -298,7 +298,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, name):
     assert [path.name for path in tmp_path.rglob("*")] == [name.strip("/"), "all"]
 
 
-def test_a_folder_that_appeared_meanwhile_is_not_replaced_and_nothing_is_lost(tmp_path):
+def test_folder_created_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "merged"
     with pytest.raises(OSError, match=r"merged\.partial"):
         write_folder(str(target), appears=target)

@@ -1,4 +1,4 @@
-"""qlora/export/official_folder.py: a 4-bit folder gives back the model that was written, to the bit."""
+"""qlora/export/official_folder.py: a model loaded from a 4-bit folder is bit-equal to the one that was written."""
 
 import json
 from pathlib import Path
@@ -41,19 +41,19 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(torch.tensor([IDS])).logits
 
 
-def test_packed_weights_and_scales_are_equal_to_the_bit(model, quantized_folder):
+def test_packed_weights_and_scales_are_bit_equal(model, quantized_folder):
     written, loaded = (quantized_weights(m) for m in (model, load_quantized_model(str(quantized_folder), model.dtype)))
     assert written.keys() == loaded.keys() and len(loaded) == 3 * 4
     for name, weight in written.items():
         other = loaded[name]
         assert torch.equal(weight, other), name
-        ours, theirs = (p.quant_state.as_dict(packed=False) for p in (weight, other))
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            assert torch.equal(value, theirs[key]) if torch.is_tensor(value) else value == theirs[key], (name, key)
+        expected, found = (p.quant_state.as_dict(packed=False) for p in (weight, other))
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            assert torch.equal(value, found[key]) if torch.is_tensor(value) else value == found[key], (name, key)
 
 
-def test_everything_else_is_equal_too(model, quantized_folder):
+def test_other_weights_and_logits_are_equal(model, quantized_folder):
     loaded = load_quantized_model(str(quantized_folder), torch.float32)
     expected = dict(model.named_parameters())
     for name, parameter in loaded.named_parameters():
@@ -63,7 +63,7 @@ def test_everything_else_is_equal_too(model, quantized_folder):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_another_compute_dtype_may_be_asked_for(model, quantized_folder, dtype):
+def test_folder_can_be_loaded_for_another_compute_dtype(model, quantized_folder, dtype):
     loaded = load_quantized_model(str(quantized_folder), dtype)
     for name, parameter in loaded.named_parameters():
         if isinstance(parameter, bitsandbytes.nn.Params4bit):
@@ -72,12 +72,12 @@ def test_another_compute_dtype_may_be_asked_for(model, quantized_folder, dtype):
         else:
             assert parameter.dtype == dtype, name
     assert loaded.dtype == dtype and loaded.config.quantization_config.bnb_4bit_compute_dtype == dtype
-    # The largest logit is about 2.5; bf16 keeps 8 bits of all that leads to it.
+    # The largest logit is about 2.5; in bf16 all values of its computation have 8 bits of precision.
     torch.testing.assert_close(logits(loaded).float(), logits(model), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_training_on_it_is_the_same(golden_folder, tokenizer, tmp_path, dtype):
+def test_loss_and_gradients_are_equal(golden_folder, tokenizer, tmp_path, dtype):
     original = load_quantized_model(str(golden_folder), dtype)
     write_quantized(original, tokenizer, str(tmp_path / "nf4"))
     batch = PaddingFreeCollator(original.config)(
@@ -94,7 +94,7 @@ def test_training_on_it_is_the_same(golden_folder, tokenizer, tmp_path, dtype):
         assert value.abs().max() > 0 and torch.equal(value, results[1][name]), name
 
 
-def test_folder_is_complete_and_holds_its_tokenizer(quantized_folder, tokenizer):
+def test_folder_is_complete_with_its_tokenizer(quantized_folder, tokenizer):
     assert check_checkpoint(str(quantized_folder)).num_layers == 3
     loaded = load_tokenizer(str(quantized_folder))
     assert type(loaded) is ChatGLMTokenizer and loaded("类型#裙").input_ids == tokenizer("类型#裙").input_ids
@@ -117,7 +117,7 @@ def test_a_model_with_an_adapter_is_refused(model, tokenizer, tmp_path):
         {"quant_method": "gptq"},
     ],
 )
-def test_weights_quantised_in_another_way_are_refused(quantized_folder, changes):
+def test_weights_quantized_in_another_way_are_refused(quantized_folder, changes):
     path = quantized_folder / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"quantization_config": config["quantization_config"] | changes}))

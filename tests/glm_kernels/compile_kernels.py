@@ -27,11 +27,21 @@ TYPES = {
     "fp32": "scale log2_scale eps residual_scale sign",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-VARYING = {"tokens", "seed", "capacity"}  # integers that change between launches: a kernel must not specialize on them
+VARYING = {"tokens", "seed", "capacity"}  # integers that change between launches: kernels must not specialize on them
 
 
 def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, **types) -> int:
-    """Shared memory of a program in bytes. Integers are 32 bits, pointers are multiples of 16, as PyTorch's are."""
+    """Compiles a kernel and returns the shared memory of a program in bytes.
+
+    Args:
+        kernel: with integers of 32 bits, and pointers that are multiples of 16, like those of PyTorch.
+        capability: compute capability of the GPU, as an integer: 86 for 8.6.
+        constants: name of a constexpr parameter -> value.
+        num_stages: of the pipeline of loads.
+        types: Triton types of parameters that differ from `TYPES`.
+    Raises:
+        ValueError: a parameter in `VARYING` is specialized.
+    """
     for parameter in kernel.params:
         if parameter.name in VARYING and not parameter.do_not_specialize:
             raise ValueError(f"{kernel.__name__} is compiled anew when `{parameter.name}` becomes a multiple of 16.")
@@ -46,7 +56,7 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
 
 
 def all_kernels(capability: int) -> dict[str, int]:
-    """Name -> shared memory of every kernel, as it is launched for the 6B model."""
+    """Name of each kernel -> shared memory in bytes, with the constants of a launch for the 6B model."""
     over_keys = HEAD | {"TILE": attention.TILE, "BLOCK_N": attention.BLOCK_N}
     over_queries = HEAD | {"TILE": attention.TILE, "BLOCK_M": attention.BLOCK_M}
     decode = {"HEAD_DIM": 128, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}

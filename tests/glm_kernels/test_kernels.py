@@ -1,4 +1,4 @@
-"""Each Triton kernel against the PyTorch reference that its file names; without a GPU, interpreted and in fp32."""
+"""Each Triton kernel, compared with the PyTorch reference that its file names; in fp32, without a GPU interpreted."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_attention_kernel(head_dim, heads):
     torch.testing.assert_close(grad, expected_grad, atol=2e-5, rtol=1e-5)
 
 
-def test_rotation_turns_queries_and_keys_and_can_be_undone():
+def test_rotation_of_queries_and_keys_and_its_inverse():
     head_dim, heads, tokens = 32, 3, 7
     rotary = ChatGLMRotaryEmbedding(ChatGLMConfig(hidden_size=96, num_attention_heads=heads)).to(DEVICE)
     tables = rotary(torch.randint(0, 2000, (1, 2, tokens), device=DEVICE), torch.float32)
@@ -102,9 +102,9 @@ def test_dropout_is_the_same_mask_in_every_kernel():
     mask = torch.zeros(tokens, features, device=DEVICE)
     one = torch.ones(tokens, 1, device=DEVICE)
     lora.lora_up_add(mask, one, torch.ones(1, features, device=DEVICE), 1.0, dropout, seed)
-    kept = mask.bool()
-    assert kept.float().mean().item() == pytest.approx(1 - dropout, abs=0.02)
-    torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - dropout)))
+    is_kept = mask.bool()
+    assert is_kept.float().mean().item() == pytest.approx(1 - dropout, abs=0.02)
+    torch.testing.assert_close(mask[is_kept], torch.full_like(mask[is_kept], 1 / (1 - dropout)))
     x = torch.randn(tokens, features, device=DEVICE)
     weight = torch.randn(rank, features, device=DEVICE)
     low_rank = torch.randn(tokens, rank, device=DEVICE)
@@ -115,10 +115,10 @@ def test_dropout_is_the_same_mask_in_every_kernel():
     )
     other = torch.zeros_like(mask)
     lora.lora_up_add(other, one, torch.ones(1, features, device=DEVICE), 1.0, dropout, seed + 1)
-    assert (other.bool() != kept).float().mean() > 0.2
+    assert (other.bool() != is_kept).float().mean() > 0.2
 
 
-@pytest.mark.parametrize("shape", [(6, 2048), (10, 1088), (96, 64), (40, 1024)])  # the last: two second scales
+@pytest.mark.parametrize("shape", [(6, 2048), (10, 1088), (96, 64), (40, 1024)])  # (40, 1024) has two second scales
 def test_dequantized_weights_equal_those_of_bitsandbytes(shape):
     packed, state = bitsandbytes.functional.quantize_4bit(
         torch.randn(shape, device=DEVICE), quant_type="nf4", compress_statistics=True

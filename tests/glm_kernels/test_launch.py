@@ -24,11 +24,11 @@ class StandInKernel:
         self.compiled, self.launches = 0, []
 
     def __getitem__(self, grid):
-        def through_triton(*args, **constants):
+        def compile_and_launch(*args, **constants):
             self.compiled += 1
             return Compiled(self, self.compiled)
 
-        return through_triton
+        return compile_and_launch
 
 
 class Compiled:
@@ -59,7 +59,7 @@ def test_kernel_is_compiled_once_for_arguments_with_the_same_key(kernel):
 @pytest.mark.parametrize(
     ("x", "hidden_size", "constants"),
     [
-        (NUMBERS[1:], 64, {}),  # address is no multiple of 16 bytes
+        (NUMBERS[1:], 64, {}),  # the address is not a multiple of 16 bytes
         (NUMBERS.half(), 64, {}),
         (NUMBERS, 32, {}),
         (NUMBERS, 64, {"BLOCK": 32}),
@@ -76,7 +76,7 @@ def test_kernel_is_compiled_anew_for_arguments_with_another_key(kernel, x, hidde
 
 
 class TensorOn(torch.Tensor):
-    """A tensor that says it is on another device."""
+    """A tensor with another device number."""
 
     device_number = 0
 

@@ -1,4 +1,4 @@
-"""Decoding in place gives what transformers' `generate` gives."""
+"""qlora/inference/decoding.py: the tokens are those of transformers' `generate`; the state is changed in place."""
 
 import contextlib
 
@@ -36,7 +36,7 @@ def test_greedy_tokens_are_those_of_the_official_code(model, cases):
             assert torch.cat(list(pieces), dim=1)[0].tolist() == case["new_tokens"]
 
 
-def test_a_batch_gives_what_generate_gives(model, cases):
+def test_tokens_of_a_batch_are_those_of_generate(model, cases):
     ids, mask = left_padded([case["prompt"] for case in cases["generate"][:2]] + [[5, 6, 507, 508]])
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)[:, ids.shape[1] :]
     tokens = torch.cat(list(decode(model, ids, mask, 20, make_sampler(do_sample=False))), dim=1)
@@ -45,14 +45,14 @@ def test_a_batch_gives_what_generate_gives(model, cases):
 
 
 @pytest.mark.parametrize("sync_every", [1, 2, 7, 50])
-def test_pieces_add_up_however_often_one_looks(model, cases, sync_every):
+def test_tokens_do_not_depend_on_sync_every(model, cases, sync_every):
     ids, mask = left_padded([cases["generate"][0]["prompt"]])
     pieces = list(decode(model, ids, mask, 15, make_sampler(do_sample=False), sync_every=sync_every))
     assert torch.cat(pieces, dim=1)[0].tolist() == cases["generate"][0]["new_tokens"][:15]
     assert all(piece.shape[1] <= sync_every + 1 for piece in pieces)
 
 
-def test_a_row_that_has_ended_gets_padding_and_all_ended_stops(model):
+def test_ended_answers_get_padding_and_decoding_stops_after_the_last(model):
     ids, mask = left_padded([[10, 11, 507, 508], [12, 507, 508]])
     eos, steps = model.config.eos_token_id, []
 
@@ -66,7 +66,7 @@ def test_a_row_that_has_ended_gets_padding_and_all_ended_stops(model):
     assert tokens.shape[1] < 8
 
 
-def test_sampling_repeats_with_its_seed_and_varies_without(model):
+def test_sampling_depends_on_the_seed(model):
     ids, mask = left_padded([[10, 11, 507, 508]])
 
     def sample(seed: int) -> list[int]:
@@ -79,14 +79,14 @@ def test_sampling_repeats_with_its_seed_and_varies_without(model):
     assert sample(1) != sample(2)
 
 
-def test_sampling_with_little_top_p_is_greedy():
+def test_sampling_with_a_tiny_top_p_is_greedy():
     logits = torch.tensor([[0.1, 2.0, 0.3], [3.0, 0.0, 0.0]])
     assert make_sampler(True, top_p=1e-6)(logits)[:, 0].tolist() == [1, 0]
     assert make_sampler(False)(logits)[:, 0].tolist() == [1, 0]
 
 
-def test_state_stays_in_place(model):
-    """A recorded graph sees the same tensors in every replay."""
+def test_state_is_changed_in_place(model):
+    # Each replay of a CUDA graph uses the same addresses.
     ids, mask = left_padded([[10, 11, 507, 508]])
     with torch.no_grad():
         decoder = Decoder(model, ids, mask, 8, make_sampler(do_sample=False))
@@ -99,8 +99,8 @@ def test_state_stays_in_place(model):
 
 
 @pytest.mark.parametrize("kernels", [False, True])
-def test_layers_for_inference_give_what_those_of_peft_give(golden_folder, cases, monkeypatch, kernels):
-    """With kernels, in Triton's interpreter, too: norms, and attention of single tokens."""
+def test_logits_of_layers_for_inference_are_those_of_peft(golden_folder, cases, monkeypatch, kernels):
+    # With kernels, too, in Triton's interpreter: norms, and attention of single tokens.
     if kernels:
         pytest.importorskip("triton")
         monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: True)
@@ -109,21 +109,21 @@ def test_layers_for_inference_give_what_those_of_peft_give(golden_folder, cases,
     ids, mask = left_padded([case["prompt"] for case in cases["generate"][:2]] + [[5, 6, 507, 508]])
 
     def logits(adapter: bool) -> torch.Tensor:
-        seen = []
+        recorded = []
         sampler = make_sampler(do_sample=False)
 
-        def note(scores: torch.Tensor) -> torch.Tensor:
-            seen.append(scores)
+        def recording_sampler(scores: torch.Tensor) -> torch.Tensor:
+            recorded.append(scores)
             return sampler(scores)
 
         with contextlib.nullcontext() if adapter else model.disable_adapter():
-            list(decode(model.get_base_model(), ids, mask, 8, note))
-        return torch.stack(seen)
+            list(decode(model.get_base_model(), ids, mask, 8, recording_sampler))
+        return torch.stack(recorded)
 
     expected = [logits(adapter) for adapter in (True, False)]
     replace_layers(model, for_training=False)
-    for adapter, wanted in zip((True, False), expected, strict=True):
-        torch.testing.assert_close(logits(adapter), wanted, atol=1e-4, rtol=1e-4)
+    for adapter, expected_logits in zip((True, False), expected, strict=True):
+        torch.testing.assert_close(logits(adapter), expected_logits, atol=1e-4, rtol=1e-4)
     assert (expected[0] - expected[1]).abs().max() > 1e-2
 
 

@@ -1,4 +1,4 @@
-"""qlora/inference/generation.py: answers belong to their prompts, whatever the order in which they are generated."""
+"""qlora/inference/generation.py: the order of the answers is that of the prompts, not that of the batches."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def model(tiny_checkpoint):
 def test_answers_are_in_the_order_of_the_prompts(model, tokenizer):
     prompts = ["类型#裙*颜色#白色*风格#简约*图案#条纹", "类型#裤", "类型#上衣*颜色#黑色", "裙", "类型#裙*颜色#白色"]
     options = {"max_new_tokens": 12, "sampler": make_sampler(do_sample=False)}
-    alone = [generate_texts(model, tokenizer, [prompt], batch_size=1, **options)[0] for prompt in prompts]
-    assert len(set(alone)) == len(alone)  # else the test could not tell them apart
+    expected = [generate_texts(model, tokenizer, [prompt], batch_size=1, **options)[0] for prompt in prompts]
+    assert len(set(expected)) == len(expected)  # otherwise the test could not detect a wrong order
     for batch_size in (1, 2, 5):
-        assert generate_texts(model, tokenizer, prompts, batch_size=batch_size, **options) == alone
+        assert generate_texts(model, tokenizer, prompts, batch_size=batch_size, **options) == expected

@@ -1,4 +1,4 @@
-"""The compare page: what its buttons do, without gradio, and the page itself in a real browser where there is one."""
+"""The compare page: its event handlers without gradio, and the page itself in a browser, if one is installed."""
 
 import contextlib
 import dataclasses
@@ -43,7 +43,7 @@ PASSWORD = "芝麻开门"
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_config, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model that knows Chinese characters only, and never comes to an end."""
+    """A random model that generates only Chinese characters, and never `<eop>`."""
     torch.manual_seed(0)
     state = ChatGLMForConditionalGeneration(tiny_config).state_dict()
     chinese = [bool(re.fullmatch(CJK, tokenizer.decode([i]))) for i in range(tiny_config.vocab_size)]
@@ -76,19 +76,19 @@ def answerer(model: PeftModel, tokenizer) -> Answerer:
 
 
 def expected_answers(answerer: Answerer, prompt: str, max_new_tokens: int = 24) -> list[str]:
-    """What `inference_qlora.py` prints as before and after."""
+    """The answers without and with the adapter, as `inference_qlora.py` prints them."""
     common = (answerer.model, answerer.tokenizer, [prompt], max_new_tokens, make_sampler(do_sample=False), 1)
     with answerer.model.disable_adapter():
         before = generate_answers(*common)
     return before + generate_answers(*common)
 
 
-def adapter_counts(model: PeftModel) -> bool:
-    """Whether every adapter layer is switched on."""
+def adapter_is_enabled(model: PeftModel) -> bool:
+    """Whether the adapter is enabled in all layers."""
     return not any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
 
 
-# Answers that grow together.
+# Answers generated side by side.
 
 
 def test_both_answers_are_those_of_the_command_line(answerer):
@@ -97,42 +97,42 @@ def test_both_answers_are_those_of_the_command_line(answerer):
     assert last[0] != last[1] and min(map(len, last)) >= 24
 
 
-def test_answers_grow_side_by_side(answerer):
+def test_answers_are_generated_side_by_side(answerer):
     updates = list(answerer.stream(PROMPT, (False, True), ARGS))
     assert len(updates) >= 3
     for first, last in zip(updates[1], updates[-1], strict=True):
         assert 0 < len(first) < len(last) and last.startswith(first)
 
 
-def test_an_answer_that_has_ended_waits_for_the_other(answerer, monkeypatch):
+def test_ended_answer_stays_while_the_other_is_generated(answerer, monkeypatch):
     streams = iter([iter("a"), iter([f"b{i}" for i in range(9)])])
     monkeypatch.setattr(qlora.inference.web, "stream_answer", lambda *_: next(streams))
     assert list(answerer.stream(PROMPT, (False, True), ARGS)) == [["a", "b3"], ["a", "b7"], ["a", "b8"]]
 
 
-def test_adapter_is_on_whenever_the_answers_can_be_left(answerer):
+def test_adapter_is_enabled_between_updates(answerer):
     updates = answerer.stream(PROMPT, (False, True), ARGS)
     next(updates)
-    assert adapter_counts(answerer.model)
+    assert adapter_is_enabled(answerer.model)
     updates.close()
-    assert adapter_counts(answerer.model) and not answerer.lock.locked()
+    assert adapter_is_enabled(answerer.model) and not answerer.lock.locked()
 
 
-def test_adapter_is_on_after_a_failure(answerer, monkeypatch):
+def test_adapter_is_enabled_after_an_error(answerer, monkeypatch):
     def fail(*_):
-        assert not adapter_counts(answerer.model)
+        assert not adapter_is_enabled(answerer.model)
         yield ""
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(qlora.inference.web, "stream_answer", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(answerer.stream(PROMPT, (False,), ARGS))
-    assert adapter_counts(answerer.model) and not answerer.lock.locked()
+    assert adapter_is_enabled(answerer.model) and not answerer.lock.locked()
 
 
-def test_visitors_at_the_same_time_get_their_own_answers(answerer):
+def test_simultaneous_visitors_get_their_own_answers(answerer):
     prompts = [PROMPT, "类型#裙*颜色#白色"]
-    alone = [expected_answers(answerer, prompt) for prompt in prompts]
+    expected = [expected_answers(answerer, prompt) for prompt in prompts]
     found = [None, None]
 
     def visit(i: int):
@@ -143,7 +143,7 @@ def test_visitors_at_the_same_time_get_their_own_answers(answerer):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == alone
+    assert found == expected
 
 
 def test_sampling_follows_the_seed(answerer):
@@ -170,7 +170,7 @@ def test_prompt_without_room_for_an_answer_is_refused(answerer):
         answerer.check_prompt(PROMPT, dataclasses.replace(ARGS, max_new_tokens=limit - length + 1))
 
 
-def test_prompt_text_stands_before_the_prompt(answerer):
+def test_prompt_text_comes_before_the_prompt(answerer):
     *_, last = answerer.stream(PROMPT, (False, True), dataclasses.replace(ARGS, prompt_text="写广告："))
     assert last == expected_answers(answerer, f"写广告：{PROMPT}") != expected_answers(answerer, PROMPT)
 
@@ -179,20 +179,20 @@ def test_control_tokens_in_a_prompt_stay_text(answerer):
     short = len(answerer.tokenizer("裙")["input_ids"])
     answerer.check_prompt("裙<eop>", dataclasses.replace(ARGS, max_new_tokens=1))
     limit = answerer.model.config.max_sequence_length
-    with pytest.raises(ValueError):  # as a control token it would be one token, and fit
+    with pytest.raises(ValueError):  # as a control token, <eop> would be one token, and the prompt would fit
         answerer.check_prompt("裙<eop>", dataclasses.replace(ARGS, max_new_tokens=limit - short - 1))
 
 
-# The buttons.
+# The event handlers.
 
 
-def test_compare_button_takes_the_settings(answerer):
+def test_compare_uses_the_settings(answerer):
     updates = list(Page(answerer, ARGS).compare(PROMPT, False, 50, 0.7, 0.95, 6, 42))
     assert updates[-1] == expected_answers(answerer, PROMPT, max_new_tokens=6)
 
 
 @pytest.mark.parametrize("tuned", [True, False])
-def test_chat_button_continues_the_history(answerer, tuned):
+def test_chat_continues_the_history(answerer, tuned):
     page, history = Page(answerer, ARGS), []
     for message in (PROMPT, "类型#裙"):
         expected = expected_answers(answerer, build_prompt(message, history))[tuned]
@@ -218,12 +218,12 @@ def test_empty_message_in_a_conversation_is_refused(answerer):
         ((True, 50, 0.7, 0.95, 24, 2**64), "--seed is"),
     ],
 )
-def test_impossible_settings_are_refused(answerer, settings, message):
+def test_settings_out_of_range_are_refused(answerer, settings, message):
     with pytest.raises(ValueError, match=message):
         next(Page(answerer, ARGS).compare(PROMPT, *settings))
 
 
-def test_numbers_without_a_point_are_taken(answerer):
+def test_integers_are_accepted_for_floats(answerer):
     args = with_settings(ARGS, (True, 50.0, 1, 1, 24.0, 42))
     assert [repr(value) for value in (args.top_k, args.top_p, args.temperature, args.max_new_tokens)] == [
         "50",
@@ -239,7 +239,7 @@ def test_numbers_without_a_point_are_taken(answerer):
 
 @pytest.fixture
 def gradio_version(monkeypatch) -> Iterator[dict[str, str]]:
-    """The versions of packages that are installed, as far as the check can see."""
+    """Package name -> version, in place of the installed packages; a test may change it."""
     installed = {"gradio": "6.0.0"}
 
     def version(name: str) -> str:
@@ -257,7 +257,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def test_a_page_that_can_be_shown_passes(gradio_version):
+def test_page_that_can_be_served_passes(gradio_version):
     check_web(InferenceArguments(web=True, port=free_port()))
 
 
@@ -289,12 +289,12 @@ def test_port_in_use_is_refused(gradio_version):
 
 
 def test_address_of_another_machine_is_refused(gradio_version):
-    with pytest.raises(OSError, match=r"192\.0\.2\.1, port 7860"):  # kept for documentation: nobody has it
+    with pytest.raises(OSError, match=r"192\.0\.2\.1, port 7860"):  # an address reserved for documentation
         check_web(InferenceArguments(web=True, host="192.0.2.1"))
 
 
 @pytest.mark.parametrize(("values", "message"), [({"port": 0}, "--port is 0"), ({"chat": True}, "one of them")])
-def test_flags_that_cannot_be_are_refused(values, message):
+def test_invalid_flags_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         InferenceArguments(web=True, **values)
 
@@ -304,11 +304,11 @@ def test_flags_that_cannot_be_are_refused(values, message):
 
 @pytest.fixture(scope="module")
 def server(adapter_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a page with a password, shown by the script."""
+    """The address of a page with a password, served by the script."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     url = f"http://127.0.0.1:{(port := free_port())}"
     flags = ("--adapter_path", adapter_path, "--port", port, "--max_new_tokens", 24)
-    # The proxy is one that nobody answers: showing a page must not need it.
+    # No proxy answers at this address: serving the page must not need one.
     settings = {
         qlora.inference.web.PASSWORD_VARIABLE: PASSWORD,
         "PYTHONIOENCODING": "utf-8",
@@ -327,7 +327,7 @@ def server(adapter_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path):
-    """Returns when the server answers."""
+    """Waits until the server answers."""
     for _ in range(240):
         if process.poll() is not None:
             break
@@ -352,7 +352,7 @@ def browser():
 
 @pytest.fixture
 def page(server: str, browser):
-    """The page behind its password; no visit may ask for anything from elsewhere."""
+    """The page after the login; checks at the end that it requested nothing from other servers."""
     context = browser.new_context()
     page, requests = context.new_page(), []
     page.on("request", lambda request: requests.append(request.url))
@@ -403,7 +403,7 @@ def expect_answers(page, answers: list[str]):
         expect(answer_box(page, label)).to_have_value(answer, timeout=20000)
 
 
-def test_typing_a_prompt_and_pressing_the_button_shows_both_answers(page, answerer):
+def test_generate_button_shows_both_answers(page, answerer):
     compare(page, PROMPT)
     expect_answers(page, expected_answers(answerer, PROMPT))
 
@@ -414,7 +414,7 @@ def test_example_can_be_clicked(page):
     expect(page.get_by_label("输入 Prompt")).to_have_value(example)
 
 
-def test_stop_ends_the_answers_and_the_next_ones_are_right(page, answerer):
+def test_stop_button_ends_the_answers_and_later_answers_are_right(page, answerer):
     page.get_by_label("Max tokens").fill("1800")
     compare(page, PROMPT)
     box = answer_box(page, "微调后 After")
@@ -446,7 +446,7 @@ def test_conversation_shows_what_was_typed_and_the_reply(page, answerer):
     expect(bubbles).to_have_count(0)
 
 
-def test_mistakes_are_shown_and_leave_the_answers(page, answerer):
+def test_errors_are_shown_and_answers_stay(page, answerer):
     compare(page, PROMPT)
     answers = expected_answers(answerer, PROMPT)
     expect_answers(page, answers)

@@ -1,4 +1,4 @@
-"""qlora/layers/: the layers for training against those of peft and bitsandbytes."""
+"""qlora/layers/linear.py, compared with the layers of peft and bitsandbytes, and with autograd."""
 
 import copy
 import importlib
@@ -21,7 +21,7 @@ TARGETS = ["query_key_value", "dense_4h_to_h"]
 
 
 def make_model(folder: Path, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> PeftModel:
-    """A 4-bit model with a LoRA adapter that is not zero, as peft runs it."""
+    """A 4-bit model with a random LoRA adapter, in the layers of peft."""
     return add_random_lora(load_quantized_model(str(folder), dtype), TARGETS, dropout=dropout)
 
 
@@ -40,7 +40,7 @@ def loss_and_gradients(model: PeftModel, batch: dict) -> tuple[torch.Tensor, dic
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kernels", [False, True])
 def test_training_forward_equals_that_of_peft(golden_folder, batch, monkeypatch, training, kernels):
-    """With the norms' kernels, in Triton's interpreter, too."""
+    # With the kernels of the norms, too, in Triton's interpreter.
     if kernels:
         pytest.importorskip("triton")
         monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: True)
@@ -54,7 +54,7 @@ def test_training_forward_equals_that_of_peft(golden_folder, batch, monkeypatch,
         torch.testing.assert_close(found[1][name], gradient, atol=1e-4, rtol=1e-4)
 
 
-def test_switched_off_adapter_is_the_base_model(golden_folder, batch):
+def test_disabled_adapter_gives_the_base_model(golden_folder, batch):
     model = make_model(golden_folder).eval()
     replace_layers(model, for_training=True)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_dropout_keeps_the_expected_output(golden_folder, batch):
 
 
 def test_layers_run_under_autocast(golden_folder):
-    # `"bf16": true` in the JSON makes the Trainer use autocast, whose layer norms give fp32 on a GPU.
+    # Training does not use autocast, but other callers of the model can.
     model = make_model(golden_folder, torch.bfloat16).train()
     replace_layers(model, for_training=True)
     layer = model.get_base_model().transformer.layers[0].attention.query_key_value
@@ -114,11 +114,11 @@ def test_layers_run_under_autocast(golden_folder):
     assert hidden_states.grad.abs().max() > 0
 
 
-# Gradients with dropout: of `scaling * dropout(x) @ A.T @ B.T`, with the mask that the forward pass drew.
+# Gradients of `scaling * dropout(x) @ A.T @ B.T`, with the same dropout mask in the forward and backward pass.
 
 
 def dropout_mask(operations: ModuleType, shape: tuple[int, int], dropout: float, seed: int) -> torch.Tensor:
-    """What dropout multiplies a matrix with: 0 or 1 / (1 - p)."""
+    """The factors of dropout for a matrix, 0 or 1 / (1 - dropout)."""
     mask = torch.zeros(shape)
     operations.lora_up_add(mask, torch.ones(shape[0], 1), torch.ones(1, shape[1]), 1.0, dropout, seed)
     return mask
@@ -142,6 +142,6 @@ def test_gradients_with_dropout_are_those_of_autograd(golden_folder, monkeypatch
     expected = x @ layer.dequantized_weight().T + layer.bias + 2.0 * (x * mask) @ A.T @ B.T
     found = LoRALinearFunction.apply(x, A, B, layer, 2.0, dropout, seed)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    wanted = torch.autograd.grad((expected * direction).sum(), inputs)
-    for gradient, other in zip(torch.autograd.grad((found * direction).sum(), inputs), wanted, strict=True):
+    expected_grads = torch.autograd.grad((expected * direction).sum(), inputs)
+    for gradient, other in zip(torch.autograd.grad((found * direction).sum(), inputs), expected_grads, strict=True):
         torch.testing.assert_close(gradient, other, atol=1e-3, rtol=1e-4)

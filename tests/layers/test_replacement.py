@@ -1,4 +1,4 @@
-"""qlora/layers/replacement.py: other modules, the same parameters under the same names."""
+"""qlora/layers/replacement.py: the modules are replaced, parameters and their names are not."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from qlora.loading import load_quantized_model
 
 @pytest.fixture
 def model(tiny_checkpoint, monkeypatch) -> PeftModel:
-    """In training mode, and as if kernels could run."""
+    """A model in training mode, whose layers are replaced as on a GPU that can run the kernels."""
     monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: True)
     return add_random_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), ["query_key_value", "dense"])
 
@@ -48,7 +48,7 @@ def test_parameters_and_the_adapter_keep_their_names(model, for_training):
     assert list(found) == list(adapter) and all(torch.equal(found[name], adapter[name]) for name in found)
 
 
-def test_mode_is_kept_and_follows_the_model(model):
+def test_replaced_modules_have_the_mode_of_the_model(model):
     replace_layers(model.eval(), for_training=True)
     assert not any(module.training for module in model.modules())
     assert all(module.training for module in model.train().modules())

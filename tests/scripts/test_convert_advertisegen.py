@@ -1,4 +1,4 @@
-"""scripts/convert_advertisegen.py, run as a user runs it."""
+"""scripts/convert_advertisegen.py, run in a new process."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def assert_fails(result: subprocess.CompletedProcess, *parts: str) -> None:
-    """The script ended with one line of message that holds every part."""
+    """Checks that the script ended with a message of one line with all of these parts."""
     assert result.returncode == 1
     assert result.stdout == ""
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1, result.stderr
@@ -72,7 +72,7 @@ def test_writes_chinese_unescaped_and_drops_other_fields(tmp_path: Path) -> None
     assert (tmp_path / "out" / "dev.jsonl").read_bytes() == expected.encode("utf-8")
 
 
-def test_passes_over_empty_lines(tmp_path: Path) -> None:
+def test_skips_empty_lines(tmp_path: Path) -> None:
     result = run(make_source(tmp_path, train=GOOD_LINE + b"\r\n\n" + GOOD_LINE), "--output_dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert read_rows(tmp_path / "out" / "train.jsonl") == [CONVERTED] * 2
@@ -95,7 +95,7 @@ def test_passes_over_empty_lines(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("split", ["train", "dev"])
-def test_bad_line_is_named_and_nothing_is_left(tmp_path: Path, split: str, line: bytes, reason: str) -> None:
+def test_invalid_line_is_named_and_no_file_is_left(tmp_path: Path, split: str, line: bytes, reason: str) -> None:
     source = make_source(tmp_path, **{split: GOOD_LINE + b"\n" + line + b"\n" + GOOD_LINE})
     assert_fails(run(source, "--output_dir", tmp_path / "out"), f"{split}.json, line 3: ", reason)
     assert list((tmp_path / "out").iterdir()) == []
@@ -118,7 +118,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("existing", ["train.jsonl", "dev.jsonl"])
-def test_keeps_existing_output_unless_told(tmp_path: Path, existing: str) -> None:
+def test_keeps_existing_output_without_overwrite(tmp_path: Path, existing: str) -> None:
     source, output_dir = make_source(tmp_path), tmp_path / "out"
     output_dir.mkdir()
     (output_dir / existing).write_text("mine", encoding="utf-8")

@@ -37,6 +37,6 @@ def test_special_tokens_have_the_official_places(folder):
 
 
 def test_trained_model_decodes_with_a_cache(folder):
-    # The Trainer switches config.use_cache off; `generate` would follow what is written.
+    # The Trainer sets config.use_cache to False; `generate` would use the value in the file.
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
     assert AutoModelForCausalLM.from_pretrained(folder).generation_config.use_cache is not False

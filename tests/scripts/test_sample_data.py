@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "make_sample_data.py"
 SPLIT_SIZES = {"train": 3000, "dev": 200}
-# Values that the copy names in other words: a top by its subtype, denim by its short form.
+# Values that the advertisements name in other words: a top by its subtype, denim by its short form.
 SYNONYMS = {
     "上衣": ("衬衫", "卫衣", "t恤", "polo衫", "棒球服", "外套", "风衣", "西装", "针织衫", "毛衣", "开衫", "雪纺衫")
 }
@@ -62,7 +62,7 @@ def test_sizes_and_keys(splits: dict[str, list[dict]]) -> None:
     assert all(list(row) == ["instruction", "output"] for rows in splits.values() for row in rows)
 
 
-def test_seed_and_sizes_are_obeyed(tmp_path: Path) -> None:
+def test_seed_and_sizes_are_used(tmp_path: Path) -> None:
     for seed in (1, 2):
         run("--output_dir", tmp_path / str(seed), "--num_train", 4, "--num_dev", 2, "--seed", seed)
     first, second = ((tmp_path / seed / "train.jsonl").read_text(encoding="utf-8") for seed in "12")
@@ -79,17 +79,17 @@ def test_sizes_below_one_are_refused(tmp_path: Path, option: str) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_no_instruction_and_no_output_comes_twice(rows: list[dict]) -> None:
+def test_instructions_and_outputs_are_unique(rows: list[dict]) -> None:
     assert len({frozenset(row["instruction"].split("*")) for row in rows}) == len(rows)
     assert len({row["output"] for row in rows}) == len(rows)
 
 
-def test_instructions_are_attributes_led_by_the_type(rows: list[dict]) -> None:
+def test_instructions_are_attributes_with_the_type_first(rows: list[dict]) -> None:
     for row in rows:
         attributes = attributes_of(row)
         assert all(len(pair) == 2 and all(pair) for pair in attributes), row
         assert attributes[0] in (["类型", "上衣"], ["类型", "裙"], ["类型", "裤"]), row
-        assert 5 <= len(attributes) <= 8, row  # type, naming attribute, 3 to 6 more
+        assert 5 <= len(attributes) <= 8, row  # type, naming attribute, and 3 to 6 more
         assert len({tuple(pair) for pair in attributes}) == len(attributes), row
 
 
@@ -106,7 +106,7 @@ def test_every_attribute_is_mentioned(rows: list[dict]) -> None:
             assert any(word in row["output"] for word in words), f"{key}#{value} is not in {row['output']}"
 
 
-def test_copy_is_whole_sentences(rows: list[dict]) -> None:
+def test_outputs_are_complete_sentences(rows: list[dict]) -> None:
     for row in rows:
         text = row["output"]
         assert text[-1] in "。！" and not re.search(r"[{}\s|]|[，。！？]{2}|^[，。]", text), text
@@ -114,7 +114,7 @@ def test_copy_is_whole_sentences(rows: list[dict]) -> None:
 
 
 def test_outputs_share_few_sentences(rows: list[dict]) -> None:
-    """At most one output in a hundred has more than half its sentences in common with some other."""
+    """At most one output in a hundred has more than half of its sentences in common with another output."""
     sentences = [set(filter(None, re.split("[。！？]", row["output"]))) for row in rows]
     owners = defaultdict(set)
     for index, own in enumerate(sentences):
@@ -142,7 +142,7 @@ def test_every_feature_of_every_garment_can_be_written(generator: ModuleType) ->
                 assert value in generator.write_clause(random.Random(0), key, value, linked=False)
 
 
-def test_clashing_values_never_meet(generator: ModuleType, rows: list[dict]) -> None:
+def test_clashing_values_are_never_combined(generator: ModuleType, rows: list[dict]) -> None:
     assert generator.clashes(["无袖", "棉", "喇叭袖"])
     assert not generator.clashes(["无袖", "棉", "红色"])
     assert not any(generator.clashes([value for _, value in attributes_of(row)]) for row in rows)

@@ -1,4 +1,4 @@
-"""qlora/training/checkpoints.py: what is on the disk is whole, whatever happens while it is written."""
+"""qlora/training/checkpoints.py: a checkpoint or adapter is complete or absent, even if writing it fails."""
 
 import contextlib
 import errno
@@ -41,36 +41,44 @@ from qlora.training.checkpoints import (
     staging_dir,
 )
 
-KILLS = 6  # at random times, at random accesses to files, in random passes of the model
+KILLS = 6  # of each kind: at random times, at random file accesses, in random forward passes
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
 
 
-# A run that is killed again and again.
+# A run that is killed several times.
 
 
 def train(flags: list[str], log: Path, kind: str, kill_at: int | None, counts: Path | None):
-    """Trains in a process of its own, which sends itself SIGKILL at the N-th moment of a kind: 'access' or 'pass'."""
+    """Trains in this process and sends it SIGKILL.
+
+    Args:
+        flags: of train_qlora.py.
+        log: file for stdout and stderr.
+        kind: of the events to count for the kill: "access" to a file of the output, or forward "pass".
+        kill_at: number of the event at which the process is killed; None for never.
+        counts: file for the numbers of events; None for no file.
+    """
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     output_dir, counted = json.loads(Path(flags[1]).read_text())["output_dir"], Counter()
 
-    def moment(this: str, description: str):
-        counted[this] += 1
-        if this == kind and counted[this] == kill_at:
+    def count_event(event_kind: str, description: str):
+        counted[event_kind] += 1
+        if event_kind == kind and counted[event_kind] == kill_at:
             print(f"killed: {description}", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def access(event: str, arguments: tuple):
+    def on_audit_event(event: str, arguments: tuple):
         if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and output_dir in str(arguments[0]):
-            moment("access", f"{event} {arguments[0]}")
+            count_event("access", f"{event} {arguments[0]}")
 
     def model_pass(self, *args, **kwargs):
-        moment("pass", "training" if self.training else "evaluation")
+        count_event("pass", "training" if self.training else "evaluation")
         return forward(self, *args, **kwargs)
 
     forward, ChatGLMForConditionalGeneration.forward = ChatGLMForConditionalGeneration.forward, model_pass
-    sys.addaudithook(access)
+    sys.addaudithook(on_audit_event)
     run_main(train_qlora, *flags)
     if counts:
         counts.write_text(json.dumps(counted))
@@ -78,7 +86,7 @@ def train(flags: list[str], log: Path, kind: str, kill_at: int | None, counts: P
 
 @pytest.fixture(scope="session")
 def processes() -> multiprocessing.context.BaseContext:
-    """Starts processes quickly: they are forked from one that has done the imports."""
+    """Starts processes by forking one that has done the imports, which saves seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_qlora", "test_saving"])
     first = context.Process(target=time.perf_counter)
@@ -88,13 +96,13 @@ def processes() -> multiprocessing.context.BaseContext:
 
 
 class Run:
-    """A training that ends within its second epoch; checkpoints, evaluations and logs are at different steps."""
+    """A training run that ends in its second epoch; checkpoints, evaluations and logs are at different steps."""
 
     def __init__(self, folder: Path, processes: multiprocessing.context.BaseContext, *paths: Path):
         folder.mkdir()
         self.output, self.log, self.processes = folder / "out", folder / "log.txt", processes
         values = {"max_steps": 10, "save_steps": 2, "eval_steps": 3, "logging_steps": 5}
-        values["lr_scheduler_type"] = "constant_with_warmup"  # to the end no step is without effect
+        values["lr_scheduler_type"] = "constant_with_warmup"  # the last steps change the adapter, too
         self.flags = flags_of(write_json(folder / "args.json", self.output, **values), *paths)
 
     def start(
@@ -111,7 +119,7 @@ class Run:
         assert process.exitcode == 0, self.log.read_text()
 
     def results(self) -> tuple[list[dict], bytes]:
-        """What must not depend on interruptions: the log, times apart, and the adapter's file."""
+        """The results that must not depend on interruptions: the log without times, and the file of the adapter."""
         state = json.loads((self.output / "trainer_state.json").read_text())
         entries = [{key: entry[key] for key in LOGGED if key in entry} for entry in state["log_history"]]
         entries = [entry for entry in entries if "loss" in entry or "eval_loss" in entry]
@@ -120,7 +128,7 @@ class Run:
 
 @pytest.fixture(scope="session")
 def uninterrupted(processes, tiny_checkpoint, train_file, dev_file, tmp_path_factory) -> tuple[tuple, float, dict]:
-    """Results, seconds, and the number of accesses to files in its output and of passes of an undisturbed run."""
+    """Results and seconds of an uninterrupted run, and its numbers of file accesses and forward passes."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     run = Run(folder / "run", processes, tiny_checkpoint, train_file, dev_file)
     started = time.perf_counter()
@@ -131,7 +139,7 @@ def uninterrupted(processes, tiny_checkpoint, train_file, dev_file, tmp_path_fac
 
 
 @pytest.mark.parametrize("kind", ["time", "access", "pass"])
-def test_killed_again_and_again_ends_alike(
+def test_killed_run_resumes_to_identical_results(
     kind, uninterrupted, processes, tiny_checkpoint, train_file, dev_file, tmp_path
 ):
     expected, seconds, counts = uninterrupted
@@ -145,7 +153,7 @@ def test_killed_again_and_again_ends_alike(
         else:
             process = run.start(kind, kill_at=draw.randint(1, counts[kind] // 2))
         process.join()
-        if process.exitcode == 0:  # it came to its end before
+        if process.exitcode == 0:  # the run ended before the kill
             assert run.results() == expected
             shutil.rmtree(run.output)
             continue
@@ -159,7 +167,7 @@ def test_killed_again_and_again_ends_alike(
         assert set(re.findall(r"killed: (\w+)", run.log.read_text())) == {"training", "evaluation"}
 
 
-# Which checkpoint to go on from, and where to write.
+# Which checkpoint to resume from, and where to write.
 
 
 @pytest.fixture(scope="session")
@@ -173,13 +181,13 @@ def trained(tiny_checkpoint, train_file, dev_file, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def output(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoints of `trained`, as if its end had not been reached."""
+    """A folder with copies of the checkpoints of `trained`, as after a run that did not end."""
     for step in (SAVE_STEPS, STEPS):
         shutil.copytree(trained / f"checkpoint-{step}", tmp_path / "out" / f"checkpoint-{step}")
     return tmp_path / "out"
 
 
-def cut_off(path: Path):
+def truncate(path: Path):
     os.truncate(path, path.stat().st_size // 2)
 
 
@@ -187,9 +195,9 @@ def fill_with_zeros(path: Path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, cut_off, fill_with_zeros, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, fill_with_zeros, lambda path: path.write_bytes(b"")])
 @pytest.mark.parametrize("pattern", CHECKPOINT_FILES)
-def test_half_written_checkpoint_is_passed_over(output, caplog, pattern, damage):
+def test_incomplete_checkpoint_is_skipped(output, caplog, pattern, damage):
     newest = output / f"checkpoint-{STEPS}"
     (file,) = newest.glob(pattern)
     damage(file)
@@ -200,7 +208,7 @@ def test_half_written_checkpoint_is_passed_over(output, caplog, pattern, damage)
         find_checkpoint(str(newest), str(output))
 
 
-def test_flipped_byte_in_the_optimizer_is_noticed(output):
+def test_flipped_bit_in_the_optimizer_is_detected(output):
     path = output / f"checkpoint-{STEPS}" / "optimizer.pt"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -209,59 +217,59 @@ def test_flipped_byte_in_the_optimizer_is_noticed(output):
 
 
 @pytest.mark.parametrize("pattern", CHECKPOINT_FILES)
-def test_no_flipped_bits_let_an_exception_escape(output, pattern):
+def test_flipped_bits_raise_no_exception(output, pattern):
     draw, (path,) = random.Random(pattern), (output / f"checkpoint-{STEPS}").glob(pattern)
     content, found = path.read_bytes(), []
     ends = [*range(min(len(content), 100)), *range(max(len(content) - 500, 0), len(content))]  # where headers are
     for _ in range(150):
         damaged = bytearray(content)
-        for place in (*draw.choices(ends, k=draw.randint(0, 3)), draw.randrange(len(content))):
-            damaged[place] ^= 1 << draw.randrange(8)
+        for position in (*draw.choices(ends, k=draw.randint(0, 3)), draw.randrange(len(content))):
+            damaged[position] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         found.append(checkpoint_problem(path.parent))
     assert all(reason is None or reason.startswith(f"{path.name} ") for reason in found)
-    assert sum(reason is not None for reason in found) > 5  # safetensors has no check sums
+    assert sum(reason is not None for reason in found) > 5  # not more, since safetensors has no check sums
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", '"'])
-def test_strange_json_is_a_defect(output, content):
+def test_invalid_json_is_reported(output, content):
     (output / f"checkpoint-{STEPS}" / "trainer_state.json").write_text(content)
     assert "trainer_state.json is damaged" in checkpoint_problem(output / f"checkpoint-{STEPS}")
 
 
-def test_scaler_need_not_be_there_and_must_be_whole(output):
+def test_scaler_may_be_missing_but_not_damaged(output):
     scaler = output / f"checkpoint-{STEPS}" / "scaler.pt"
     torch.save({"scale": 1.0}, scaler)
     assert checkpoint_problem(scaler.parent) is None
-    cut_off(scaler)
+    truncate(scaler)
     assert "scaler.pt is damaged" in checkpoint_problem(scaler.parent)
 
 
-def test_folders_that_are_no_checkpoints_are_not_taken_for_one(output):
+def test_folders_with_other_names_are_no_checkpoints(output):
     for name in ("checkpoint-99.old", "checkpoint-best", STAGING):
         shutil.copytree(output / f"checkpoint-{STEPS}", output / name)
     shutil.copytree(output / f"checkpoint-{STEPS}", output / STAGING / "checkpoint-100")
     assert find_checkpoint("last", str(output)) == str(output / f"checkpoint-{STEPS}")
 
 
-def test_only_the_adapter_of_the_checkpoint_is_gone_on_with(output):
+def test_resuming_with_another_adapter_is_refused(output):
     checkpoint = str(output / f"checkpoint-{STEPS}")
     saved = LoraConfig.from_pretrained(checkpoint)
     given = {"rank": saved.r, "alpha": float(saved.lora_alpha), "target_modules": sorted(saved.target_modules)}
     check_same_adapter(checkpoint, **given)
     check_same_adapter(checkpoint, **given | {"target_modules": given["target_modules"] * 2})
-    for flag, was, change in [
+    for flag, old, change in [
         ("--lora_rank", saved.r, {"rank": 16}),
         ("--lora_alpha", saved.lora_alpha, {"alpha": 16}),
         ("--lora_target_modules", "query_key_value", {"target_modules": ["query_key_value", "dense"]}),
     ]:
-        now = " ".join(sorted(value)) if isinstance(value := next(iter(change.values())), list) else value
-        with pytest.raises(ValueError, match=re.escape(f"an adapter of {flag} {was} (not {now}), and")):
+        new = " ".join(sorted(value)) if isinstance(value := next(iter(change.values())), list) else value
+        with pytest.raises(ValueError, match=re.escape(f"an adapter of {flag} {old} (not {new}), and")):
             check_same_adapter(checkpoint, **given | change)
 
 
 @pytest.mark.parametrize("config", [{}, {"target_modules": None}, {"r": "4", "target_modules": "all-linear"}])
-def test_strange_adapter_config_is_another_adapter(output, config):
+def test_checkpoint_with_an_invalid_adapter_config_is_refused(output, config):
     checkpoint = output / f"checkpoint-{STEPS}"
     (checkpoint / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"--lora_rank .* --lora_target_modules"):
@@ -280,7 +288,7 @@ def test_finished_run_is_not_overwritten(trained, tiny_checkpoint, train_file, d
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
-def test_folder_of_a_model_is_no_output_dir(tiny_checkpoint, train_file, tmp_path):
+def test_folder_of_a_model_is_refused_as_output_dir(tiny_checkpoint, train_file, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
     before = {path: path.read_bytes() for path in folder.iterdir()}
     flags = flags_of(write_json(tmp_path / "args.json", folder), folder, train_file, "none")
@@ -288,7 +296,7 @@ def test_folder_of_a_model_is_no_output_dir(tiny_checkpoint, train_file, tmp_pat
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_resuming_is_advised_only_where_it_is_possible(output):
+def test_resuming_is_advised_only_if_a_checkpoint_is_complete(output):
     with pytest.raises(ValueError, match="or go on with --resume_from_checkpoint last"):
         check_output_dir(str(output), None)
     for checkpoint in checkpoints(output):  # as with save_only_model
@@ -310,8 +318,8 @@ def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(
 @pytest.mark.parametrize("damaged", [False, True])
 def test_finished_run_can_be_resumed(trained, tiny_checkpoint, train_file, dev_file, tmp_path, damaged):
     output = shutil.copytree(trained, tmp_path / "out")
-    if damaged:  # the checkpoint that is passed over is replaced
-        cut_off(output / f"checkpoint-{STEPS}" / "optimizer.pt")
+    if damaged:  # the checkpoint that is skipped is replaced
+        truncate(output / f"checkpoint-{STEPS}" / "optimizer.pt")
     args_json = write_json(tmp_path / "args.json", output, lr_scheduler_type="constant")
     flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file)
     run_main(train_qlora, *flags, "--resume_from_checkpoint", "last")
@@ -321,7 +329,7 @@ def test_finished_run_can_be_resumed(trained, tiny_checkpoint, train_file, dev_f
     assert checkpoint_problem(output / f"checkpoint-{STEPS}") is None
 
 
-def test_best_checkpoint_is_named_by_where_it_is_and_old_ones_go(tiny_checkpoint, train_file, dev_file, tmp_path):
+def test_state_has_the_final_path_of_the_best_checkpoint(tiny_checkpoint, train_file, dev_file, tmp_path):
     output = tmp_path / "out"
     values = {"load_best_model_at_end": True, "save_total_limit": 2, "save_steps": 2, "eval_steps": 2}
     args_json = write_json(tmp_path / "args.json", output, **values)
@@ -334,7 +342,7 @@ def test_best_checkpoint_is_named_by_where_it_is_and_old_ones_go(tiny_checkpoint
 
 
 @pytest.mark.parametrize(
-    ("limit", "best", "left"),
+    ("limit", "best", "remaining"),
     [
         (None, None, {2, 4, 6, 8, 10}),
         (0, None, {2, 4, 6, 8, 10}),
@@ -346,16 +354,16 @@ def test_best_checkpoint_is_named_by_where_it_is_and_old_ones_go(tiny_checkpoint
         (9, "checkpoint-4", {2, 4, 6, 8, 10}),
     ],
 )
-def test_old_checkpoints_go_and_nothing_else(tmp_path, limit, best, left):
-    # checkpoint-10 is of another run, damaged or not; names of the user's own are not touched, however old.
+def test_only_old_checkpoints_are_deleted(tmp_path, limit, best, remaining):
+    # checkpoint-10 belongs to another run. Folders with other names belong to the user.
     others = {"checkpoint-best", "checkpoint-4-copy", "checkpoint-", "my-checkpoint-2"}
     for name in (*others, *(f"checkpoint-{step}" for step in (2, 4, 6, 8, 10))):
         (tmp_path / name).mkdir()
     delete_old_checkpoints(tmp_path / "checkpoint-8", limit, best)
-    assert {path.name for path in tmp_path.iterdir()} == others | {f"checkpoint-{step}" for step in left}
+    assert {path.name for path in tmp_path.iterdir()} == others | {f"checkpoint-{step}" for step in remaining}
 
 
-def test_a_run_leaves_the_folders_of_the_user(tiny_checkpoint, train_file, tmp_path):
+def test_run_does_not_delete_folders_of_the_user(tiny_checkpoint, train_file, tmp_path):
     output = tmp_path / "out"
     (output / "checkpoint-best").mkdir(parents=True)
     args_json = write_json(tmp_path / "args.json", output, save_total_limit=1, save_steps=2)
@@ -368,7 +376,7 @@ def test_a_run_leaves_the_folders_of_the_user(tiny_checkpoint, train_file, tmp_p
 
 @contextlib.contextmanager
 def small_files() -> None:
-    """Within, the system lets this process write no file of more than 7 kB; the adapter has 9."""
+    """Limits the files that this process can write to 7 kB; the adapter has 9 kB."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (7_000, hard))
     try:
@@ -378,8 +386,12 @@ def small_files() -> None:
 
 
 @pytest.fixture
-def failing(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> Callable[[str, str, str], str]:
-    """Trains on a disk that is full once a folder and a file in it are written by a method of the Trainer."""
+def message_of_full_disk(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> Callable[[str, str, str], str]:
+    """Trains, and lets a method of the Trainer fail when it writes a file of a folder, as on a full disk.
+
+    Returns:
+        A function (method, folder in the staging folder, file or "any") -> error message.
+    """
 
     def run(method: str, folder: str, file: str) -> str:
         write, target = getattr(Trainer, method), tmp_path / "out" / STAGING / folder
@@ -402,9 +414,9 @@ def failing(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> Callable[[str
 
 
 @pytest.mark.parametrize("file", ["any", "training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
-def test_full_disk_while_a_checkpoint_is_written(failing, tmp_path, file):
+def test_full_disk_while_a_checkpoint_is_written(message_of_full_disk, tmp_path, file):
     output = tmp_path / "out"
-    message = failing("_save_checkpoint", f"checkpoint-{STEPS}", file)
+    message = message_of_full_disk("_save_checkpoint", f"checkpoint-{STEPS}", file)
     assert f"saving in {output} failed" in message and "MiB are free" in message
     assert f"checkpoint-{SAVE_STEPS} is whole: go on from it with --resume_from_checkpoint last" in message
     assert [path.name for path in output.iterdir()] == [f"checkpoint-{SAVE_STEPS}"]
@@ -412,14 +424,14 @@ def test_full_disk_while_a_checkpoint_is_written(failing, tmp_path, file):
 
 
 @pytest.mark.parametrize("file", ["any", "ice_text.model"])
-def test_full_disk_while_the_result_is_written(failing, tmp_path, file):
-    message = failing("_save", "", file)
+def test_full_disk_while_the_result_is_written(message_of_full_disk, tmp_path, file):
+    message = message_of_full_disk("_save", "", file)
     assert f"checkpoint-{STEPS} is whole" in message
     assert {path.name for path in (tmp_path / "out").iterdir()} == {f"checkpoint-{s}" for s in (SAVE_STEPS, STEPS)}
 
 
 @pytest.mark.parametrize(
-    ("error", "room"),
+    ("error", "lacks_space"),
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), True),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), True),
@@ -432,16 +444,16 @@ def test_full_disk_while_the_result_is_written(failing, tmp_path, file):
         (OSError(), False),
     ],
 )
-def test_room_is_asked_for_only_where_it_is_wanting(tmp_path, error, room):
+def test_message_asks_for_space_only_if_it_may_be_missing(tmp_path, error, lacks_space):
     with pytest.raises(TrainingStopped) as raised, staging_dir(str(tmp_path), owner=True):
         raise error
-    ending = r" \([\d,]+ MiB are free there\)\. Make room" if room else ""
+    ending = r" \([\d,]+ MiB are free there\)\. Make room" if lacks_space else ""
     first_line = re.escape(str(error).partition("\n")[0])
     pattern = rf"saving in \S+ failed: {first_line}{ending}\. There is no checkpoint yet\."
     assert re.fullmatch(pattern, str(raised.value))
 
 
-# What was saved is what was trained.
+# The saved adapter is the trained one.
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""qlora/training/curves.py and scripts/plot_loss.py draw what was logged; the Trainer's reporters log the same."""
+"""qlora/training/curves.py, scripts/plot_loss.py, and the reporters of the Trainer."""
 
 import json
 import sys
@@ -24,34 +24,34 @@ PNG = b"\x89PNG\r\n"
 REPORTERS = ("tensorboard", "wandb", "swanlab")  # named in the READMEs
 
 
-def drawn(axes) -> dict[str, list[tuple[float, float]]]:
-    """Label -> points of every line."""
+def points_of(axes) -> dict[str, list[tuple[float, float]]]:
+    """Label of each line -> its points."""
     return {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
 
 
 def test_one_run_shows_losses_and_learning_rate():
     losses, rate = loss_figure({"run": HISTORY}).axes
-    assert drawn(losses) == {
+    assert points_of(losses) == {
         "run, training": [(10, 3.0), (20, 2.5), (30, 2.0)],
         "run, evaluation": [(20, 2.75), (30, 2.25)],
     }
-    assert drawn(rate) == {"learning rate": [(10, 1e-3), (20, 5e-4), (30, 1e-4)]}
-    assert [text.get_text() for text in losses.get_legend().get_texts()] == [*drawn(losses), *drawn(rate)]
+    assert points_of(rate) == {"learning rate": [(10, 1e-3), (20, 5e-4), (30, 1e-4)]}
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == [*points_of(losses), *points_of(rate)]
 
 
-def test_several_runs_are_told_apart():
+def test_several_runs_have_different_colors_and_lines():
     (losses,) = loss_figure({"a": HISTORY, "b": HISTORY[:2]}).axes
-    assert list(drawn(losses)) == ["a, training", "a, evaluation", "b, training"]
+    assert list(points_of(losses)) == ["a, training", "a, evaluation", "b, training"]
     assert len({(line.get_color(), line.get_linestyle()) for line in losses.get_lines()}) == 2
 
 
 @pytest.mark.parametrize("history", [[], HISTORY[-1:], HISTORY[:1]])
-def test_a_run_that_logged_little_has_a_picture_too(history, tmp_path):
+def test_figure_of_a_run_with_few_log_entries(history, tmp_path):
     draw_losses({"run": history}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
-def test_script_draws_runs_from_their_logs(tmp_path, monkeypatch, capsys):
+def test_script_draws_the_logs_of_runs(tmp_path, monkeypatch, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
@@ -62,7 +62,7 @@ def test_script_draws_runs_from_their_logs(tmp_path, monkeypatch, capsys):
     assert read_history(str(tmp_path / "a")) == HISTORY
 
 
-def test_script_says_what_is_no_run(tmp_path, monkeypatch):
+def test_script_reports_a_folder_without_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"error: .* is no output folder of a run"):
         import_script(ROOT / "scripts" / "plot_loss.py").main()
@@ -76,7 +76,7 @@ def test_reporters_are_known_to_transformers():
 
 
 @pytest.mark.parametrize("name", REPORTERS)
-def test_a_reporter_may_be_named_in_the_json(name, tmp_path, monkeypatch):
+def test_json_can_name_a_reporter(name, tmp_path, monkeypatch):
     path = tmp_path / "args.json"
     path.write_text(json.dumps({"output_dir": "out", "report_to": name}))
     monkeypatch.setattr(training_json, "get_available_reporting_integrations", lambda: [name])

@@ -1,4 +1,4 @@
-"""qlora/training/memory_plan.py: a plan fits its budget, and more memory is never worse."""
+"""qlora/training/memory_plan.py: a plan fits its budget, and a larger budget never gives a slower plan."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from qlora.units import GIB
 
 # The 6B model in NF4 with a bf16 embedding: 4.0 GiB, and an adapter of rank 4.
 SIZES = Sizes(ChatGLMConfig(), bytes_per_number=2, resident=4 * GIB, trainable=1_835_008)
-STEP_TOKENS, LONGEST_SAMPLE = 32 * 110, 217  # ADGEN
+STEP_TOKENS, LONGEST_SAMPLE = 32 * 110, 217  # tokens, as in ADGEN
 
 
 @pytest.mark.parametrize("gib", [5, 6, 8, 12, 16, 24, 40, 80])
@@ -29,13 +29,13 @@ def test_more_memory_is_never_slower():
     assert plans[-1].max_tokens >= STEP_TOKENS and plans[-1].recompute_mlp == plans[-1].recompute_attention == 0
 
 
-def test_a_step_goes_through_at_once_where_it_can():
-    """Two micro-batches, with less recomputed, take the host twice the time of one."""
+def test_step_is_not_split_if_it_fits():
+    # Two micro-batches with fewer recomputed activations would take twice the time of the host.
     for gib in (4.9, 5.5, 6, 6.25, 7, 8):
         assert choose_plan(SIZES, STEP_TOKENS, LONGEST_SAMPLE, int(gib * GIB)).max_tokens >= STEP_TOKENS
 
 
-def test_too_little_memory_is_said():
+def test_too_small_budget_is_refused():
     with pytest.raises(ValueError, match=r"4\.00 GiB of GPU memory are too little: the longest sample, 2048 tokens"):
         choose_plan(SIZES, STEP_TOKENS, 2048, 4 * GIB)
 
@@ -43,14 +43,14 @@ def test_too_little_memory_is_said():
 @pytest.mark.parametrize(
     "fixed", [{"max_tokens": 500}, {"recompute_mlp": 25, "recompute_attention": 28}, {"offload": True}]
 )
-def test_what_the_user_chose_stays(fixed):
+def test_fixed_fields_are_not_changed(fixed):
     plan = choose_plan(SIZES, STEP_TOKENS, LONGEST_SAMPLE, 24 * GIB, fixed)
     assert {name: getattr(plan, name) for name in fixed} == fixed
 
 
 def test_longest_step():
     assert longest_step([100] * 50, 32) == 3200
-    assert longest_step([100] * 10, 32) == 1000  # fewer samples than a step takes
+    assert longest_step([100] * 10, 32) == 1000  # fewer samples than one step
     assert 3200 < longest_step([50, 150] * 500, 32) <= 32 * 150
 
 
@@ -77,7 +77,7 @@ def test_peak_counts_what_a_layer_saves():
 def test_peak_counts_offloading_and_cached_weights():
     plan, T, input_bytes = MemoryPlan(3000, 28, 28), 3000, 2 * 4096
     offloaded = dataclasses.replace(plan, offload=True)
-    # All 56 inputs but the three that are being copied.
+    # All 56 inputs except the three that are being copied.
     assert predict_peak(SIZES, plan) - predict_peak(SIZES, offloaded) == T * 53 * input_bytes
     one, two = (dataclasses.replace(plan, dequantized_layers=count) for count in (1, 2))
     assert predict_peak(SIZES, two) - predict_peak(SIZES, one) == 2 * SIZES.config.weights_per_layer

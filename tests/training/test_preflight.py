@@ -1,4 +1,4 @@
-"""qlora/training/preflight.py and its report: what is known of a run beforehand; all that is wrong is said."""
+"""qlora/training/preflight.py and its report: what they predict of a run, and that they report all problems."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def values(tmp_path: Path) -> dict:
 
 @pytest.fixture
 def flags(values: dict, tiny_checkpoint: Path, sample_rows: list[dict], tmp_path: Path) -> dict[str, object]:
-    """Flags of a run with which nothing is wrong: 48 rows to train on, 11 to evaluate on."""
+    """Flags of a run without problems: 48 rows to train on, 11 to evaluate on."""
     (tmp_path / "args.json").write_text(json.dumps(values))
     return {
         "train_args_json": str(tmp_path / "args.json"),
@@ -59,17 +59,17 @@ def edit_json(flags: dict, values: dict, **changes):
 
 
 def run_main(flags: dict, *more: str):
-    """train_qlora.py with these flags, in this process."""
+    """Runs train_qlora.py with these flags in this process."""
     words = [str(word) for name, v in flags.items() for word in (f"--{name}", *(v if isinstance(v, list) else [v]))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_qlora.py", *words, *more])
         train_qlora.main()
 
 
-# A run with which nothing is wrong.
+# A run without problems.
 
 
-def test_good_run_has_no_problems(flags, tiny_checkpoint, tiny_config):
+def test_run_without_problems(flags, tiny_checkpoint, tiny_config):
     found = run_preflight(FinetuneArguments(**flags))
     assert found.problems == []
     found.raise_problems()
@@ -81,18 +81,18 @@ def test_good_run_has_no_problems(flags, tiny_checkpoint, tiny_config):
     assert 0 < found.disk.needed < found.disk.free
 
 
-def test_run_is_as_foreseen(flags, values):
-    foreseen = run_preflight(FinetuneArguments(**flags))
+def test_predictions_hold_for_the_run(flags, values):
+    predicted_run = run_preflight(FinetuneArguments(**flags))
     run_main(flags)
     output = Path(values["output_dir"])
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    assert log[-1]["step"] == foreseen.steps.steps
-    assert sum("eval_loss" in entry for entry in log) == foreseen.steps.evaluations
+    assert log[-1]["step"] == predicted_run.steps.steps
+    assert sum("eval_loss" in entry for entry in log) == predicted_run.steps.evaluations
     checkpoints = list(output.glob("checkpoint-*"))
-    assert len(checkpoints) == foreseen.steps.saves
+    assert len(checkpoints) == predicted_run.steps.saves
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    state = foreseen.steps.saves * preflight.STATE_BYTES
-    assert foreseen.disk.needed - state < written < foreseen.disk.needed
+    state = predicted_run.steps.saves * preflight.STATE_BYTES
+    assert predicted_run.disk.needed - state < written < predicted_run.disk.needed
 
 
 def test_nothing_is_checked_or_planned_twice(flags, values, monkeypatch):
@@ -120,7 +120,7 @@ def test_folder_of_4_bit_weights_has_no_problems(flags, tiny_checkpoint, tokeniz
     assert found.problems == [] and found.trainable == other.trainable
 
 
-def test_check_prints_and_leaves_nothing(flags, values, capsys):
+def test_check_prints_a_report_and_writes_no_file(flags, values, capsys):
     run_main(flags, "--check")
     printed = capsys.readouterr().out
     assert printed.endswith("OK\n")
@@ -132,16 +132,16 @@ def test_check_prints_and_leaves_nothing(flags, values, capsys):
 @pytest.mark.parametrize(
     ("more", "count"), [(["--check"], 1), (["--dry_run"], 1), (["--dry_run", "3"], 3), (["--check", "0"], 0)]
 )
-def test_as_many_samples_are_shown_as_asked_for(flags, capsys, more, count):
+def test_number_of_samples_shown(flags, capsys, more, count):
     run_main(flags, *more)
     assert len(re.findall(r"^  answer ", capsys.readouterr().out, re.M)) == count
 
 
-# All that is wrong is said at once, by --check and by a run.
+# All problems are reported at once, by --check and by a run.
 
 
-def spoil(flags: dict, values: dict, folder: Path) -> list[str]:
-    """A mistake of every kind; what the message must say of each."""
+def add_problems(flags: dict, values: dict, folder: Path) -> list[str]:
+    """Adds several problems to a run; returns the parts of the message that report them."""
     edit_json(flags, values, learning_rte=1, torch_compile=True, output_dir=flags["eval_data_path"])
     write_rows(Path(flags["train_data_path"][0]), [{"instruction": "a", "output": "b"}, {"instruction": "a"}])
     flags["train_data_path"].append(str(folder / "nowhere.jsonl"))
@@ -157,19 +157,19 @@ def spoil(flags: dict, values: dict, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("more", [["--check"], []], ids=["check", "run"])
-def test_all_that_is_wrong_is_said_at_once(flags, values, tmp_path, more, capsys):
-    expected = spoil(flags, values, tmp_path)
+def test_all_problems_are_reported_at_once(flags, values, tmp_path, more, capsys):
+    expected = add_problems(flags, values, tmp_path)
     with pytest.raises(SystemExit) as raised:
         run_main(flags, *more)
     message = raised.value.code
-    assert message.startswith("error: 5 things are wrong:\n- ")  # two of them in the JSON
+    assert message.startswith("error: 5 things are wrong:\n- ")  # those of the JSON count as one
     assert all(part in message for part in expected), message
     assert not any(line.rstrip().endswith(("?.", "..")) for line in message.splitlines())
     assert "OK" not in capsys.readouterr().out
 
 
 def problem_of(flags: dict, **more) -> str:
-    """The only problem of a run."""
+    """The problem of a run that has exactly one."""
     (problem,) = run_preflight(FinetuneArguments(**flags, **more)).problems
     return problem
 
@@ -190,7 +190,7 @@ def test_unknown_target_module(flags):
     assert "the model has no key_value; it has dense," in problem_of(flags, lora_target_modules=["key_value"])
 
 
-def test_nothing_to_resume_from(flags):
+def test_no_checkpoint_to_resume_from(flags):
     problem = problem_of(flags, resume_from_checkpoint="last")
     assert "--resume_from_checkpoint last: there is no whole checkpoint" in problem
 
@@ -248,12 +248,12 @@ def test_rows_are_checked_without_a_tokenizer(flags, tmp_path):
     assert any("dev.jsonl, line 1: field 'instruction' is missing" in problem for problem in problems)
 
 
-# The memory plan, for the 6B model on a GPU that is not there.
+# The memory plan, for the 6B model on a simulated GPU.
 
 
 @pytest.fixture
 def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Preflight:
-    """The shipped JSON in bf16, the 6B model, genuine ADGEN rows."""
+    """A run with the shipped JSON in bf16, the 6B model and genuine ADGEN rows."""
     found = Preflight(FinetuneArguments(), config=ChatGLMConfig())
     found.setup = read_training_args(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
     found.train_samples = load_samples(str(genuine_rows), SampleEncoder(genuine_tokenizer, "", 512, 1536))
@@ -263,8 +263,8 @@ def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Preflight:
 
 
 @pytest.mark.parametrize(("budget", "predicted"), [(78.5, 23.3), (16, 15.2), (8, 7.7), (4.6, 4.4)])
-def test_memory_is_predicted_as_in_the_run_itself(full_size, monkeypatch, budget, predicted):
-    # docs/performance.md: what the runs on a GPU predicted from the loaded model.
+def test_predicted_memory_is_that_of_the_run(full_size, monkeypatch, budget, predicted):
+    # Source: docs/performance.md, the predictions of runs on a GPU.
     monkeypatch.setattr(preflight, "memory_budget", lambda requested: int(budget * GIB))
     check_memory(full_size, full_size.config)
     assert full_size.trainable == 1_835_008
@@ -278,11 +278,11 @@ def test_too_little_memory(full_size, monkeypatch):
     assert full_size.plan is None and "3.00 GiB of GPU memory are too little" in full_size.problems[0]
 
 
-# Steps, evaluations, saves: as the Trainer has them.
+# Numbers of steps, evaluations and checkpoints, compared with those of the Trainer.
 
 
 class Line(torch.nn.Module):
-    """A model of one weight."""
+    """A model with one weight."""
 
     def __init__(self):
         super().__init__()
@@ -293,7 +293,7 @@ class Line(torch.nn.Module):
 
 
 class Counter(TrainerCallback):
-    """Counts what a Trainer does."""
+    """Counts steps, evaluations and checkpoints of a Trainer."""
 
     steps = evaluations = saves = 0
 
@@ -319,18 +319,18 @@ class Counter(TrainerCallback):
         {"save_steps": 100, "per_device_train_batch_size": 64},
     ],
 )
-def test_steps_are_counted_as_the_trainer_takes_them(tmp_path, settings):
+def test_counted_steps_are_those_of_the_trainer(tmp_path, settings):
     defaults = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 2}
     defaults |= {"eval_strategy": "steps", "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     args = TrainingArguments(output_dir=str(tmp_path), **defaults | settings)
     rows = [{"x": torch.ones(1)}] * 37
-    # The Trainer of this project takes a whole step as one batch.
+    # As in `QLoRATrainer`, a batch has all samples of a step.
     size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    whole = TrainingArguments(
+    step_args = TrainingArguments(
         **args.to_dict() | {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
     )
     counter = Counter()
-    Trainer(Line(), whole, train_dataset=rows, eval_dataset=rows, callbacks=[counter]).train()
+    Trainer(Line(), step_args, train_dataset=rows, eval_dataset=rows, callbacks=[counter]).train()
     assert count_steps(args, len(rows)) == Steps(counter.steps, counter.evaluations, counter.saves)
 
 
@@ -354,7 +354,7 @@ def test_sample_shows_what_is_trained_on(flags, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("terminal", "no_color", "coloured"), [(True, None, True), (True, "1", False), (False, None, False)]
 )
-def test_colours_are_for_terminals(flags, monkeypatch, terminal, no_color, coloured):
+def test_colors_only_on_terminals(flags, monkeypatch, terminal, no_color, coloured):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color:
@@ -371,7 +371,7 @@ def test_histogram_counts_every_sample_once(lengths):
     assert sum(count for _, _, count in ranges) == len(lengths) and len(lines) <= 8
 
 
-def test_rows_of_several_files_know_their_file(flags, sample_rows, tmp_path):
+def test_samples_of_several_files_name_their_file(flags, sample_rows, tmp_path):
     second = str(write_rows(tmp_path / "second.jsonl", sample_rows[48:60]))
     first = flags["train_data_path"][0]
     found = run_preflight(FinetuneArguments(**flags | {"train_data_path": [first, f"{second}:0.5"]}))
@@ -381,16 +381,16 @@ def test_rows_of_several_files_know_their_file(flags, sample_rows, tmp_path):
     assert f" {first}, " in describe(found) and f" {second}, " in describe(found)
 
 
-def test_data_too_small_for_a_step_that_is_not_dropped(flags, values):
+def test_data_without_a_full_step(flags, values):
     edit_json(flags, values, dataloader_drop_last=True, gradient_accumulation_steps=1000)
     assert re.search(r"a step takes \d+ samples, there are 48, .* there is nothing to train", problem_of(flags))
 
 
-def test_more_layers_than_there_are(flags):
+def test_more_layers_than_the_model_has(flags):
     assert problem_of(flags, kept_mlp=99) == "--kept_mlp is 99; the model has 2 layers."
 
 
-def test_one_process_of_many_says_what_is_wrong(flags, tmp_path, monkeypatch):
+def test_only_the_main_process_reports_problems(flags, tmp_path, monkeypatch):
     found = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path / "nowhere")}))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as raised:

@@ -1,4 +1,4 @@
-"""Several processes, as `NPROC_PER_NODE=2 bash train.sh` starts them: two on a CPU, which talk through gloo."""
+"""Training by two processes, as `NPROC_PER_NODE=2 bash train.sh` starts them, on a CPU with gloo."""
 
 import os
 import signal
@@ -19,11 +19,11 @@ from qlora.data.batching import own_samples
 from qlora.training.checkpoints import checkpoint_problem, checkpoints
 
 SETTINGS = {"max_steps": 24, "save_steps": 4, "eval_steps": 8, "use_cpu": True}
-MOST_SECONDS = 30  # in which a job ends when one of its processes has
+MOST_SECONDS = 30  # from the end of one process to the end of the job
 
 
 class Job:
-    """A training by two processes, in a session of its own so that nothing of it outlives the test."""
+    """A training by two processes, in a new session, so that the test can kill all of its processes at the end."""
 
     def __init__(self, flags: list[str]):
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -45,12 +45,12 @@ class Job:
             self.process.wait()
 
     def rank(self, number: int) -> psutil.Process:
-        """The process of a rank."""
+        """The process with this rank."""
         started = psutil.Process(self.process.pid).children(recursive=True)
         return next(process for process in started if process.environ().get("RANK") == str(number))
 
     def end(self, timeout: float = 300) -> str:
-        """What it printed, once it has ended."""
+        """Waits for the end of the job; returns its output."""
         return self.process.communicate(timeout=timeout)[0]
 
 
@@ -71,10 +71,10 @@ def two_processes(paths, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def test_two_processes_learn_what_one_does(two_processes, paths, tmp_path):
+def test_two_processes_give_the_results_of_one(two_processes, paths, tmp_path):
     args_json = write_json(tmp_path / "args.json", tmp_path / "out", **SETTINGS)
     run_main(train_qlora, *flags_of(args_json, *paths, "--lora_dropout", 0))
-    # 11 rows are evaluated, which two processes cannot share evenly.
+    # The 11 rows of the evaluation cannot be divided evenly.
     for key in ("loss", "grad_norm", "eval_loss"):
         expected = history(tmp_path / "out", key)
         assert history(two_processes, key) == pytest.approx(expected, rel=1e-4) and expected
@@ -108,7 +108,7 @@ def test_job_ends_when_a_process_is_killed_and_can_be_resumed(two_processes, pat
     assert (output / name).read_bytes() == (two_processes / name).read_bytes()
 
 
-def test_bad_number_ends_all_processes_with_one_message(paths, tmp_path):
+def test_loss_that_is_not_finite_ends_all_processes_with_one_message(paths, tmp_path):
     values = SETTINGS | {"gradient_accumulation_steps": 1, "learning_rate": 1e30, "warmup_ratio": 0}
     args_json = write_json(tmp_path / "args.json", tmp_path / "out", **values)
     with Job(flags_of(args_json, *paths)) as job:

@@ -1,4 +1,4 @@
-"""qlora/training/trainer.py and qlora/training/step_check.py: steps that go bad, memory that runs out, evaluation."""
+"""qlora/training/trainer.py and step_check.py: values that are not finite, out-of-memory errors, evaluation."""
 
 import logging
 import re
@@ -19,12 +19,12 @@ from qlora.training.checkpoints import STAGING, checkpoints
 from qlora.training.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
 from qlora.training.trainer import QLoRATrainer
 
-LINE = 12  # of the row with which things go wrong
+LINE = 12  # of the row that causes the problem
 
 
 @pytest.fixture
 def flags(tiny_checkpoint, train_file, dev_file, tmp_path) -> Callable[..., list[str]]:
-    """The command line of a run of a name with values in its JSON."""
+    """A function (name, values of the JSON) -> the flags of a run that writes to a folder of this name."""
 
     def make(name: str = "out", evaluate: bool = True, **values) -> list[str]:
         args_json = write_json(tmp_path / f"{name}.json", tmp_path / name, **values)
@@ -35,7 +35,7 @@ def flags(tiny_checkpoint, train_file, dev_file, tmp_path) -> Callable[..., list
 
 @pytest.fixture
 def change_output(monkeypatch) -> Callable[[Callable], None]:
-    """Gives every output of the model, with its inputs, to a function."""
+    """Installs a function (model, output, inputs) that is called after each forward pass and may change the output."""
     forward = ChatGLMForConditionalGeneration.forward
 
     def install(change: Callable):
@@ -49,35 +49,35 @@ def change_output(monkeypatch) -> Callable[[Callable], None]:
     return install
 
 
-# Numbers that go bad.
+# Values that are not finite.
 
 
 @pytest.fixture
 def lines_of_steps(monkeypatch) -> dict[int, list[int]]:
-    """The lines of the rows that go through the model in each step, while it runs; the last micro-batch's under 0."""
+    """Step -> the lines of its rows, filled while training runs; under 0 those of the latest micro-batch."""
     lines, model_inputs = defaultdict(list), QLoRATrainer.model_inputs
 
-    def remember(self, samples):
+    def record_lines(self, samples):
         lines[0] = [sample["line"] for sample in samples]
         lines[self.state.global_step + 1] += lines[0]
         return model_inputs(self, samples)
 
-    monkeypatch.setattr(QLoRATrainer, "model_inputs", remember)
+    monkeypatch.setattr(QLoRATrainer, "model_inputs", record_lines)
     return lines
 
 
 def scale(factor: float) -> Callable:
-    """Loss and gradient times a factor."""
+    """Multiplies loss and gradient by a factor."""
     return lambda output: setattr(output, "loss", output.loss * factor)
 
 
 def scale_gradient(factor: float) -> Callable:
-    """The gradient alone."""
+    """Multiplies only the gradient by a factor."""
     return lambda output: output.loss.register_hook(lambda gradient: gradient * factor)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "problem"),
+    ("change", "problem"),
     [
         (scale(float("nan")), "the loss is nan"),
         (scale(float("inf")), "the loss is inf"),
@@ -85,9 +85,11 @@ def scale_gradient(factor: float) -> Callable:
         (scale_gradient(float("nan")), "the gradient is not finite (its norm is nan), while the loss is "),
     ],
 )
-def test_bad_step_is_named_with_its_rows(flags, change_output, lines_of_steps, tmp_path, spoil, problem):
-    change_output(lambda model, output, inputs: spoil(output) if LINE in lines_of_steps[0] else None)
-    # Logged after every third step, so that later steps are trained before it is seen.
+def test_step_that_is_not_finite_is_reported_with_its_rows(
+    flags, change_output, lines_of_steps, tmp_path, change, problem
+):
+    change_output(lambda model, output, inputs: change(output) if LINE in lines_of_steps[0] else None)
+    # The check is made at every third step, when steps after the one with the problem have been trained.
     message = error_of(train_qlora, *flags(evaluate=False, logging_steps=3, save_steps=3, max_steps=6))
     step = next(step for step, lines in lines_of_steps.items() if step and LINE in lines)
     assert 3 < step < 6
@@ -98,8 +100,8 @@ def test_bad_step_is_named_with_its_rows(flags, change_output, lines_of_steps, t
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
-def test_lines_are_those_of_the_file(train_file, flags, lines_of_steps, tmp_path):
-    # An empty line is passed over, and counts.
+def test_reported_lines_are_those_of_the_file(train_file, flags, lines_of_steps, tmp_path):
+    # Empty lines are skipped, and counted as lines.
     rows = train_file.read_text(encoding="utf-8").splitlines()[:8]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + "\n\n".join(rows), encoding="utf-8")
@@ -111,7 +113,7 @@ def test_overflow_by_too_large_a_learning_rate(flags, tmp_path):
     values = {"learning_rate": 1e30, "warmup_ratio": 0, "logging_steps": 100}
     message = error_of(train_qlora, *flags(evaluate=False, **values))
     assert "step 2 (learning rate 8.75e+29): the loss is nan" in message
-    # The step before was finite; its weights were saved by nobody.
+    # Step 1 was finite, but no checkpoint was due after it.
     assert checkpoints(tmp_path / "out") == []
 
 
@@ -141,8 +143,8 @@ def test_evaluation_that_is_not_finite_is_an_error(flags, change_output, factor)
     assert f"the evaluation after step {SAVE_STEPS} has no loss: its sum is {factor}" in message
 
 
-@pytest.mark.parametrize(("step", "kept"), [(2, "There is no checkpoint yet"), (6, "checkpoint-4 is whole: go on")])
-def test_interrupted_run_says_what_is_kept(flags, monkeypatch, tmp_path, step, kept):
+@pytest.mark.parametrize(("step", "advice"), [(2, "There is no checkpoint yet"), (6, "checkpoint-4 is whole: go on")])
+def test_interrupted_run_names_its_newest_checkpoint(flags, monkeypatch, tmp_path, step, advice):
     training_step = QLoRATrainer.training_step
 
     def interrupted(self, *args, **kwargs):
@@ -152,7 +154,7 @@ def test_interrupted_run_says_what_is_kept(flags, monkeypatch, tmp_path, step, k
 
     monkeypatch.setattr(QLoRATrainer, "training_step", interrupted)
     message = error_of(train_qlora, *flags())
-    assert f"interrupted after {step} steps" in message and kept in message
+    assert f"interrupted after {step} steps" in message and advice in message
     assert not (tmp_path / "out" / STAGING).exists()
 
 
@@ -170,7 +172,7 @@ def step_check(*gradient_norms: float, scaler: object | None) -> StepCheck:
     return check
 
 
-def test_steps_that_loss_scaling_skips_are_normal():
+def test_steps_that_loss_scaling_skips_are_no_error():
     infinite = [float("inf")] * MOST_SKIPPED
     step_check(*infinite, 1.0, *infinite, scaler=object()).check()
     with pytest.raises(TrainingStopped, match=f"step {MOST_SKIPPED + 1} .* in {MOST_SKIPPED + 1} steps in a row"):
@@ -192,12 +194,12 @@ def test_rows_of_several_files_are_named_by_file():
     assert name_rows(rows) == "Its rows are on lines 2, 7 of a.jsonl; 30 of b.jsonl."
 
 
-# Memory that runs out.
+# Out-of-memory errors.
 
 
 @pytest.fixture
-def run_out(change_output) -> Callable[[int, str, bool], None]:
-    """Lets memory run out in the N-th micro-batch, in training or in evaluation."""
+def run_out_of_memory(change_output) -> Callable[[int, str, bool], None]:
+    """Installs an out-of-memory error in a pass of the N-th micro-batch of training or evaluation."""
 
     def install(fails: int, where: str, training: bool = True):
         passes = 0
@@ -225,22 +227,24 @@ def assert_same_run(one: Path, other: Path):
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("fails", [1, 2])
-def test_out_of_memory_in_a_step_is_tried_with_a_smaller_split(flags, run_out, tmp_path, caplog, fails, where):
-    run_out(fails, where)
+def test_out_of_memory_in_a_step_is_repeated_with_smaller_micro_batches(
+    flags, run_out_of_memory, tmp_path, caplog, fails, where
+):
+    run_out_of_memory(fails, where)
     run_main(train_qlora, *flags(evaluate=False), "--max_tokens", 400)
     (message,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert message.startswith("CUDA out of memory after 0 steps: going on with at most ")
     (size,) = re.findall(r"(\d+) tokens at once", message)
-    run_out(0, where)
+    run_out_of_memory(0, where)
     run_main(train_qlora, *flags("smaller", evaluate=False), "--max_tokens", size)
     assert_same_run(tmp_path / "out", tmp_path / "smaller")
 
 
-def test_out_of_memory_the_plain_way(flags, run_out, tmp_path, caplog):
-    run_out(2, "backward")
+def test_out_of_memory_on_the_plain_path(flags, run_out_of_memory, tmp_path, caplog):
+    run_out_of_memory(2, "backward")
     run_main(train_qlora, *flags(evaluate=False), "--plain")
     assert "going on with at most 2 rows at once" in caplog.text
-    run_out(0, "backward")
+    run_out_of_memory(0, "backward")
     smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     run_main(train_qlora, *flags("smaller", evaluate=False, **smaller), "--plain")
     assert_same_run(tmp_path / "out", tmp_path / "smaller")
@@ -255,13 +259,13 @@ def test_out_of_memory_with_single_samples_ends_with_advice(flags, change_output
 
     change_output(change)
     message = error_of(train_qlora, *flags(evaluate=False))
-    assert len(passes) > 2 and sorted(passes, reverse=True) == passes  # smaller and smaller
+    assert len(passes) > 2 and sorted(passes, reverse=True) == passes  # of decreasing size
     assert f"CUDA out of memory after 0 steps, with {passes[-1]} tokens at once" in message
     assert "lower --memory_budget" in message and "nvidia-smi" in message
 
 
 def test_out_of_memory_in_a_step_of_several_processes_ends_with_advice():
-    # The others wait for the gradients of exactly one backward pass.
+    # The other processes wait for the gradients of one backward pass, so that it cannot be repeated.
     trainer = SimpleNamespace(model=SimpleNamespace(training=True), args=SimpleNamespace(world_size=2), max_tokens=100)
     trainer.state = SimpleNamespace(global_step=3)
     micro_batches = [[{"input_ids": [1] * 40}, {"input_ids": [1] * 50}]]
@@ -272,9 +276,9 @@ def test_out_of_memory_in_a_step_of_several_processes_ends_with_advice():
     assert trainer.max_tokens == 45
 
 
-def test_out_of_memory_in_an_evaluation(flags, run_out, tmp_path, caplog):
+def test_out_of_memory_in_an_evaluation(flags, run_out_of_memory, tmp_path, caplog):
     run_main(train_qlora, *flags("whole"), "--lora_dropout", 0)
-    run_out(2, "forward", training=False)
+    run_out_of_memory(2, "forward", training=False)
     run_main(train_qlora, *flags(), "--lora_dropout", 0)
     assert f"CUDA out of memory after {SAVE_STEPS} steps: going on" in caplog.text
     losses = history(tmp_path / "out", "eval_loss")
@@ -284,18 +288,18 @@ def test_out_of_memory_in_an_evaluation(flags, run_out, tmp_path, caplog):
 # Evaluation.
 
 
-@pytest.mark.parametrize("way", [(), ("--plain",)])
-def test_evaluation_keeps_no_logits_and_no_graph(flags, change_output, way):
+@pytest.mark.parametrize("path_flags", [(), ("--plain",)])
+def test_evaluation_keeps_no_logits_and_no_graph(flags, change_output, path_flags):
     evaluated = []
 
     def change(model, output, inputs):
         if not model.training:
             evaluated.append(inputs["input_ids"].shape)
             assert not output.loss.requires_grad
-            assert way or output.logits is None
+            assert path_flags or output.logits is None
 
     change_output(change)
-    run_main(train_qlora, *flags(), *way)
+    run_main(train_qlora, *flags(), *path_flags)
     assert evaluated
 
 

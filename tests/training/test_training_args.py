@@ -1,4 +1,4 @@
-"""qlora/training/training_args.py: the JSON of TrainingArguments, translated and checked."""
+"""qlora/training/training_args.py: the JSON of TrainingArguments is translated and checked."""
 
 import dataclasses
 import importlib.util
@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from qlora.training.training_args import NOT_FOR_THIS_TRAINER, read_training_args
 
-# The JSON that users of the project know; it is shipped as it is.
+# The content of the shipped JSON. It must not change, since users know it.
 SHIPPED = {
     "output_dir": "saved_files/chatGLM_6B_QLoRA_t32",
     "per_device_train_batch_size": 4,
@@ -39,7 +39,7 @@ SHIPPED = {
 
 @pytest.fixture
 def write_json(tmp_path: Path):
-    """Writes values as a JSON file and gives its path."""
+    """A function that writes values as a JSON file and returns its path."""
 
     def write(**values) -> str:
         path = tmp_path / "args.json"
@@ -49,17 +49,17 @@ def write_json(tmp_path: Path):
     return write
 
 
-def test_shipped_json_is_the_one_users_know():
+def test_shipped_json_is_unchanged():
     assert json.loads((ROOT / "chatGLM_6B_QLoRA.json").read_text(encoding="utf-8")) == SHIPPED
 
 
-def test_shipped_json_gives_the_meant_arguments():
+def test_arguments_of_the_shipped_json():
     args = read_training_args(str(ROOT / "chatGLM_6B_QLoRA.json")).training_args
     assert isinstance(args, TrainingArguments)
-    meant = {name: SHIPPED[name] for name in SHIPPED if name not in ("warmup_ratio", "evaluation_strategy")}
-    meant |= {"warmup_steps": 0.1, "eval_strategy": "steps"}
-    assert {name: getattr(args, name) for name in meant} == meant
-    # 3,582 steps: an epoch of ADGEN's 114,599 rows at 32 a step.
+    expected = {name: SHIPPED[name] for name in SHIPPED if name not in ("warmup_ratio", "evaluation_strategy")}
+    expected |= {"warmup_steps": 0.1, "eval_strategy": "steps"}
+    assert {name: getattr(args, name) for name in expected} == expected
+    # 3,582 steps: an epoch of ADGEN's 114,599 rows, 32 in a step.
     assert args.get_warmup_steps(3582) == 359
 
 
@@ -79,7 +79,7 @@ def test_translation_is_logged_in_one_line(write_json, caplog):
         assert note in record.getMessage()
 
 
-def test_present_names_are_read_silently(write_json, caplog):
+def test_present_names_are_not_logged(write_json, caplog):
     with caplog.at_level(logging.INFO, logger="qlora"):
         args = read_training_args(write_json(warmup_steps=5, eval_strategy="no")).training_args
     assert args.warmup_steps == 5 and "present names" not in caplog.text
@@ -132,7 +132,7 @@ def test_old_and_new_name_of_grouping_together_are_refused(write_json):
     ],
     ids=lambda values: next(iter(values)),
 )
-def test_settings_that_would_be_passed_over_are_refused(write_json, values):
+def test_settings_that_would_be_ignored_are_refused(write_json, values):
     with pytest.raises(ValueError, match=rf"this training does not use {next(iter(values))}; remove it\."):
         read_training_args(write_json(**values))
 
@@ -144,7 +144,7 @@ def test_settings_that_are_off_are_accepted(write_json):
 
 
 @pytest.mark.parametrize("name", NOT_FOR_THIS_TRAINER)
-def test_refused_settings_are_those_of_transformers(name):
+def test_refused_settings_exist_in_transformers(name):
     newer = {"activation_checkpointing_kwargs"}
     assert name in {field.name for field in dataclasses.fields(TrainingArguments)} | newer
 
@@ -170,23 +170,23 @@ def test_refused_settings_are_those_of_transformers(name):
         ("hub_strategy", "checkpoint", "is checkpoint; checkpoints are not uploaded"),
     ],
 )
-def test_value_of_another_kind_is_refused(write_json, key, value, expected):
+def test_value_of_another_type_or_range_is_refused(write_json, key, value, expected):
     with pytest.raises(ValueError, match=rf"args\.json: {key} {re.escape(expected)}"):
         read_training_args(write_json(**{key: value}))
 
 
-def test_whole_number_is_a_number(write_json):
+def test_integer_is_accepted_as_a_number(write_json):
     args = read_training_args(write_json(learning_rate=1, num_train_epochs=2, save_total_limit=None)).training_args
     assert (args.learning_rate, args.num_train_epochs) == (1, 2)
 
 
-def test_all_that_is_wrong_with_keys_is_said_at_once(write_json):
+def test_all_problems_with_keys_are_reported_at_once(write_json):
     with pytest.raises(ValueError) as raised:
         read_training_args(write_json(sedd=2, torch_compile=True, logging_steps="x", optim="lomo"))
     assert all(key in str(raised.value) for key in ("sedd", "torch_compile", "logging_steps", "lomo"))
 
 
-def test_reporter_that_is_not_installed_is_named(write_json):
+def test_missing_reporter_is_named(write_json):
     missing = next(name for name in ("comet_ml", "dvclive", "neptune") if importlib.util.find_spec(name) is None)
     with pytest.raises(ValueError, match=f"report_to names {missing}, which is not installed"):
         read_training_args(write_json(report_to=[missing]))
@@ -253,18 +253,18 @@ def test_value_that_transformers_refuses_names_the_file(write_json, values):
         ({"save_strategy": "best"}, "save_strategy"),
     ],
 )
-def test_what_needs_evaluations_is_refused_without_them(write_json, values, named):
+def test_settings_that_need_evaluations_are_refused_without_them(write_json, values, named):
     with pytest.raises(ValueError, match=rf"args\.json: {named} cannot be had with --eval_data_path none"):
         read_training_args(write_json(**values), evaluate=False)
 
 
-def test_cpu_is_not_chosen_where_there_is_a_gpu(write_json, monkeypatch):
+def test_use_cpu_is_refused_if_there_is_a_gpu(write_json, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="hide it with CUDA_VISIBLE_DEVICES= instead"):
         read_training_args(write_json(use_cpu=True), compute_dtype="fp32")
 
 
-def test_seed_of_the_command_line_takes_the_place_of_the_json(write_json):
+def test_seed_of_the_command_line_overrides_the_json(write_json):
     assert read_training_args(write_json(seed=1)).training_args.seed == 1
     assert read_training_args(write_json(seed=1), seed=0).training_args.seed == 0
 
@@ -278,5 +278,5 @@ def test_without_evaluation_nothing_is_evaluated(write_json):
 @pytest.mark.parametrize(
     ("values", "expected"), [({}, None), *(({"gradient_checkpointing": v}, v) for v in (True, False))]
 )
-def test_recomputation_is_planned_unless_the_json_says(write_json, values, expected):
+def test_recompute_is_that_of_the_json(write_json, values, expected):
     assert read_training_args(write_json(**values)).recompute is expected
