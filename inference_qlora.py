@@ -68,12 +68,11 @@ def main():
 
 
 def read_all_prompts(args: InferenceArguments) -> list[str]:
-    """The prompts that were given; without any, the default one, or for the page those of the sample data."""
+    """The prompts of `--prompt` and `--prompt_file`; without any, the default one, or for the page the sample data's."""
     from qlora.data.rows import read_prompts
 
-    if args.prompt_file:
-        return read_prompts(args.prompt_file)
-    return args.prompt or (read_prompts(str(EXAMPLES)) if args.web else [DEFAULT_PROMPT])
+    prompts = [*args.prompt, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
+    return prompts or (read_prompts(str(EXAMPLES)) if args.web else [DEFAULT_PROMPT])
 
 
 def compare(

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizer
 
 import inference_qlora
 import train_qlora
+from qlora.arguments import DEFAULT_PROMPT, InferenceArguments
 from qlora.data.dataset import SampleEncoder
 from qlora.loading import load_quantized_model
 
@@ -301,6 +302,13 @@ def test_missing_adapter_beside_a_named_model_ends_in_one_line(tiny_checkpoint, 
 def test_missing_base_model_ends_in_one_line(trained, tmp_path):
     flags = ("--adapter_path", trained, "--model_name_or_path", tmp_path / "chatglm-6b")
     assert "there is no folder" in error_of(inference_qlora, *flags)
+
+
+def test_prompts_of_the_command_line_and_of_a_file_are_all_answered(tmp_path):
+    (tmp_path / "prompts.txt").write_text("甲\n乙\n", encoding="utf-8")
+    flags = InferenceArguments(prompt=["丙"], prompt_file=str(tmp_path / "prompts.txt"))
+    assert inference_qlora.read_all_prompts(flags) == ["丙", "甲", "乙"]
+    assert inference_qlora.read_all_prompts(InferenceArguments()) == [DEFAULT_PROMPT]
 
 
 def test_missing_prompt_file_ends_in_one_line(trained, tmp_path):
