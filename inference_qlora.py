@@ -68,7 +68,7 @@ def main():
 
 
 def read_all_prompts(args: InferenceArguments) -> list[str]:
-    """The prompts of `--prompt` and `--prompt_file`; without any, the default one, or for the page the sample data's."""
+    """The prompts of `--prompt` and `--prompt_file`; without any, the default one, or for the page the sample rows."""
     from qlora.data.rows import read_prompts
 
     prompts = [*args.prompt, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
