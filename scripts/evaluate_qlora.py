@@ -70,7 +70,7 @@ def evaluate(args: EvaluationArguments):
     from qlora.checkpoint import check_checkpoint
     from qlora.evaluation.predictions import digest, resume_predictions
     from qlora.loading import (
-        base_model_path,
+        adapter_config,
         check_hardware,
         choose_compute_dtype,
         load_adapter,
@@ -81,9 +81,9 @@ def evaluate(args: EvaluationArguments):
     with message_instead_of_traceback():
         folder = Path(args.output_dir or f"{args.adapter_path}/evaluation_{args.protocol}")
         adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
-        base_path = args.model_name_or_path or base_model_path(args.adapter_path)
+        trained_on = adapter_config(args.adapter_path).base_model_name_or_path
+        base_path = args.model_name_or_path or trained_on
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
-        check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)
         rows = read_samples(args, tokenizer, PROTOCOLS[args.protocol].max_reference_tokens)
         settings = {  # everything that the answers depend on
@@ -99,6 +99,7 @@ def evaluate(args: EvaluationArguments):
         }
         predictions = resume_predictions(folder, settings)
         if len(predictions) < len(rows):
+            check_hardware(config, compute_dtype)
             model = load_quantized_model(base_path, compute_dtype, config)
             model = load_adapter(model, args.adapter_path).eval()
     if len(predictions) < len(rows):

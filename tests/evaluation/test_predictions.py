@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, add_random_lora, import_script, write_rows
 
+from qlora import loading
 from qlora.evaluation.metrics import METRICS, mean_scores, score
 from qlora.evaluation.page import render_page
 from qlora.evaluation.predictions import reference_text
@@ -108,6 +109,23 @@ def test_rerun_answers_only_the_missing_rows(run, tmp_path, monkeypatch):
         assert read_predictions(interrupted) == read_predictions(complete)
         assert read_metrics(interrupted) == read_metrics(complete)
         answered.clear()
+
+
+def test_complete_predictions_need_no_gpu_and_no_model(run, tmp_path, monkeypatch):
+    run(tmp_path)
+    before = read_metrics(tmp_path)
+    monkeypatch.setattr(loading, "LARGEST_CPU_MODEL", 0)  # as if the model were too large for a CPU
+    monkeypatch.setattr(loading, "load_quantized_model", None)
+    run(tmp_path)
+    assert read_metrics(tmp_path) == before
+    with pytest.raises(SystemExit, match="no CUDA GPU was found"):
+        run(tmp_path / "other")
+
+
+def test_a_missing_adapter_is_reported_also_where_the_base_model_is_given(run, tmp_path, tiny_checkpoint):
+    with pytest.raises(SystemExit, match="error: there is no adapter in "):
+        run(tmp_path / "out", "--adapter_path", tmp_path, "--model_name_or_path", tiny_checkpoint)
+    assert not (tmp_path / "out").exists()
 
 
 def test_predictions_of_other_settings_are_not_mixed(run, tmp_path):
