@@ -80,8 +80,8 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
         set_activation_checkpointing(model, enabled=recompute is not False)
     else:
         replace_layers(model, for_training=True)
-        if preflight.plan_table():
-            logger.info("Memory plan for %s\n%s", torch.cuda.get_device_name(), preflight.plan_table())
+        if table := preflight.plan_table():
+            logger.info("Memory plan for %s\n%s", torch.cuda.get_device_name(), table)
         apply_plan(model, preflight.plan)
 
     return QLoRATrainer(

@@ -22,9 +22,9 @@ def set_up_logging():
     logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
 
 
-def stop_all_processes(message: str, is_main_process: bool) -> NoReturn:
+def stop_all_processes(message: str) -> NoReturn:
     """Ends a run for a reason that every process has found; only the main process reports it."""
-    raise TrainingStopped(message) if is_main_process else SystemExit(1)
+    raise TrainingStopped(message) if is_main_process() else SystemExit(1)
 
 
 @contextlib.contextmanager

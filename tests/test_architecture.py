@@ -60,8 +60,7 @@ def test_no_circular_imports():
     modules = {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for parts, path in modules.items()}
 
     def dependencies(name: str) -> set[str]:
-        candidates = {".".join(parts[:length]) for parts in own_imports(modules[name]) for length in (len(parts), -1)}
-        candidates |= {".".join(parts[: len(parts) - 1]) for parts in own_imports(modules[name])}
+        candidates = {".".join(parts[:end]) for parts in own_imports(modules[name]) for end in (None, -1)}
         return {module for module in candidates if module in modules} - {name}
 
     visited, path = set(), []

@@ -13,6 +13,7 @@ Shapes: T tokens (all leading dimensions together), C_in and C_out features, r r
 """
 
 from types import ModuleType
+from typing import cast
 
 import bitsandbytes
 import torch
@@ -77,7 +78,8 @@ class LoRANF4Linear(nn.Module, LoraLayer):
 
     def adapter_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, C_in] and B [C_out, r], fp32."""
-        return self.lora_A[self.adapter].get_parameter("weight"), self.lora_B[self.adapter].get_parameter("weight")
+        lora_A, lora_B = (cast(nn.Linear, matrices[self.adapter]) for matrices in (self.lora_A, self.lora_B))
+        return lora_A.weight, lora_B.weight
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., C_in] -> [..., C_out]."""

@@ -12,7 +12,6 @@ Units: bytes, tokens of a micro-batch, and floating-point operations.
 """
 
 import dataclasses
-import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +24,6 @@ from chatglm.loss import ROWS_AT_ONCE
 from qlora.layers.activation_offload import ActivationOffload
 from qlora.layers.linear import NF4Linear
 from qlora.units import GIB, parse_size
-
-logger = logging.getLogger(__name__)
 
 RESERVE = GIB // 2  # bytes of the free memory, for the workspaces of libraries
 CPU_TOKENS = 1024  # tokens of a micro-batch without a GPU

@@ -165,11 +165,11 @@ def check_rows(preflight: Preflight):
     files = args.train_files()
     paths = [path for path, _ in files] + ([args.eval_data_path] if args.eval_data_path else [])
     loaded: dict[str, Dataset] = {}
+    encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
     with setup.training_args.main_process_first(desc="tokenizing") if setup else contextlib.nullcontext():
         for path in dict.fromkeys(paths):
             with preflight.collect_problems():
                 if tokenizer:
-                    encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
                     loaded[path] = load_samples(path, encoder)
                 else:
                     load_rows(path)
@@ -249,7 +249,7 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
 
 
 def check_optimizer(path: str, args: TrainingArguments, steps: int):
-    """Builds the optimizer and the learning rate schedule for a model of one weight, and takes two steps.
+    """Builds the optimizer and the learning rate schedule for a model of one matrix, and takes two steps.
 
     Args:
         path: the JSON file, for the message.

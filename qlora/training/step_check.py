@@ -96,8 +96,7 @@ class StepCheck:
         rows = [process_rows for process_rows, failed in zip(rows, not_finite, strict=True) if failed] or rows
         stop_all_processes(
             f"{step}: {problem}. {name_rows(itertools.chain(*rows))} Look at them, or lower learning_rate in the "
-            "JSON; the checkpoints from before this step are kept.",
-            self.accelerator.is_main_process,
+            "JSON; the checkpoints from before this step are kept."
         )
 
 

@@ -96,7 +96,7 @@ class QLoRATrainer(Trainer):
             return super().train(*args, **kwargs)
         except KeyboardInterrupt:
             reason = f"interrupted after {self.state.global_step} steps. {resume_advice(self.args.output_dir)}"
-            stop_all_processes(reason, self.accelerator.is_main_process)
+            stop_all_processes(reason)
 
     def split(self, samples: list[Sample]) -> list[list[Sample]]:
         """The micro-batches of a step."""
@@ -279,8 +279,7 @@ class QLoRATrainer(Trainer):
         if not labels or not math.isfinite(loss_sum):
             stop_all_processes(
                 f"the evaluation after step {self.state.global_step} has no loss: its sum is {loss_sum} over "
-                f"{labels:.0f} label tokens.",
-                self.accelerator.is_main_process,
+                f"{labels:.0f} label tokens."
             )
         metrics = {f"{metric_key_prefix}_loss": loss_sum / labels}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)

@@ -166,7 +166,7 @@ def test_training_without_effect_is_reported(flags, tmp_path, caplog):
 
 
 def step_check(*gradient_norms: float, scaler: object | None) -> StepCheck:
-    check = StepCheck(SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor, is_main_process=True))
+    check = StepCheck(SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor))
     for number, norm in enumerate(gradient_norms, 1):
         check.steps.append(Step(number, 0.1, [("", number)], torch.tensor(2.5), torch.tensor(norm)))
     return check
