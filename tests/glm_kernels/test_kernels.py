@@ -81,10 +81,12 @@ def test_loss_kernel(vocabulary):
         torch.testing.assert_close(replaced, gradient.grad, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "features", "rank"), [(75, 200, 4), (64, 256, 1), (33, 100, 24)])
-def test_lora_products(tokens, features, rank):
+@pytest.mark.parametrize(("tokens", "features", "rank"), [(75, 200, 4), (64, 256, 1), (33, 100, 24), (40, 90, 150)])
+@pytest.mark.parametrize("transposed", [False, True])  # A, and B.T
+def test_lora_products(tokens, features, rank, transposed):
     x = torch.randn(tokens, features, device=DEVICE)
     weight = torch.randn(rank, features, device=DEVICE)
+    weight = weight.T.contiguous().T if transposed else weight
     low_rank = torch.randn(tokens, rank, device=DEVICE)
     close = {"atol": 1e-4, "rtol": 1e-4}
     expected = lora_reference.lora_down(x, weight, 2.0, 0.0, 0)
