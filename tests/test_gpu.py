@@ -18,7 +18,7 @@ import train_qlora
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, PackedSequences
 from chatglm.loss import linear_cross_entropy
 from chatglm.packed_attention import attention_by_sample, packed_attention
-from chatglm.rotary import ChatGLMRotaryEmbedding
+from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
 from qlora.export.official_folder import write_checkpoint
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
@@ -157,6 +157,29 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(dtype, shape):
     assert torch.equal(nf4.dequantize(packed, state), bitsandbytes.functional.dequantize_4bit(packed, state))
 
 
+@DTYPES
+@pytest.mark.parametrize("past", [0, 1, 300, 2000])
+def test_decoding_step_of_attention(dtype, past):
+    from glm_kernels.decode_attention import decode_attention
+
+    B, H, S, D = 3, 4, 2048, 128
+    rotary = ChatGLMRotaryEmbedding(ChatGLMConfig(hidden_size=H * D, num_attention_heads=H)).to("cuda")
+    tables = rotary(torch.randint(0, 2048, (B, 2, 1), device="cuda"), dtype)
+    projected, (keys, values) = randn(B, 1, 3 * H * D, dtype=dtype), randn(2, B, H, S, D, dtype=dtype)
+    visible = torch.rand(B, S, device="cuda") < 0.8
+    query, key, value = split_and_rotate(projected, *tables, D)
+    all_keys, all_values = keys.float(), values.float()
+    all_keys[:, :, past], all_values[:, :, past] = key[:, 0], value[:, 0]
+    mask = visible & (torch.arange(S, device="cuda") < past) | (torch.arange(S, device="cuda") == past)
+    expected = F.scaled_dot_product_attention(
+        query.transpose(1, 2).float(), all_keys, all_values, attn_mask=mask[:, None, None]
+    )
+    flat = (table.reshape(-1, D) for table in tables)
+    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor([past], device="cuda"))
+    assert relative_error(found, expected[:, :, 0].flatten(1)) < 2 * ROUNDING[dtype]
+    assert relative_error(keys, all_keys) < ROUNDING[dtype]
+
+
 # The model: 8 layers of width 1024, large enough for memory to be predicted, with the tiny tokenizer.
 
 
@@ -261,4 +284,4 @@ def test_training_steps_and_their_memory(checkpoint, train_file, plain_losses, t
     found = trained(checkpoint, train_file, tmp_path, *flags)
     assert found["loss"] == pytest.approx(plain_losses, rel=0.01)
     predicted, measured = plans[0].predicted_peak / GIB, max(found["peak_memory_gib"]) - before
-    assert 0.85 * predicted < measured < 1.02 * predicted
+    assert 0.8 * predicted < measured < 1.02 * predicted
