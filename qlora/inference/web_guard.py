@@ -39,11 +39,11 @@ class Streams:
     def __init__(self) -> None:
         self.open: collections.Counter[str] = collections.Counter()
 
-    def while_received(self, updates: Iterator[Update], session: str | None) -> Iterator[Update]:
+    def while_received(self, updates: Iterator[Update], session: str) -> Iterator[Update]:
         """The updates of an answer, as long as the visitor receives them, with PATIENCE for the stream to open."""
         last_received = time.monotonic()
         for update in updates:
-            if session is None or self.open[session]:
+            if self.open[session]:
                 last_received = time.monotonic()
             if time.monotonic() - last_received > PATIENCE:
                 return
@@ -101,8 +101,6 @@ class Guard:
             return "another page sent this request", 403
         if request.method == "POST" and path not in POSTS:
             return "not found", 404
-        if int(headers.get("content-length", 0)) > LARGEST_BODY:
-            return "the body is too large", 413
         # With status 400 the login page says that it failed.
         if request.method == "POST" and path == LOGIN and not self.tries.admit(address_of(request)):
             return "too many tries", 400
@@ -149,7 +147,7 @@ def middleware(host: str, streams: Streams) -> list[Middleware]:
 
 
 def limited(receive: Receive) -> Receive:
-    """Receives a body of at most LARGEST_BODY; HTTPException for a larger one, whose headers do not tell its size."""
+    """Receives a body of at most LARGEST_BODY bytes; HTTPException for a larger one."""
     received = 0
 
     async def counted() -> Message:

@@ -334,7 +334,7 @@ def test_reason_of_a_failure_is_logged_and_not_shown(answerer, monkeypatch, capl
     blocks = build_page(Page(answerer, ARGS), [PROMPT], Streams())
     compare = next(function.fn for function in blocks.fns.values() if function.api_name == "compare")
     with pytest.warns(UserWarning, match=r"The answer failed; the server's output says why\.$"):
-        list(compare(SimpleNamespace(session_hash=None), PROMPT, *GREEDY))
+        list(compare(SimpleNamespace(session_hash="abc"), PROMPT, *GREEDY))
     assert "ZeroDivisionError" in caplog.text
 
 
