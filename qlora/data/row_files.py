@@ -49,6 +49,12 @@ def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[tuple[Plac
     return parse_each(path, split_lines(path), parse)
 
 
+def parse_lines(path: str, lines: Iterable[bytes], parse: Callable[[str], Parsed]) -> Iterator[tuple[Place, Parsed]]:
+    """Parses the lines of an open file, as `read_lines` does; `path` is for the messages."""
+    texts = ((Place(number), decode(line)) for number, line in enumerate(lines, 1) if line.strip())
+    return parse_each(path, texts, parse)
+
+
 def parse_each(
     path: str, texts: Iterable[tuple[Place, Text]], parse: Callable[[str], Parsed]
 ) -> Iterator[tuple[Place, Parsed]]:
