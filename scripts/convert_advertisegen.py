@@ -144,8 +144,8 @@ def main() -> None:
         reason = f"is not a whole .tar.gz, nor the folder that it holds: {error}"
         raise SystemExit(f"error: {args.source} {reason}") from None
     except (ValueError, OSError) as error:
-        is_full_disk = isinstance(error, OSError) and error.errno is not None and error.filename is None
-        raise SystemExit(f"error: {args.output_dir}: {error.strerror}" if is_full_disk else f"error: {error}") from None
+        names_no_file = isinstance(error, OSError) and error.errno and not error.filename  # as on a full disk
+        raise SystemExit(f"error: {args.output_dir}: {error}" if names_no_file else f"error: {error}") from None
 
 
 if __name__ == "__main__":

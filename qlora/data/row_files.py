@@ -134,31 +134,31 @@ def split_array(path: str) -> Iterator[tuple[Place, Text]]:
         yield Place(len(before)), decode(content[error.start - len(before[-1]) :].partition(b"\n")[0])
         return
     del content  # an array may have gigabytes
+    yield from split_elements(text)
+
+
+def split_elements(text: str) -> Iterator[tuple[Place, Text]]:
+    """The text of each element, as `split_array`; `text` begins with a bracket, or blanks and a bracket."""
     line, counted, position = 1, 0, text.index("[")  # a bracket or comma: an element begins after it
+    is_empty = text.startswith("]", skip_blanks(text, position + 1))
     for number in itertools.count(1):
         start = skip_blanks(text, position + 1)
-        line, counted = line + text.count("\n", counted, start), start
-        if number == 1 and text.startswith("]", start):
-            position = start
+        if is_empty or text[position] == "]":
             break
+        line, counted = line + text.count("\n", counted, start), start
         try:
             _, end = ELEMENT.raw_decode(text, start)
             position = skip_blanks(text, end)
             if not text.startswith((",", "]"), position):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-        except json.JSONDecodeError as error:
-            yield Place(error.lineno, number), error
-            return
-        except RecursionError as error:
-            yield Place(line, number), error
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield Place(getattr(error, "lineno", line), number), error
             return
         yield Place(line, number), text[start:end]
-        if text[position] == "]":
-            break
-    rest = skip_blanks(text, position + 1)
+    rest = skip_blanks(text, start + is_empty)
     if rest < len(text):
-        error = json.JSONDecodeError("Extra data", text, rest)
-        yield Place(error.lineno), error
+        extra = json.JSONDecodeError("Extra data", text, rest)
+        yield Place(extra.lineno), extra
 
 
 def skip_blanks(text: str, position: int) -> int:
