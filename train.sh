@@ -4,6 +4,7 @@
 #   bash train.sh                          chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
 #   bash train.sh --lora_rank 8            any flag of train_qlora.py
 #   bash train.sh --check                  every check that needs no loaded model, and a sample
+#   bash train.sh --dry_run 3              three samples as the model sees them; needs no weights and no GPU
 #   NPROC_PER_NODE=2 bash train.sh         one process per GPU
 #   bash train.sh --demo                   training and inference of a tiny model, on a CPU, in two minutes
 set -euo pipefail

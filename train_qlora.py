@@ -3,6 +3,7 @@
     bash train.sh                                  # chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
     python train_qlora.py --train_args_json my.json --train_data_path my.jsonl --lora_rank 8
     bash train.sh --check                          # every check that needs no loaded model
+    bash train.sh --dry_run 3                      # three samples as the model will see them; needs no GPU
 
 The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` lists the rest.
 """
@@ -45,10 +46,11 @@ def train(args: FinetuneArguments):
 
     with message_instead_of_traceback():
         preflight = run_preflight(args)
-        if args.check is not None and is_main_process():
+        is_report = args.check is not None or args.dry_run is not None
+        if is_report and is_main_process():
             print(describe(preflight))
         preflight.raise_problems()
-        if args.check is not None:
+        if is_report:
             return
         trainer = prepare(preflight)
     with message_instead_of_traceback(TrainingStopped):

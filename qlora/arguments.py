@@ -106,7 +106,14 @@ class FinetuneArguments:
         default=None,
         metadata={
             "help": "Check everything a run needs, show a sample, or as many as given, and stop.",
-            "aliases": ["--dry_run"],
+            "nargs": "?",
+            "const": 1,
+        },
+    )
+    dry_run: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read the data, show a sample, or as many as given, and stop; needs a tokenizer, but no weights.",
             "nargs": "?",
             "const": 1,
         },
@@ -147,8 +154,11 @@ class FinetuneArguments:
 
     def __post_init__(self) -> None:
         problems = [*self.data_problems(), *self.adapter_problems(), *self.plan_problems()]
-        if self.check is not None and self.check < 0:
-            problems.append(f"--check is {self.check}; it must not be negative")
+        for name in ("check", "dry_run"):
+            if (getattr(self, name) or 0) < 0:
+                problems.append(f"--{name} is {getattr(self, name)}; it must not be negative")
+        if self.check is not None and self.dry_run is not None:
+            problems.append("--check shows what --dry_run shows, and more; give one of them")
         if problems:
             raise ValueError("; ".join(problems) + ".")
         if self.eval_data_path in ("none", ""):

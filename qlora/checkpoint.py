@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.trainer_pt_utils import safe_globals
@@ -35,9 +36,7 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
         ValueError: the folder has an adapter, another architecture, a damaged file, a Git LFS pointer in place of a
             file, or a file that would run code when it is loaded.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}. {HOW_TO_GET}")
+    folder = check_folder(path)
     check_no_adapter(folder)
     for name in ("config.json", *TOKENIZER_FILES):
         check_file(folder / name)
@@ -48,6 +47,20 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
         if problem:
             raise ValueError(f"{shard} {problem}. Download it again, from a source that you trust.")
     return config
+
+
+def check_tokenizer(path: str):
+    """FileNotFoundError, ValueError: as `check_checkpoint`, for the files of the tokenizer alone."""
+    folder = check_folder(path)
+    for name in TOKENIZER_FILES:
+        check_file(folder / name)
+
+
+def check_folder(path: str) -> Path:
+    """The path of a folder; FileNotFoundError if there is none."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"there is no folder {path}. {HOW_TO_GET}")
+    return Path(path)
 
 
 def check_no_adapter(folder: Path):
@@ -73,9 +86,10 @@ def read_config(folder: Path) -> ChatGLMConfig:
             "these weights are already quantised, in another way. Use the 16-bit files of THUDM/chatglm-6b."
         )
     try:
-        return AutoConfig.from_pretrained(folder)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (AttributeError, TypeError, ValueError, StrictDataclassError) as error:
+        reason = str(error).strip().rpartition("\n")[2].strip().removeprefix("TypeError: ")
+        raise ValueError(f"{folder}/config.json: {reason}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

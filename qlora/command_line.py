@@ -3,7 +3,6 @@
 transformers' HfArgumentParser does the same after nearly a second of imports. A field's metadata has what argparse
 takes (`help`, `choices`, `nargs`, `const`, `action`), and besides
 
-    aliases     other names that `--help` shows
     old_names   names of an earlier release, still read but not shown
     expert      True for a flag that only `--help_all` shows
     hidden      True for a flag of an earlier release that has no present name, still read but not shown
@@ -68,8 +67,7 @@ def flag_names(kind: type) -> dict[str, str]:
     names = {"--help": "--help", "--help_all": "--help_all"}
     for field in fields_of(kind):
         flag = f"--{field.name}"
-        names |= dict.fromkeys([flag, *field.metadata.get("aliases", ())], flag)
-        names |= dict.fromkeys([f"--{old}" for old in field.metadata.get("old_names", ())], flag)
+        names |= dict.fromkeys([flag, *(f"--{old}" for old in field.metadata.get("old_names", ()))], flag)
     return names
 
 
@@ -92,8 +90,7 @@ def build_parser(kind: type, show_expert: bool) -> Parser:
         explicit = {name: given[name] for name in ("choices", "nargs", "const", "action") if name in given}
         is_shown = not given.get("hidden") and (show_expert or not given.get("expert"))
         help_or_not = help_text(field) if is_shown else argparse.SUPPRESS
-        names = [f"--{field.name}", *given.get("aliases", ())]
-        parser.add_argument(*names, **value_options(field, types[field.name]) | explicit, help=help_or_not)
+        parser.add_argument(f"--{field.name}", **value_options(field, types[field.name]) | explicit, help=help_or_not)
     return parser
 
 
@@ -140,9 +137,8 @@ def shown_default(field: dataclasses.Field) -> str:
 
 
 def shown_flags(kind: type) -> list[str]:
-    """Every flag that `--help_all` shows, under each of its names."""
-    shown = [field for field in fields_of(kind) if not field.metadata.get("hidden")]
-    return [name for field in shown for name in (f"--{field.name}", *field.metadata.get("aliases", ()))]
+    """Every flag that `--help_all` shows."""
+    return [f"--{field.name}" for field in fields_of(kind) if not field.metadata.get("hidden")]
 
 
 def nearest(name: str, known: list[str]) -> str:

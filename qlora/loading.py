@@ -53,12 +53,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizer:
     Args:
         path: of the folder, which `check_checkpoint` has checked.
     Raises:
-        ValueError: its SentencePiece model is damaged.
+        ValueError: one of its files is damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except RuntimeError as error:
-        raise ValueError(f"{path}/ice_text.model is damaged or incomplete: download it again ({error}).") from error
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # damaged files make transformers and SentencePiece raise many types
+        files = f"{path}: tokenizer_config.json or ice_text.model is damaged or incomplete"
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(f"{files}: download both again ({reason}).") from error
 
 
 def load_quantized_model(

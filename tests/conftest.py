@@ -14,14 +14,16 @@ if not torch.cuda.is_available():
 import importlib.util
 import itertools
 import json
+import random
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import datasets
 import huggingface_hub.constants
+import hypothesis
 import numpy as np
 import pytest
 from peft import PeftModel
@@ -41,6 +43,21 @@ GOLDEN_ADAPTER = GOLDEN / "tiny" / "adapter"
 STEPS, SAVE_STEPS = 8, 4
 GOOD = {"instruction": "类型#裙", "output": "白色的裙。"}
 GOOD_LINE = json.dumps(GOOD).encode()
+HOSTILE_SEED = os.environ.get("HOSTILE_SEED", "")  # of random rows, damage, kills; other ones for another seed
+HOSTILE_TIMES = int(os.environ.get("HOSTILE_TIMES", "1"))  # how many times the usual number of them
+
+
+def hostile_random(name: str) -> random.Random:
+    """The random generator of a test."""
+    return random.Random(name + HOSTILE_SEED)
+
+
+def hostile_examples(count: int) -> Callable[[Callable], Callable]:
+    """Decorates a test of hypothesis, which runs with `count` times HOSTILE_TIMES random inputs."""
+    limits = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "database": None}
+    settings = hypothesis.settings(max_examples=count * HOSTILE_TIMES, derandomize=not HOSTILE_SEED, **limits)
+    seeded = hypothesis.seed(hostile_random("hypothesis").getrandbits(64)) if HOSTILE_SEED else lambda test: test
+    return lambda test: settings(seeded(test))
 
 
 def import_script(path: Path) -> ModuleType:

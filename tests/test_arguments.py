@@ -67,14 +67,34 @@ def test_weight_out_of_range(weight):
 
 
 @pytest.mark.parametrize(
-    ("flags", "samples"),
-    [([], None), (["--check"], 1), (["--dry_run"], 1), (["--dry_run", 5], 5), (["--check", 0], 0)],
+    ("flags", "check", "dry_run"),
+    [
+        ([], None, None),
+        (["--check"], 1, None),
+        (["--dry_run"], None, 1),
+        (["--dry-run=5"], None, 5),
+        (["--check", 0], 0, None),
+    ],
 )
-def test_check_and_dry_run_are_one_flag(flags, samples):
-    assert parse(*flags).check == samples
+def test_number_of_samples_of_check_and_dry_run(flags, check, dry_run):
+    args = parse(*flags)
+    assert (args.check, args.dry_run) == (check, dry_run)
 
 
-def test_nearest_flag_may_be_an_alias():
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--check", "--dry_run"], "give one of them"),
+        (["--check", -1], "--check is -1; it must not be negative"),
+        (["--dry_run", -1], "--dry_run is -1; it must not be negative"),
+    ],
+)
+def test_check_and_dry_run_out_of_range(flags, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse(*flags)
+
+
+def test_nearest_flag_is_named():
     with pytest.raises(ValueError, match=r"unknown argument --dryrun \(did you mean --dry_run\?\)\.$"):
         parse("--dryrun")
 
@@ -150,7 +170,7 @@ def test_misspelled_flag_with_equals_sign():
 
 def test_hyphens_and_underscores_are_alike():
     args = parse("--lora-rank", 8, "--dry-run", 2, "--train-data-path=a-b.jsonl")
-    assert (args.lora_rank, args.check, args.train_data_path) == (8, 2, ["a-b.jsonl"])
+    assert (args.lora_rank, args.dry_run, args.train_data_path) == (8, 2, ["a-b.jsonl"])
 
 
 def test_flags_of_the_earlier_release_are_read():

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, copy_tokenizer
+from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, HOSTILE_TIMES, copy_tokenizer, hostile_random
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
 from qlora.export.official_folder import write_checkpoint
+from qlora.loading import load_tokenizer
 
 INDEX = "pytorch_model.bin.index.json"
 SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
@@ -124,9 +125,9 @@ def test_broken_safetensors_header(safetensors_folder, header):
 
 
 def test_flipped_bits_raise_no_other_exception(golden_folder):
-    path, draw, refused = golden_folder / SHARDS[1], random.Random(0), 0
+    path, draw, refused = golden_folder / SHARDS[1], hostile_random("bits"), 0
     content = path.read_bytes()
-    for _ in range(100):
+    for _ in range(100 * HOSTILE_TIMES):
         damaged = bytearray(content)
         for position in draw.sample(
             range(len(content) - 2000, len(content)), 3
@@ -138,7 +139,83 @@ def test_flipped_bits_raise_no_other_exception(golden_folder):
         except ValueError as error:
             assert f"{path} is damaged or incomplete" in str(error) or f"{path} holds more than" in str(error)
             refused += 1
-    assert refused > 50
+    assert refused > 50 * HOSTILE_TIMES
+
+
+JUNK = (None, True, -1, 0, 7, 1e300, "", "../x", "裙" * 99, [], [1], {}, {"a": None})
+
+
+def flip_bits(draw: random.Random, content: bytes) -> bytes:
+    """A few bits, half of the time near an end, where headers are."""
+    near = draw.choice([len(content), 200])
+    damaged = bytearray(content)
+    for _ in range(draw.randint(1, 8) if content else 0):
+        position = draw.randrange(min(near, len(content)))
+        damaged[draw.choice([position, -1 - position])] ^= 1 << draw.randrange(8)
+    return bytes(damaged)
+
+
+def fill_with_zeros(draw: random.Random, content: bytes) -> bytes:
+    start, end = sorted(draw.choices(range(len(content) + 1), k=2))
+    return content[:start] + bytes(end - start) + content[end:]
+
+
+def edit_values(draw: random.Random, content: bytes) -> bytes:
+    """Other values in a JSON object, or in an object inside it; fewer or more of them."""
+    try:
+        outer = json.loads(content)
+        inner = draw.choice([outer, *(value for value in outer.values() if isinstance(value, dict) and value)])
+        for name in draw.sample(sorted(inner), min(len(inner), draw.randint(1, 3))):
+            if draw.random() < 0.3:
+                del inner[name]
+            else:
+                inner[name] = draw.choice(JUNK)
+        return json.dumps(outer).encode()
+    except (ValueError, AttributeError, IndexError):  # no JSON object: another one
+        return json.dumps(draw.choice(JUNK)).encode()
+
+
+DAMAGES = (
+    flip_bits,
+    fill_with_zeros,
+    edit_values,
+    lambda draw, content: content[: draw.randrange(len(content) + 1)],
+    lambda draw, content: content + draw.randbytes(draw.randint(1, 100)),
+    lambda draw, content: draw.choice([b"", LFS_POINTER, b"<html>", b"[" * 100_000, GOLDEN_ADAPTER.name.encode()]),
+)
+
+
+def damage_folder(draw: random.Random, folder: Path):
+    """Damages, deletes or replaces one or two files of a folder."""
+    files = sorted(folder.iterdir())
+    for path in draw.sample(files, draw.randint(1, 2)):
+        kind = draw.random()
+        if kind < 0.8:
+            path.write_bytes(draw.choice(DAMAGES)(draw, path.read_bytes()))
+        elif kind < 0.9:
+            path.write_bytes(draw.choice(files).read_bytes())
+        else:
+            path.unlink()
+            if draw.random() < 0.5:
+                path.mkdir()
+
+
+def test_random_damage_raises_no_other_exception(golden_folder, tmp_path):
+    draw, refused = hostile_random("folders"), 0
+    for number in range(40 * HOSTILE_TIMES):
+        folder = shutil.copytree(golden_folder, tmp_path / "damaged")
+        damage_folder(draw, folder)
+        try:
+            check_checkpoint(str(folder))
+            load_tokenizer(str(folder))
+        except (ValueError, OSError) as error:
+            message = str(error)
+            assert str(folder) in message and len(message.splitlines()) == 1 and len(message) < 600, (number, message)
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"folder {number}") from error
+        shutil.rmtree(folder)
+    assert refused > 20 * HOSTILE_TIMES
 
 
 def test_chatglm2_is_refused(golden_folder):

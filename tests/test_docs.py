@@ -99,7 +99,7 @@ def test_tables_of_flags_are_those_of_the_code(monkeypatch):
 def test_help_shows_few_flags(capsys):
     with pytest.raises(SystemExit):
         parse_command_line(FinetuneArguments, ["--help"])
-    assert len(re.findall(r"^  -", capsys.readouterr().out, re.M)) <= 16
+    assert len(re.findall(r"^  -", capsys.readouterr().out, re.M)) <= 17
 
 
 @pytest.mark.parametrize("page", READMES)
@@ -188,7 +188,7 @@ def test_explained_messages_are_in_the_code(page):
     code += "CUDA out of memory, Failed to find C compiler"  # messages of torch and Triton
     table = re.search(r"^\| there is no folder.*?(\n\n|\Z)", TEXTS[page], re.M | re.S).group()
     for cell in re.findall(r"^\| (.*?) \|", table, re.M):
-        message = re.sub(r"（.*）|, during training", "", cell).replace("line N", "line {number}")
+        message = re.sub(r"（.*）|, during training", "", cell).replace("line N", "line {self.line}")
         assert all(piece.strip() in code for piece in re.split("[;…]", message)), message
 
 

@@ -28,7 +28,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from chatglm import ChatGLMConfig
 from glm_kernels import kernels_supported
 from qlora.arguments import FinetuneArguments
-from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
+from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, check_tokenizer
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.errors import is_main_process
 from qlora.loading import (
@@ -124,19 +124,24 @@ class Preflight:
         if len(self.problems) == 1:
             raise ValueError(self.problems[0])
         if self.problems:
-            raise ValueError("\n- ".join([f"{len(self.problems)} things are wrong:", *self.problems]))
+            listed = [problem.replace("\n", "\n  ") for problem in self.problems]
+            raise ValueError("\n- ".join([f"{len(self.problems)} things are wrong:", *listed]))
 
 
 def run_preflight(args: FinetuneArguments) -> Preflight:
-    """Makes every check. The tokenized rows stay in the cache of the datasets library."""
+    """Makes every check, or with `--dry_run` those of tokenizer and data. Tokenized rows stay in the cache."""
     preflight = Preflight(args)
+    if args.dry_run is not None:
+        find_tokenizer(preflight)
+        check_rows(preflight)
+        return preflight
     with preflight.collect_problems():
         preflight.setup = read_training_args(
             args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
         )
     with preflight.collect_problems():
         preflight.config = check_checkpoint(args.model_name_or_path)
-        preflight.tokenizer = load_tokenizer(args.model_name_or_path)
+    find_tokenizer(preflight)
     check_rows(preflight)  # before the GPU is used: its processes are forked from this one
     check_gpu(preflight)
     if preflight.config:
@@ -146,11 +151,18 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
     return preflight
 
 
-def check_gpu(preflight: Preflight):
-    """Checks that the GPU is there and large enough, and that the libraries work on it."""
-    config = preflight.config or ChatGLMConfig()  # where no model can be read: the 6B one was meant
+def find_tokenizer(preflight: Preflight):
+    """Loads the tokenizer, which may be there where the weights are not."""
     with preflight.collect_problems():
-        check_device(config, preflight.compute_dtype)
+        check_tokenizer(preflight.args.model_name_or_path)
+        preflight.tokenizer = load_tokenizer(preflight.args.model_name_or_path)
+
+
+def check_gpu(preflight: Preflight):
+    """Checks that the GPU is there and large enough for the model, and that the libraries work on it."""
+    if preflight.config:
+        with preflight.collect_problems():
+            check_device(preflight.config, preflight.compute_dtype)
     if torch.cuda.is_available():
         with preflight.collect_problems():
             check_compiler()
@@ -175,7 +187,7 @@ def check_rows(preflight: Preflight):
                     load_rows(path)
     if all(path in loaded for path, _ in files):
         with preflight.collect_problems():
-            seed = setup.training_args.seed if setup else 0
+            seed = setup.training_args.seed if setup else args.seed or 0
             preflight.train_samples = mix_samples([(path, loaded[path], weight) for path, weight in files], seed)
     if args.eval_data_path:
         preflight.eval_samples = loaded.get(args.eval_data_path)

@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import random
 import re
 import resource
 import shutil
@@ -19,7 +18,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, write_json
+from conftest import (
+    HOSTILE_TIMES,
+    SAVE_STEPS,
+    STEPS,
+    error_of,
+    flags_of,
+    history,
+    hostile_random,
+    run_main,
+    write_json,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from transformers import Trainer
@@ -41,7 +50,7 @@ from qlora.training.checkpoints import (
     staging_dir,
 )
 
-KILLS = 6  # of each kind: at random times, at random file accesses, in random forward passes
+KILLS = 6 * HOSTILE_TIMES  # of each kind: at random times, at random file accesses, in random forward passes
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
 
 
@@ -143,7 +152,7 @@ def test_killed_run_resumes_to_identical_results(
     kind, uninterrupted, processes, tiny_checkpoint, train_file, dev_file, tmp_path
 ):
     expected, seconds, counts = uninterrupted
-    draw, killed = random.Random(kind), 0
+    draw, killed = hostile_random(kind), 0
     run = Run(tmp_path / "run", processes, tiny_checkpoint, train_file, dev_file)
     while killed < KILLS:
         if kind == "time":
@@ -218,10 +227,10 @@ def test_flipped_bit_in_the_optimizer_is_detected(output):
 
 @pytest.mark.parametrize("pattern", CHECKPOINT_FILES)
 def test_flipped_bits_raise_no_exception(output, pattern):
-    draw, (path,) = random.Random(pattern), (output / f"checkpoint-{STEPS}").glob(pattern)
+    draw, (path,) = hostile_random(pattern), (output / f"checkpoint-{STEPS}").glob(pattern)
     content, found = path.read_bytes(), []
     ends = [*range(min(len(content), 100)), *range(max(len(content) - 500, 0), len(content))]  # where headers are
-    for _ in range(150):
+    for _ in range(150 * HOSTILE_TIMES):
         damaged = bytearray(content)
         for position in (*draw.choices(ends, k=draw.randint(0, 3)), draw.randrange(len(content))):
             damaged[position] ^= 1 << draw.randrange(8)
@@ -374,11 +383,14 @@ def test_run_does_not_delete_folders_of_the_user(tiny_checkpoint, train_file, tm
 # A full disk.
 
 
+LARGEST = [7_000, *hostile_random("disk").choices(range(9_000), k=HOSTILE_TIMES - 1)]  # the adapter has 9 kB
+
+
 @contextlib.contextmanager
-def small_files() -> None:
-    """Limits the files that this process can write to 7 kB; the adapter has 9 kB."""
+def small_files(size: int) -> None:
+    """Limits the files that this process can write to a number of bytes."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (7_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
@@ -390,17 +402,17 @@ def message_of_full_disk(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> 
     """Trains, and lets a method of the Trainer fail when it writes a file of a folder, as on a full disk.
 
     Returns:
-        A function (method, folder in the staging folder, file or "any") -> error message.
+        A function (method, folder in the staging folder, file or size of the largest possible file) -> error message.
     """
 
-    def run(method: str, folder: str, file: str) -> str:
+    def run(method: str, folder: str, file: str | int) -> str:
         write, target = getattr(Trainer, method), tmp_path / "out" / STAGING / folder
 
         def write_on_full_disk(self, *args):
             if target.name not in (f"checkpoint-{self.state.global_step}", Path(str(args[0])).name):
                 return write(self, *args)
-            if file == "any":
-                with small_files():
+            if isinstance(file, int):
+                with small_files(file):
                     return write(self, *args)
             target.mkdir(parents=True)
             (target / file).symlink_to("/dev/full")
@@ -413,7 +425,9 @@ def message_of_full_disk(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> 
     return run
 
 
-@pytest.mark.parametrize("file", ["any", "training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "file", [*LARGEST, "training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"]
+)
 def test_full_disk_while_a_checkpoint_is_written(message_of_full_disk, tmp_path, file):
     output = tmp_path / "out"
     message = message_of_full_disk("_save_checkpoint", f"checkpoint-{STEPS}", file)
@@ -423,7 +437,7 @@ def test_full_disk_while_a_checkpoint_is_written(message_of_full_disk, tmp_path,
     assert checkpoint_problem(output / f"checkpoint-{SAVE_STEPS}") is None
 
 
-@pytest.mark.parametrize("file", ["any", "ice_text.model"])
+@pytest.mark.parametrize("file", [*LARGEST, "ice_text.model"])
 def test_full_disk_while_the_result_is_written(message_of_full_disk, tmp_path, file):
     message = message_of_full_disk("_save", "", file)
     assert f"checkpoint-{STEPS} is whole" in message

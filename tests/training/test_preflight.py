@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, write_rows
+from conftest import ROOT, copy_tokenizer, write_rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import train_qlora
@@ -137,6 +137,27 @@ def test_number_of_samples_shown(flags, capsys, more, count):
     assert len(re.findall(r"^  answer ", capsys.readouterr().out, re.M)) == count
 
 
+def test_dry_run_needs_only_tokenizer_and_rows(flags, values, tokenizer, tmp_path, monkeypatch, capsys):
+    run_main(flags, "--check", "2")
+    about_data = capsys.readouterr().out.partition("training ")[2]
+    copy_tokenizer(tokenizer, tmp_path)
+    Path(flags.pop("train_args_json")).write_text("{")
+    for name in ("read_training_args", "check_checkpoint", "check_gpu", "check_output"):
+        monkeypatch.delattr(preflight, name)
+    run_main(flags | {"model_name_or_path": tmp_path, "train_args_json": tmp_path / "nowhere"}, "--dry_run", "2")
+    assert capsys.readouterr().out == "training " + about_data
+
+
+def test_dry_run_reports_problems_of_tokenizer_and_rows(flags, tmp_path, capsys):
+    Path(flags["train_data_path"][0]).write_text("{}\n{}\n")
+    with pytest.raises(SystemExit) as raised:
+        run_main(flags | {"model_name_or_path": tmp_path / "nowhere"}, "--dry_run")
+    folder, rows, *listed = raised.value.code.splitlines()[1:]
+    assert folder.startswith("- there is no folder") and rows.endswith("train.jsonl has 2 rows that cannot be used:")
+    assert [line[:13] for line in listed] == ["  - line 1: f", "  - line 2: f"]
+    assert "OK" not in capsys.readouterr().out
+
+
 # All problems are reported at once, by --check and by a run.
 
 
@@ -152,7 +173,6 @@ def add_problems(flags: dict, values: dict, folder: Path) -> list[str]:
         "train.jsonl, line 2: field 'output' is missing",
         "there is no data file",
         "there is no folder",
-        *([] if torch.cuda.is_available() else ["no CUDA GPU was found"]),
     ]
 
 
@@ -162,7 +182,7 @@ def test_all_problems_are_reported_at_once(flags, values, tmp_path, more, capsys
     with pytest.raises(SystemExit) as raised:
         run_main(flags, *more)
     message = raised.value.code
-    assert message.startswith("error: 5 things are wrong:\n- ")  # those of the JSON count as one
+    assert message.startswith("error: 4 things are wrong:\n- ")  # those of the JSON count as one
     assert all(part in message for part in expected), message
     assert not any(line.rstrip().endswith(("?.", "..")) for line in message.splitlines())
     assert "OK" not in capsys.readouterr().out
@@ -241,10 +261,29 @@ def test_broken_tokenizer(flags, tiny_checkpoint, tmp_path):
     assert "ice_text.model is damaged or incomplete" in problem_of(flags | {"model_name_or_path": str(folder)})
 
 
-def test_rows_are_checked_without_a_tokenizer(flags, tmp_path):
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_problem_of_the_folder_hides_none_of_the_rows_and_asks_for_no_gpu(flags, tmp_path, has_folder):
     Path(flags["eval_data_path"]).write_text("{}\n")
+    model = tmp_path if has_folder else tmp_path / "nowhere"
+    of_folder, *rest = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(model)})).problems
+    assert "config.json is missing" in of_folder if has_folder else "there is no folder" in of_folder
+    if has_folder:
+        assert "ice_text.model is missing" in rest.pop(0)
+    assert len(rest) == 1 and "dev.jsonl, line 1: field 'instruction' is missing" in rest[0]
+
+
+def test_rows_are_tokenized_without_weights(flags, tokenizer, tmp_path):
+    copy_tokenizer(tokenizer, tmp_path)
+    write_rows(Path(flags["eval_data_path"]), [{"instruction": "\u200b", "output": "b"}])
     problems = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path)})).problems
-    assert any("dev.jsonl, line 1: field 'instruction' is missing" in problem for problem in problems)
+    assert len(problems) == 2 and "config.json is missing" in problems[0]
+    assert "dev.jsonl, line 1: field 'instruction' has nothing but characters" in problems[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_large_model_needs_a_gpu(flags, monkeypatch):
+    monkeypatch.setattr(loading, "LARGEST_CPU_MODEL", 1000)
+    assert "no CUDA GPU was found" in problem_of(flags)
 
 
 # The memory plan, for the 6B model on a simulated GPU.

@@ -13,7 +13,7 @@ from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, w
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
-from qlora.data.batching import StepBatch
+from qlora.data.batching import SourceRow, StepBatch
 from qlora.errors import TrainingStopped
 from qlora.training.checkpoints import STAGING, checkpoints
 from qlora.training.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
@@ -168,7 +168,7 @@ def test_training_without_effect_is_reported(flags, tmp_path, caplog):
 def step_check(*gradient_norms: float, scaler: object | None) -> StepCheck:
     check = StepCheck(SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor))
     for number, norm in enumerate(gradient_norms, 1):
-        check.steps.append(Step(number, 0.1, [("", number)], torch.tensor(2.5), torch.tensor(norm)))
+        check.steps.append(Step(number, 0.1, [SourceRow("", "line", number)], torch.tensor(2.5), torch.tensor(norm)))
     return check
 
 
@@ -190,8 +190,9 @@ def test_skipped_steps_are_counted_over_several_checks():
 
 
 def test_rows_of_several_files_are_named_by_file():
-    rows = [("b.jsonl", 30), ("a.jsonl", 7), ("a.jsonl", 2)]
-    assert name_rows(rows) == "Its rows are on lines 2, 7 of a.jsonl; 30 of b.jsonl."
+    samples = [{"line": 30, "element": 3, "file": "b.json"}, *({"line": n, "file": "a.jsonl"} for n in (7, 2))]
+    rows = StepBatch(samples).source_rows
+    assert name_rows(rows) == "Its rows are on lines 2, 7 of a.jsonl; elements 3 of b.json."
 
 
 # Out-of-memory errors.
