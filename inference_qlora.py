@@ -30,15 +30,14 @@ def main():
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     import torch
 
+    from qlora.adapter import base_model_path, load_adapter
     from qlora.checkpoint import check_checkpoint
     from qlora.inference.decoding import make_sampler
     from qlora.inference.web import Answerer, Page, check_web
     from qlora.layers.replacement import replace_layers
     from qlora.loading import (
-        base_model_path,
         check_hardware,
         choose_compute_dtype,
-        load_adapter,
         load_quantized_model,
         load_tokenizer,
     )

@@ -11,11 +11,12 @@ from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, ROOT, import_script
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from chatglm import ChatGLMForConditionalGeneration
+from qlora.adapter import load_adapter
 from qlora.atomic import atomic_folder
 from qlora.checkpoint import check_checkpoint, weight_files
 from qlora.export.merging import merged_tensors
 from qlora.export.official_folder import write_quantized
-from qlora.loading import load_adapter, load_quantized_model, load_tokenizer
+from qlora.loading import load_quantized_model, load_tokenizer
 
 MODULES = ["query_key_value", "dense_h_to_4h"]
 IDS = [25, 50, 228, 507, 508, 129, 52, 509]
@@ -240,14 +241,14 @@ def test_more_than_plain_lora_is_refused(golden_folder, tmp_path, options):
 
 def test_another_kind_of_adapter_is_refused(golden_folder, tmp_path):
     IA3Config(target_modules=MODULES, feedforward_modules=MODULES[1:]).save_pretrained(tmp_path / "ia3")
-    with pytest.raises(ValueError, match=r"ia3 is of type .*IA3; only LoRA can be merged"):
+    with pytest.raises(ValueError, match=r"ia3 is of type .*IA3; this project uses LoRA only"):
         merged_tensors(str(golden_folder), str(tmp_path / "ia3"), "nf4", torch.float32)
 
 
 @pytest.mark.parametrize("module", ["lm_head", "word_embeddings"])
 def test_an_adapter_of_embedding_or_head_is_refused(golden_folder, tmp_path, module):
     adapter = make_adapter(tmp_path / "adapter", target_modules=["query_key_value", module])
-    with pytest.raises(ValueError, match=r"adapter in .* (has a part in \S*word_embeddings\.weight|does not fit)"):
+    with pytest.raises(ValueError, match=rf"adapter in .* has a part in \S*{module}\."):
         merged_tensors(str(golden_folder), adapter, "original", torch.float32)
 
 
