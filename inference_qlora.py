@@ -30,7 +30,7 @@ def main():
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     import torch
 
-    from qlora.adapter import base_model_path, load_adapter
+    from qlora.adapter import base_model_path, load_adapter, read_adapter
     from qlora.checkpoint import check_checkpoint
     from qlora.inference.decoding import make_sampler
     from qlora.inference.web import Answerer, Page, check_web
@@ -43,6 +43,7 @@ def main():
     )
 
     with message_instead_of_traceback():
+        read_adapter(args.adapter_path)  # a mistake in it is reported before anything is loaded
         base_path = args.model_name_or_path or base_model_path(args.adapter_path)
         prompts = read_all_prompts(args)[: args.max_prompts]
         if args.web:

@@ -180,6 +180,11 @@ def adapter_weights(path: str) -> dict[str, torch.Tensor]:
     return weights
 
 
+def read_adapter(path: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of an adapter; errors as for `adapter_config` and `adapter_weights`."""
+    return adapter_config(path), adapter_weights(path)
+
+
 def adapter_settings(path: str) -> LoraSettings:
     """Rank, alpha, dropout and target layers of the adapter in a folder; errors as for `adapter_config`."""
     config = adapter_config(path)
@@ -199,7 +204,7 @@ def load_adapter(model: PreTrainedModel, path: str, train_with_dropout: float | 
         ValueError: it is damaged, not finite or more than plain LoRA, does not fit the model's shapes, or is merged
             into the model already.
     """
-    config, weights = adapter_config(path), adapter_weights(path)
+    config, weights = read_adapter(path)
     outside = [name for name in weights if ".layers." not in name]
     if outside:
         raise ValueError(

@@ -67,7 +67,7 @@ def evaluate(args: EvaluationArguments):
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     import torch
 
-    from qlora.adapter import adapter_config, base_model_path, load_adapter
+    from qlora.adapter import base_model_path, load_adapter, read_adapter
     from qlora.checkpoint import check_checkpoint
     from qlora.evaluation.predictions import digest, resume_predictions
     from qlora.loading import (
@@ -80,7 +80,7 @@ def evaluate(args: EvaluationArguments):
     with message_instead_of_traceback():
         folder = Path(args.output_dir or f"{args.adapter_path}/evaluation_{args.protocol}")
         adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
-        adapter_config(args.adapter_path)  # a missing adapter is named first
+        read_adapter(args.adapter_path)  # a mistake in it is reported before anything is loaded
         base_path = args.model_name_or_path or base_model_path(args.adapter_path)
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         tokenizer = load_tokenizer(base_path)

@@ -1,10 +1,9 @@
-"""qlora/loading.py: what is quantized and trained; errors of folders, adapters and hardware."""
+"""qlora/loading.py: what is quantized and trained; errors of folders and hardware."""
 
 import json
 from pathlib import Path
 
 import bitsandbytes
-import peft
 import pytest
 import torch
 from conftest import GOLDEN_ADAPTER, add_random_lora
@@ -12,7 +11,7 @@ from peft import get_peft_model_state_dict
 from transformers import BitsAndBytesConfig
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from qlora.adapter import add_lora, load_adapter
+from qlora.adapter import add_lora
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 from qlora.loading import check_hardware, load_quantized_model, load_tokenizer, quantization_config
@@ -127,56 +126,6 @@ def test_gradients_are_the_same_after_an_evaluation(golden_folder, dtype):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-# Adapters.
-
-
-def test_adapter_of_old_peft_loads(model):
-    tuned = load_adapter(model, str(GOLDEN_ADAPTER))
-    official = torch.load(GOLDEN_ADAPTER / "adapter_model.bin", weights_only=True)
-    for name, tensor in get_peft_model_state_dict(tuned).items():
-        assert torch.equal(tensor, official[name])
-
-
-def save_adapter(folder: Path, target_modules: tuple[str, ...] = ("query_key_value",), **shape) -> str:
-    """Writes an adapter of a model of another shape; returns its path."""
-    config = ChatGLMConfig(**{"vocab_size": 512, "hidden_size": 64, "num_layers": 3, "num_attention_heads": 4} | shape)
-    lora(ChatGLMForConditionalGeneration(config), target_modules=target_modules).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("shape", [{"hidden_size": 32}, {"num_layers": 4}, {"num_layers": 2}])
-def test_adapter_of_another_shape_is_refused(model, tmp_path, shape):
-    path = save_adapter(tmp_path / "other", inner_hidden_size=64, **shape)
-    with pytest.raises(ValueError, match=r"the adapter in .*other does not fit .*--model_name_or_path") as raised:
-        load_adapter(model, path)
-    assert len(str(raised.value).splitlines()) == 1
-
-
-def test_adapter_for_other_modules_is_refused(model, tmp_path):
-    path = Path(save_adapter(tmp_path / "other"))
-    config = json.loads((path / "adapter_config.json").read_text()) | {"target_modules": ["q_proj"]}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"the adapter in .*other does not fit"):
-        load_adapter(model, str(path))
-
-
-def test_adapter_without_weights_is_refused(model, tmp_path):
-    path = Path(save_adapter(tmp_path / "other"))
-    (path / "adapter_model.safetensors").unlink()
-    with pytest.raises((ValueError, OSError)) as raised:
-        load_adapter(model, str(path))
-    assert "other" in str(raised.value)
-
-
-def test_damaged_adapter_is_refused(model, tmp_path):
-    path = Path(save_adapter(tmp_path / "other"))
-    weights = path / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises((ValueError, OSError)) as raised:
-        load_adapter(model, str(path))
-    assert "other" in str(raised.value)
-
-
 # Folders.
 
 
@@ -205,6 +154,42 @@ def test_missing_weights_are_refused(golden_folder):
     (golden_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="num_layers 4, and the weight files hold 3 layers"):
         load_quantized_model(str(golden_folder), torch.float32)
+
+
+def spoil(folder: Path, name: str, value: float):
+    """Sets one value of a weight in the files of a checkpoint."""
+    for file in folder.glob("*.bin"):
+        state = torch.load(file, weights_only=True)
+        state.pop("lm_head.weight", None)  # which is the embedding, and need not be there
+        if name in state:
+            state[name].view(-1)[0] = value
+        torch.save(state, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("transformer.word_embeddings.weight", float("nan")),
+        ("transformer.final_layernorm.weight", float("inf")),
+        ("transformer.layers.1.mlp.dense_4h_to_h.bias", -float("inf")),
+        ("transformer.layers.0.attention.dense.weight", float("inf")),  # quantized: its scale is infinite
+    ],
+)
+def test_values_that_are_not_finite_are_refused(golden_folder, name, value):
+    spoil(golden_folder, name, value)
+    with pytest.raises(ValueError, match=rf"golden: {name} is not finite .*torch\.float32") as raised:
+        load_quantized_model(str(golden_folder), torch.float32)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_values_beyond_the_compute_dtype_are_refused(golden_folder):
+    for file in golden_folder.glob("*.bin"):
+        state = {name: tensor.bfloat16() for name, tensor in torch.load(file, weights_only=True).items()}
+        torch.save(state, file)
+    spoil(golden_folder, "transformer.final_layernorm.bias", 1e6)
+    load_quantized_model(str(golden_folder), torch.bfloat16)
+    with pytest.raises(ValueError, match=r"final_layernorm\.bias is not finite .*torch\.float16.*--compute_dtype"):
+        load_quantized_model(str(golden_folder), torch.float16)
 
 
 # Machines.
@@ -272,9 +257,3 @@ def test_wrong_results_of_bitsandbytes_are_reported(gpu, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"bitsandbytes .* does not work on A Test GPU .*wrong"):
         check_hardware(ChatGLMConfig(), torch.bfloat16)
-
-
-def test_adapter_is_plain_lora(model):
-    config = lora(model, rank=8).peft_config["default"]
-    assert isinstance(config, peft.LoraConfig)
-    assert (config.r, config.lora_alpha, config.bias, config.use_dora) == (8, 32, "none", False)

@@ -268,6 +268,29 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(golden_folder, tmp_path):
         in_memory(golden_folder, adapter, "original")
 
 
+def spoil(folder: Path, name: str, value: float):
+    """Sets one value of a weight, in bf16 files."""
+    for file in weight_files(folder):
+        state = {name: tensor.bfloat16() for name, tensor in torch.load(file, weights_only=True).items()}
+        if name in state:
+            state[name].view(-1)[0] = value
+        torch.save(state, file)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.layers.2.mlp.dense_4h_to_h.weight", "transformer.layers.1.attention.dense.bias"]
+)
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, "fp16"), (float("nan"), "bf16")])
+def test_weights_that_are_not_finite_are_not_written(golden_folder, tmp_path, run, name, value, dtype):
+    adapter = make_adapter(tmp_path / "adapter")
+    spoil(golden_folder, name, value)
+    merge = {"adapter_path": adapter, "onto": "original", "dtype": dtype}
+    for script, flags in {"merge_lora": merge, "quantize_checkpoint": {"compute_dtype": dtype}}.items():
+        with pytest.raises(SystemExit, match=rf"error: .*{name} is not finite .*in torch\.\w+{dtype[2:]}"):
+            run(script, model_name_or_path=golden_folder, output_dir=tmp_path / "new", **flags)
+        assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", ["merge_lora", "quantize_checkpoint"])
 def test_an_existing_folder_is_not_overwritten(run, golden_folder, tmp_path, name):
     adapter = {"adapter_path": make_adapter(tmp_path / "adapter")} if name == "merge_lora" else {}
