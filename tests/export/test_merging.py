@@ -281,7 +281,8 @@ def spoil(folder: Path, name: str, value: float):
     "name", ["transformer.layers.2.mlp.dense_4h_to_h.weight", "transformer.layers.1.attention.dense.bias"]
 )
 @pytest.mark.parametrize(("value", "dtype"), [(1e5, "fp16"), (float("nan"), "bf16")])
-def test_weights_that_are_not_finite_are_not_written(golden_folder, tmp_path, run, name, value, dtype):
+def test_weights_that_are_not_finite_are_not_written(golden_folder, tmp_path, run, monkeypatch, name, value, dtype):
+    monkeypatch.setattr("qlora.loading.check_values", lambda *args: None)  # quantizing on a GPU can hide a NaN from it
     adapter = make_adapter(tmp_path / "adapter")
     spoil(golden_folder, name, value)
     merge = {"adapter_path": adapter, "onto": "original", "dtype": dtype}
