@@ -45,22 +45,18 @@ def run(args: InferenceArguments):
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     import torch
 
+    from qlora.adapter import base_model_path, load_adapter, read_adapter
     from qlora.checkpoint import check_checkpoint
     from qlora.inference.decoding import make_sampler
     from qlora.inference.web import Answerer, Page, check_web
     from qlora.layers.replacement import replace_layers
-    from qlora.loading import (
-        base_model_path,
-        check_hardware,
-        choose_compute_dtype,
-        load_adapter,
-        load_quantized_model,
-        load_tokenizer,
-    )
+    from qlora.loading import check_hardware, choose_compute_dtype, load_quantized_model, load_tokenizer
 
     with message_instead_of_traceback():
-        adapters_base = base_model_path(args.adapter_path) if args.adapter_path else DEFAULT_MODEL
-        base_path = args.model_name_or_path or adapters_base
+        base_path = args.model_name_or_path or DEFAULT_MODEL
+        if args.adapter_path:
+            read_adapter(args.adapter_path)  # a mistake in it is reported before anything is loaded
+            base_path = args.model_name_or_path or base_model_path(args.adapter_path)
         prompts = read_all_prompts(args)
         check_output(args.output)
         if args.web:

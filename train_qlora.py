@@ -67,15 +67,16 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
     """From a checked run to the first step: 4-bit model, LoRA adapter, layers, memory plan."""
     import torch
 
+    from qlora.adapter import add_adapter
     from qlora.layers.replacement import replace_layers
-    from qlora.loading import add_lora, load_quantized_model
+    from qlora.loading import load_quantized_model
     from qlora.training.memory_plan import apply_plan, set_activation_checkpointing
     from qlora.training.trainer import QLoRATrainer
 
     args, (training_args, compute_dtype, recompute) = preflight.args, preflight.setup
     torch.manual_seed(training_args.seed)
     model = load_quantized_model(args.model_name_or_path, compute_dtype, preflight.config)
-    model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    model = add_adapter(model, preflight.lora, args.init_adapter)
     model.print_trainable_parameters()
 
     if args.plain:  # peft's and bitsandbytes' layers

@@ -5,6 +5,7 @@ Imports nothing that takes time, so that `--help` and a misspelt flag are answer
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qlora.units import parse_size
 
@@ -20,6 +21,15 @@ LAYER_COUNTS = ("recompute_mlp", "recompute_attention", "dequantized_layers")
 PLAN_FLAGS = ("max_tokens", *LAYER_COUNTS, "offload")
 LOWEST_TEMPERATURE = 0.01  # at lower ones sampling is greedy but for overflows
 OLD_LAYER_COUNTS = {"kept_mlp": "recompute_mlp", "kept_attention": "recompute_attention"}  # they count the others
+
+
+class LoraSettings(NamedTuple):
+    """The settings of an adapter, in the order in which `add_lora` takes them."""
+
+    rank: int = 4
+    alpha: float = 32
+    dropout: float = 0.05
+    target_modules: list[str] = ["query_key_value"]
 
 
 @dataclass
@@ -48,12 +58,24 @@ class FinetuneArguments:
     max_output_length: int = field(
         default=1536, metadata={"help": "Longest answer in tokens, <eop> included; the rest is cut."}
     )
-    lora_rank: int = field(default=4, metadata={"help": "Rank r of the adapter's matrices."})
-    lora_alpha: float = field(default=32, metadata={"help": "The adapter's output is scaled by lora_alpha / r."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Rank r of the adapter's matrices; by default 4, or that of --init_adapter."}
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "The output is scaled by lora_alpha / r; by default 32, or that of --init_adapter."},
+    )
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter's matrices, 0 to 1."})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["query_key_value"],
-        metadata={"help": "Linear layers with an adapter: query_key_value dense dense_h_to_4h dense_4h_to_h."},
+        default_factory=list,
+        metadata={
+            "help": "Layers with an adapter, of query_key_value dense dense_h_to_4h dense_4h_to_h; by default the "
+            "first, or those of --init_adapter."
+        },
+    )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Adapter folder to start from its values, with a new optimizer: to train on with new data."},
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder to continue from, or 'last' for the newest one."}
@@ -125,6 +147,33 @@ class FinetuneArguments:
         default=None, metadata={"help": "Use --recompute_attention, which counts the other layers.", "hidden": True}
     )
 
+    def lora_settings(self, of_adapter: LoraSettings | None = None) -> LoraSettings:
+        """The settings of the adapter to train: of the flags and, where they are not given, the defaults.
+
+        Args:
+            of_adapter: those of `--init_adapter`, which take the place of the defaults, except for the dropout.
+        Raises:
+            ValueError: a flag contradicts `--init_adapter`.
+        """
+        modules = sorted(set(self.lora_target_modules))
+        base = of_adapter or LoraSettings()
+        if of_adapter:
+            flags = {"rank": self.lora_rank, "alpha": self.lora_alpha, "target_modules": modules}
+            given = {name: value for name, value in flags.items() if value}
+            has = of_adapter._asdict()
+            different = [f"--lora_{name} is {v}, not {has[name]}" for name, v in given.items() if v != has[name]]
+            if different:
+                raise ValueError(
+                    f"{'; '.join(different)} as in --init_adapter {self.init_adapter}, which keeps its shape: leave "
+                    "these flags out."
+                )
+        return LoraSettings(
+            self.lora_rank or base.rank,
+            self.lora_alpha or base.alpha,
+            self.lora_dropout,
+            modules or base.target_modules,
+        )
+
     def fixed_plan(self, recompute: bool | None, num_layers: int) -> dict[str, int]:
         """The fields of the memory plan that were given, by flags or by the JSON's gradient checkpointing.
 
@@ -180,10 +229,15 @@ class FinetuneArguments:
     def adapter_problems(self) -> list[str]:
         """What is wrong with the flags of the adapter."""
         problems = check_positive(self, "lora_rank")
-        if not 0 < self.lora_alpha < math.inf:
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             problems.append(f"--lora_alpha is {self.lora_alpha}; it must be a positive number")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        if self.init_adapter and self.resume_from_checkpoint:
+            problems.append(
+                "--init_adapter starts a new run from an adapter, --resume_from_checkpoint goes on with an earlier "
+                "run: give one of them"
+            )
         return problems
 
     def plan_problems(self) -> list[str]:

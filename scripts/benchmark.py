@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from chatglm import ChatGLMConfig
+from qlora.adapter import add_lora
 from qlora.command_line import parse_command_line
 from qlora.data.batching import StepBatch, count_labels, count_tokens
 from qlora.data.dataset import SampleEncoder, load_samples
@@ -32,7 +33,7 @@ from qlora.data.rows import read_rows
 from qlora.errors import message_instead_of_traceback
 from qlora.inference.decoding import decode, make_sampler
 from qlora.layers.replacement import replace_layers
-from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+from qlora.loading import load_quantized_model, load_tokenizer
 from qlora.units import GIB
 
 ROOT = Path(__file__).resolve().parents[1]

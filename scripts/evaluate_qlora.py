@@ -67,13 +67,12 @@ def evaluate(args: EvaluationArguments):
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     import torch
 
+    from qlora.adapter import base_model_path, load_adapter, read_adapter
     from qlora.checkpoint import check_checkpoint
     from qlora.evaluation.predictions import digest, resume_predictions
     from qlora.loading import (
-        adapter_config,
         check_hardware,
         choose_compute_dtype,
-        load_adapter,
         load_quantized_model,
         load_tokenizer,
     )
@@ -81,8 +80,8 @@ def evaluate(args: EvaluationArguments):
     with message_instead_of_traceback():
         folder = Path(args.output_dir or f"{args.adapter_path}/evaluation_{args.protocol}")
         adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
-        trained_on = adapter_config(args.adapter_path).base_model_name_or_path
-        base_path = args.model_name_or_path or trained_on
+        read_adapter(args.adapter_path)  # a mistake in it is reported before anything is loaded
+        base_path = args.model_name_or_path or base_model_path(args.adapter_path)
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         tokenizer = load_tokenizer(base_path)
         rows = read_samples(args, tokenizer, PROTOCOLS[args.protocol].max_reference_tokens)

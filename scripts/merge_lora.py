@@ -61,10 +61,11 @@ def main():
 def merge(args: MergeArguments):
     """Writes the merged model, one tensor at a time."""
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
+    from qlora.adapter import base_model_path
     from qlora.atomic import atomic_folder
     from qlora.export.merging import merged_tensors
     from qlora.export.official_folder import write_checkpoint
-    from qlora.loading import DTYPES, base_model_path
+    from qlora.loading import DTYPES
 
     base_path = args.model_name_or_path or base_model_path(args.adapter_path)
     config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, DTYPES[args.compute_dtype])

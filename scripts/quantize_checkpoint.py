@@ -39,15 +39,17 @@ def quantize(args: QuantizeArguments):
     """Loads the model in 4 bits and writes it."""
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     from qlora.atomic import atomic_folder
-    from qlora.checkpoint import check_checkpoint
+    from qlora.checkpoint import check_checkpoint, is_quantized
+    from qlora.export.merging import check_finite_weights
     from qlora.export.official_folder import write_quantized
-    from qlora.loading import DTYPES, is_quantized, load_quantized_model, load_tokenizer
+    from qlora.loading import DTYPES, load_quantized_model, load_tokenizer
 
     config = check_checkpoint(args.model_name_or_path)
     if is_quantized(config):
         raise ValueError(f"{args.model_name_or_path} is in 4 bits already: use it as it is.")
     tokenizer = load_tokenizer(args.model_name_or_path)
     with atomic_folder(args.output_dir) as folder:
+        check_finite_weights(args.model_name_or_path, DTYPES[args.compute_dtype])
         model = load_quantized_model(args.model_name_or_path, DTYPES[args.compute_dtype], config)
         write_quantized(model, tokenizer, folder)
     size = sum(file.stat().st_size for file in Path(args.output_dir).iterdir())

@@ -31,10 +31,10 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from qlora.adapter import add_lora
 from qlora.checkpoint import TOKENIZER_FILES
 from qlora.data.dataset import SampleEncoder
 from qlora.export.official_folder import write_checkpoint
-from qlora.loading import add_lora
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chatglm.chat import OFFICIAL_SAMPLING
-from qlora.arguments import FinetuneArguments, InferenceArguments
+from qlora.arguments import FinetuneArguments, InferenceArguments, LoraSettings
 from qlora.command_line import parse_command_line
 from qlora.training.training_args import set_precision
 
@@ -124,14 +124,14 @@ def test_plain_with_a_flag_of_the_memory_plan_is_refused(flag, value):
 
 
 def test_target_modules_are_a_list():
-    assert parse().lora_target_modules == ["query_key_value"]
+    assert parse().lora_settings().target_modules == ["query_key_value"]
     args = parse("--lora_target_modules", "query_key_value", "dense", "--lora_rank", 2)
-    assert args.lora_target_modules == ["query_key_value", "dense"] and args.lora_rank == 2
+    assert args.lora_settings() == LoraSettings(2, 32, 0.05, ["dense", "query_key_value"])
 
 
 def test_defaults_are_those_of_the_upstream():
     args = parse()
-    assert (args.lora_rank, args.lora_alpha, args.lora_dropout) == (4, 32, 0.05)
+    assert args.lora_settings() == (4, 32, 0.05, ["query_key_value"])
     assert args.train_args_json == "chatGLM_6B_QLoRA.json" and args.model_name_or_path == "THUDM/chatglm-6b"
     assert args.seed is None and args.resume_from_checkpoint is None and args.prompt_text == ""
 

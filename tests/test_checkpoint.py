@@ -14,9 +14,9 @@ import torch
 from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, HOSTILE_TIMES, copy_tokenizer, hostile_random
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
-from qlora.export.official_folder import write_checkpoint
-from qlora.loading import load_tokenizer
+from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, is_finite, stored_shapes
+from qlora.export.official_folder import write_checkpoint, write_quantized
+from qlora.loading import load_quantized_model, load_tokenizer
 
 INDEX = "pytorch_model.bin.index.json"
 SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
@@ -272,6 +272,119 @@ def test_broken_index_is_refused(golden_folder, content):
     (golden_folder / INDEX).write_text(content)
     with pytest.raises(ValueError, match=r"index\.json"):
         check_checkpoint(str(golden_folder))
+
+
+def test_index_without_metadata_is_refused(golden_folder):
+    index = json.loads((golden_folder / INDEX).read_text())
+    (golden_folder / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with pytest.raises(ValueError, match=r'index\.json has no object "metadata"'):
+        check_checkpoint(str(golden_folder))
+
+
+# The configuration, compared with the files.
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_layers": "3"}, "Field 'num_layers' expected int, got str"),
+        ({"num_layers": 3.0}, "Field 'num_layers' expected int, got float"),
+        ({"hidden_size": None}, "Field 'hidden_size' expected int, got NoneType"),
+        ({"layernorm_epsilon": "1e-5"}, "Field 'layernorm_epsilon' expected float, got str"),
+        ({"torch_dtype": "fp17"}, "fp17"),
+        ({"auto_map": 7}, "int"),
+        ({"num_layers": -1}, "num_layers is -1, expected 1 or more"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected 1 or more"),
+        ({"num_attention_heads": 5}, "hidden_size is 64, expected a multiple of 4 x 5"),
+        ({"layernorm_epsilon": 0.0}, "layernorm_epsilon is 0.0, expected a positive number"),
+        ({"layernorm_epsilon": float("nan")}, "layernorm_epsilon is nan, expected a positive number"),
+        ({"gmask_token_id": 512}, "gmask_token_id is 512, expected a token id below vocab_size, 512"),
+        ({"bos_token_id": None}, "bos_token_id is None, expected a token id"),
+    ],
+)
+def test_value_of_the_configuration_that_no_model_has_is_refused(golden_folder, change, reason):
+    edit_json(golden_folder / "config.json", **change)
+    with pytest.raises(ValueError, match=rf"golden/config\.json: .*{re.escape(reason)}") as raised:
+        check_checkpoint(str(golden_folder))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.fixture
+def nf4_folder(golden_folder, tokenizer, tmp_path) -> Path:
+    """The golden weights in 4 bits."""
+    write_quantized(load_quantized_model(str(golden_folder), torch.float32), tokenizer, tmp_path / "nf4")
+    return tmp_path / "nf4"
+
+
+@pytest.mark.parametrize("kind", ["golden_folder", "safetensors_folder", "nf4_folder"])
+def test_configuration_that_does_not_fit_the_weights_is_refused(request, kind):
+    folder = request.getfixturevalue(kind)
+    check_checkpoint(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    for change, reason in [
+        ({"num_layers": 2}, "num_layers 2, and the weight files hold 3 layers"),
+        ({"num_layers": 10**9}, "num_layers 1000000000, and the weight files hold 3 layers"),
+        ({"hidden_size": 128}, "has shape .*expected"),
+        ({"inner_hidden_size": 128}, "mlp.* has shape .*expected"),
+        ({"vocab_size": 1024}, r"word_embeddings\.weight has shape \(512, 64\), expected \(1024, 64\)"),
+    ]:
+        edit_json(folder / "config.json", **config | change)
+        with pytest.raises(ValueError, match=rf"{folder.name}: .*{reason}") as raised:
+            check_checkpoint(str(folder))
+        assert len(str(raised.value).splitlines()) == 1
+
+
+def test_4_bit_configuration_with_16_bit_weights_is_refused(golden_folder, nf4_folder):
+    values = json.loads((nf4_folder / "config.json").read_text())
+    edit_json(golden_folder / "config.json", quantization_config=values["quantization_config"])
+    with pytest.raises(ValueError, match=r"attention\.dense\.weight\.absmax is in none of its weight files"):
+        check_checkpoint(str(golden_folder))
+    del values["quantization_config"]
+    (nf4_folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"weight\.absmax is not a weight of this model"):
+        check_checkpoint(str(nf4_folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state.pop("lm_head.weight"), None),  # it is the embedding
+        (lambda state: state.pop("transformer.final_layernorm.bias"), "final_layernorm.bias is in none of its weight"),
+        (lambda state: state.update(extra=torch.ones(2)), "extra is not a weight of this model"),
+        (lambda state: state.update(extra=7), "is damaged or incomplete: it holds no dictionary of tensors"),
+        (
+            lambda state: state.update({"lm_head.weight": torch.ones(2)}),
+            "lm_head.weight has shape (2,), expected (512",
+        ),
+    ],
+)
+def test_names_and_shapes_in_the_files_are_compared(golden_folder, change, reason):
+    path = golden_folder / SHARDS[1]
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    if reason is None:
+        check_checkpoint(str(golden_folder))
+        return
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        check_checkpoint(str(golden_folder))
+
+
+def test_shapes_are_read_without_the_values(tmp_path):
+    # A sparse file of 8 GiB, which would take seconds to read.
+    path = tmp_path / "pytorch_model.bin"
+    with torch.serialization.skip_data():
+        torch.save({"weight": torch.empty(2**16, 2**16, dtype=torch.float16, device="meta")}, path)
+    assert stored_shapes(path) == {"weight": (2**16, 2**16)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_is_finite(dtype):
+    values = torch.zeros(3, 5, dtype=dtype)
+    assert is_finite(values) and is_finite(values[:0])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        values[1, 2] = value
+        assert not is_finite(values)
 
 
 # Writing a checkpoint.

@@ -13,12 +13,13 @@ from conftest import ROOT, import_script
 from transformers import TrainingArguments
 
 import chatglm.chat
+from qlora.adapter import add_lora
 from qlora.arguments import FinetuneArguments, InferenceArguments
 from qlora.checkpoint import check_checkpoint
 from qlora.command_line import parse_command_line, shown_flags
 from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.data.rows import read_rows
-from qlora.loading import add_lora, load_quantized_model
+from qlora.loading import load_quantized_model
 from qlora.training.preflight_report import show_sample
 
 READMES = ("README.md", "README_zh.md")

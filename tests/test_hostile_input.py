@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.chat import build_prompt
+from qlora.adapter import load_adapter
 from qlora.checkpoint import check_checkpoint
 from qlora.data.dataset import IGNORE_INDEX, SampleEncoder, load_samples
 from qlora.data.rows import read_rows
-from qlora.loading import load_adapter
 from qlora.training.checkpoints import find_checkpoint
 
 # Thousands of random lines.

@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
+from qlora.arguments import LoraSettings
 from qlora.checkpoint import file_problem
 from qlora.errors import TrainingStopped
 
@@ -98,20 +99,20 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
     )
 
 
-def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules: list[str]):
+def check_same_adapter(checkpoint: str, lora: LoraSettings):
     """Checks that the flags of a resumed run describe the adapter of its checkpoint; only the dropout may differ.
 
     Args:
         checkpoint: a complete checkpoint.
-        rank, alpha, target_modules: of the adapter, by the flags.
+        lora: settings of the adapter, by the flags.
     Raises:
         ValueError: the checkpoint's adapter has other values.
     """
     config = json.loads((Path(checkpoint) / "adapter_config.json").read_text(encoding="utf-8"))
-    modules = (config.get("target_modules") or [], target_modules)
+    modules = (config.get("target_modules") or [], lora.target_modules)
     values = {
-        "--lora_rank": (config.get("r"), rank),
-        "--lora_alpha": (config.get("lora_alpha"), alpha),
+        "--lora_rank": (config.get("r"), lora.rank),
+        "--lora_alpha": (config.get("lora_alpha"), lora.alpha),
         "--lora_target_modules": tuple(" ".join(sorted(set(map(str, names)))) for names in modules),
     }
     different = [f"{flag} {saved} (not {given})" for flag, (saved, given) in values.items() if saved != given]

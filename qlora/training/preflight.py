@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import shutil
 import tempfile
@@ -27,13 +28,13 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from chatglm import ChatGLMConfig
 from glm_kernels import kernels_supported
-from qlora.arguments import FinetuneArguments
+from qlora.adapter import adapter_settings, add_adapter, base_model_path
+from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, check_tokenizer
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.errors import is_main_process
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
-    add_lora,
     check_bitsandbytes,
     check_compiler,
     check_device,
@@ -43,6 +44,8 @@ from qlora.loading import (
 from qlora.training.checkpoints import check_output_dir, check_same_adapter, find_checkpoint
 from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, memory_budget, plan_without_gpu
 from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_BYTES = 4  # of a trained parameter in a saved adapter, fp32
 OPTIMIZER_BYTES = 8  # of a trained parameter in a saved optimizer: the two moments of Adam, fp32
@@ -76,6 +79,7 @@ class Preflight:
         tokenizer: of the model.
         train_samples, eval_samples: tokenized; `eval_samples` is None for no evaluation, too.
         bitsandbytes_works: on the GPU.
+        lora: settings of the adapter, by the flags or by `--init_adapter`.
         trainable: parameters of the adapter.
         plan: the memory plan; None for the plain path, too.
         steps: numbers of steps, evaluations and checkpoints.
@@ -91,6 +95,7 @@ class Preflight:
     train_samples: Dataset | None = None
     eval_samples: Dataset | None = None
     bitsandbytes_works: bool = False
+    lora: LoraSettings | None = None
     trainable: int | None = None
     plan: MemoryPlan | None = None
     steps: Steps | None = None
@@ -144,8 +149,9 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
     find_tokenizer(preflight)
     check_rows(preflight)  # before the GPU is used: its processes are forked from this one
     check_gpu(preflight)
-    if preflight.config:
-        check_memory(preflight, preflight.config)
+    check_adapter(preflight)
+    if preflight.config and preflight.lora:
+        check_memory(preflight, preflight.config, preflight.lora)
     if preflight.setup:
         check_output(preflight, preflight.setup.training_args)
     return preflight
@@ -193,13 +199,26 @@ def check_rows(preflight: Preflight):
         preflight.eval_samples = loaded.get(args.eval_data_path)
 
 
-def check_memory(preflight: Preflight, config: ChatGLMConfig):
+def check_adapter(preflight: Preflight):
+    """Finds the settings of the adapter; logs a warning if that of `--init_adapter` was trained on another model."""
+    args = preflight.args
+    with preflight.collect_problems():
+        preflight.lora = args.lora_settings(adapter_settings(args.init_adapter) if args.init_adapter else None)
+    if args.init_adapter and preflight.lora:
+        with contextlib.suppress(OSError, ValueError):  # a base model that is gone is another one
+            if Path(base_model_path(args.init_adapter)).samefile(args.model_name_or_path):
+                return
+        logger.warning("The adapter in %s was not trained on %s.", args.init_adapter, args.model_name_or_path)
+
+
+def check_memory(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings):
     """Finds the adapter's size and the memory plan, from a model without weights."""
     args, setup = preflight.args, preflight.setup
     with preflight.collect_problems():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=preflight.compute_dtype)
-            model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+            model.name_or_path = args.model_name_or_path
+            model = add_adapter(model, lora, args.init_adapter)
         preflight.trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         fixed = args.fixed_plan(setup.recompute if setup else None, config.num_layers)
         if args.plain:
@@ -211,18 +230,19 @@ def check_memory(preflight: Preflight, config: ChatGLMConfig):
         if setup and preflight.train_samples:
             unquantized = sum(weight.nbytes for weight in model.parameters())
             lengths = numpy_column(preflight.train_samples, "length").tolist()
-            sizes = model_sizes(preflight, config, unquantized)
+            sizes = model_sizes(preflight, config, lora, unquantized)
             step_tokens = longest_step(lengths, samples_per_step(setup.training_args))
             plan = choose_plan(sizes, step_tokens, max(lengths), budget, fixed)
             preflight.plan = dataclasses.replace(plan, budget=budget if args.memory_budget else None)
 
 
-def model_sizes(preflight: Preflight, config: ChatGLMConfig, unquantized: int) -> Sizes:
+def model_sizes(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings, unquantized: int) -> Sizes:
     """What the memory plan needs to know.
 
     Args:
         preflight: with the number of trained parameters.
         config: of the model.
+        lora: of the adapter.
         unquantized: bytes of the model in its compute dtype, with the adapter.
     """
     dtype = preflight.compute_dtype
@@ -233,8 +253,8 @@ def model_sizes(preflight: Preflight, config: ChatGLMConfig, unquantized: int) -
         dtype.itemsize,
         resident,
         preflight.trainable or 0,
-        frozenset(preflight.args.lora_target_modules),
-        preflight.args.lora_rank,
+        frozenset(lora.target_modules),
+        lora.rank,
         preflight.setup.training_args.world_size if preflight.setup else 1,
         attention_kernels_supported(dtype),
     )
@@ -250,8 +270,8 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
     args = preflight.args
     with preflight.collect_problems():
         preflight.resume_from = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
-        if preflight.resume_from:
-            check_same_adapter(preflight.resume_from, args.lora_rank, args.lora_alpha, args.lora_target_modules)
+        if preflight.resume_from and preflight.lora:
+            check_same_adapter(preflight.resume_from, preflight.lora)
         check_output_dir(training_args.output_dir, preflight.resume_from)
     with preflight.collect_problems():
         if preflight.train_samples:

@@ -56,13 +56,11 @@ def run_table(preflight: Preflight) -> list[tuple[str, str | None]]:
     """Names and values of what is known of machine, model and run; a value is None if it is not known."""
     args, config, steps, disk = preflight.args, preflight.config, preflight.steps, preflight.disk
     plan = preflight.plan_table()
-    targets = ", ".join(args.lora_target_modules)
-    trainable = f"{preflight.trainable:,}" if preflight.trainable else None
     return [
         ("versions", ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + f", CUDA {torch.version.cuda}"),
         ("GPU", describe_gpu(preflight)),
         ("model", config and f"{args.model_name_or_path}, {config.multiplied_weights / 1e6:,.1f} million weights"),
-        ("adapter", trainable and f"rank {args.lora_rank} on {targets}, {trainable} parameters"),
+        ("adapter", describe_adapter(preflight)),
         ("arithmetic", str(preflight.compute_dtype).removeprefix("torch.")),
         ("resumes", preflight.resume_from and f"from {preflight.resume_from}"),
         ("steps", steps and f"{steps.steps:,}, evaluations {steps.evaluations:,}, checkpoints {steps.saves:,}"),
@@ -79,6 +77,15 @@ def data_table(preflight: Preflight) -> list[tuple[str, str | None]]:
         ("evaluation", evaluation and summary(evaluation)),
         ("lengths", train and histogram(numpy_column(train, "length"))),
     ]
+
+
+def describe_adapter(preflight: Preflight) -> str | None:
+    """One line: rank, target layers, number of parameters, and where the values come from if they are not new."""
+    lora, init_adapter = preflight.lora, preflight.args.init_adapter
+    if not (lora and preflight.trainable):
+        return None
+    origin = f", with the values of {init_adapter}" if init_adapter else ""
+    return f"rank {lora.rank} on {', '.join(lora.target_modules)}, {preflight.trainable:,} parameters{origin}"
 
 
 def describe_gpu(preflight: Preflight) -> str:

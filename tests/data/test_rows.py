@@ -235,7 +235,7 @@ def test_prompts_are_rows_without_answers_or_strings(tmp_path, name):
     prompts = ["甲\n乙", build_prompt("丙", [("问", "答")]), GOOD["instruction"], " 丁\n"]
     found = read_prompts(str(path))
     assert list(found.values()) == prompts
-    last = "element 4 (line 20)" if path.suffix == ".json" else "line 4"
+    last = "element 4 (line 19)" if path.suffix == ".json" else "line 4"
     assert list(found)[-1] == f"{path}, {last}"
 
 

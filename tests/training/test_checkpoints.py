@@ -35,8 +35,10 @@ from transformers import Trainer
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
+from qlora.adapter import add_lora
+from qlora.arguments import LoraSettings
 from qlora.errors import TrainingStopped
-from qlora.loading import add_lora, load_quantized_model
+from qlora.loading import load_quantized_model
 from qlora.training.checkpoints import (
     CHECKPOINT_FILES,
     STAGING,
@@ -264,9 +266,8 @@ def test_folders_with_other_names_are_no_checkpoints(output):
 def test_resuming_with_another_adapter_is_refused(output):
     checkpoint = str(output / f"checkpoint-{STEPS}")
     saved = LoraConfig.from_pretrained(checkpoint)
-    given = {"rank": saved.r, "alpha": float(saved.lora_alpha), "target_modules": sorted(saved.target_modules)}
-    check_same_adapter(checkpoint, **given)
-    check_same_adapter(checkpoint, **given | {"target_modules": given["target_modules"] * 2})
+    given = LoraSettings(saved.r, float(saved.lora_alpha), 0.5, sorted(saved.target_modules))
+    check_same_adapter(checkpoint, given)
     for flag, old, change in [
         ("--lora_rank", saved.r, {"rank": 16}),
         ("--lora_alpha", saved.lora_alpha, {"alpha": 16}),
@@ -274,7 +275,7 @@ def test_resuming_with_another_adapter_is_refused(output):
     ]:
         new = " ".join(sorted(value)) if isinstance(value := next(iter(change.values())), list) else value
         with pytest.raises(ValueError, match=re.escape(f"an adapter of {flag} {old} (not {new}), and")):
-            check_same_adapter(checkpoint, **given | change)
+            check_same_adapter(checkpoint, given._replace(**change))
 
 
 @pytest.mark.parametrize("config", [{}, {"target_modules": None}, {"r": "4", "target_modules": "all-linear"}])
@@ -282,7 +283,7 @@ def test_checkpoint_with_an_invalid_adapter_config_is_refused(output, config):
     checkpoint = output / f"checkpoint-{STEPS}"
     (checkpoint / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"--lora_rank .* --lora_target_modules"):
-        check_same_adapter(str(checkpoint), 4, 32, ["query_key_value"])
+        check_same_adapter(str(checkpoint), LoraSettings())
 
 
 def test_finished_run_is_not_overwritten(trained, tiny_checkpoint, train_file, dev_file, tmp_path):

@@ -15,10 +15,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import train_qlora
 from chatglm import ChatGLMConfig
 from qlora import loading
-from qlora.arguments import FinetuneArguments
+from qlora.adapter import add_lora
+from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.export.official_folder import write_quantized
-from qlora.loading import add_lora, load_quantized_model
+from qlora.loading import load_quantized_model
 from qlora.training import preflight
 from qlora.training.memory_plan import GIB
 from qlora.training.preflight import Preflight, Steps, check_memory, check_optimizer, count_steps, run_preflight
@@ -304,7 +305,7 @@ def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Preflight:
 def test_predicted_memory_is_that_of_the_run(full_size, monkeypatch, budget, predicted):
     # Source: docs/performance.md, the predictions of runs on a GPU.
     monkeypatch.setattr(preflight, "memory_budget", lambda requested: int(budget * GIB))
-    check_memory(full_size, full_size.config)
+    check_memory(full_size, full_size.config, LoraSettings())
     assert full_size.trainable == 1_835_008
     shown = re.search(r"predicted peak memory +([\d.]+) GiB", full_size.plan_table())
     assert float(shown[1]) == pytest.approx(predicted, abs=0.05)
@@ -312,7 +313,7 @@ def test_predicted_memory_is_that_of_the_run(full_size, monkeypatch, budget, pre
 
 def test_too_little_memory(full_size, monkeypatch):
     monkeypatch.setattr(preflight, "memory_budget", lambda requested: 3 * GIB)
-    check_memory(full_size, full_size.config)
+    check_memory(full_size, full_size.config, LoraSettings())
     assert full_size.plan is None and "3.00 GiB of GPU memory are too little" in full_size.problems[0]
 
 
