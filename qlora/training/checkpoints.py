@@ -79,13 +79,11 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     missing = [name for name in random_states if not (checkpoint / name).is_file()]
     if missing:
         return f"{missing[0]} is missing, of {run['processes']} processes"
-    found = tensor_shapes(load_file(checkpoint / ADAPTER_FILE))
-    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    shapes = tensor_shapes(load_file(checkpoint / ADAPTER_FILE))
+    different = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if different:
-        name = different[0]
-        return (
-            f"{ADAPTER_FILE} has {name} {found.get(name, 'not at all')} instead of {expected.get(name, 'not at all')}"
-        )
+        has, should_have = (named.get(different[0], "not at all") for named in (shapes, expected))
+        return f"{ADAPTER_FILE} has {different[0]} {has} instead of {should_have}"
     return None
 
 

@@ -5,10 +5,10 @@ import json
 import logging
 import typing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -240,8 +240,8 @@ def check_evaluation(values: dict, evaluate: bool) -> list[str]:
 
 def check_data_loader(args: TrainingArguments):
     """ValueError for settings that PyTorch's DataLoader refuses; its message names them."""
-    given = {key: getattr(args, f"dataloader_{key}", None) for key in DATA_LOADER_KEYS}
-    DataLoader([0], **given)
+    given: dict[str, Any] = {key: getattr(args, f"dataloader_{key}", None) for key in DATA_LOADER_KEYS}
+    DataLoader(TensorDataset(torch.zeros(1)), **given)
 
 
 def is_in_use(value: object, default: object) -> bool:
