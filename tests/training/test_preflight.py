@@ -213,7 +213,7 @@ def test_disk_has_room_for_all_checkpoints_that_exist_at_once(flags, values, cha
 
 def test_full_disk(flags, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    assert re.search(r"output_dir .* needs 0\.00 GB and has 0\.00 GB free.*save_total_limit", problem_of(flags))
+    assert re.search(r"output_dir .* needs 0\.01 GB and has 0\.00 GB free.*save_total_limit", problem_of(flags))
 
 
 def test_unknown_target_module(flags):
