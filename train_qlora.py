@@ -91,6 +91,7 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
         model=model,
         args=training_args,
         max_tokens=None if args.plain else preflight.plan.max_tokens,
+        run=preflight.run,
         train_dataset=preflight.train_samples,
         eval_dataset=preflight.eval_samples,
         processing_class=preflight.tokenizer,

@@ -249,6 +249,8 @@ def write_json(path: Path, output_dir: Path, **values) -> Path:
         "report_to": "none",
         "seed": 42,
     }
+    if values.get("lr_scheduler_type") == "constant":  # it has no warm-up
+        del defaults["warmup_ratio"]
     path.write_text(json.dumps(defaults | values), encoding="utf-8")
     return path
 

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 
 from qlora.data.batching import SourceRow
 from qlora.errors import stop_all_processes
+from qlora.training.checkpoints import resume_advice
 
 MOST_SKIPPED = 32  # consecutive steps that loss scaling may skip: each halves the scale, 65536 at first
 
@@ -41,10 +42,11 @@ class StepCheck:
 
     Args:
         accelerator: of the run. If it scales the loss, a gradient that overflows is no error: the step is skipped.
+        output_dir: of the run, whose newest checkpoint a message names.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.skipped = accelerator, 0
+    def __init__(self, accelerator: Accelerator, output_dir: str):
+        self.accelerator, self.output_dir, self.skipped = accelerator, output_dir, 0
         self.steps: list[Step] = []
 
     def check(self):
@@ -96,7 +98,7 @@ class StepCheck:
         rows = [process_rows for process_rows, failed in zip(rows, not_finite, strict=True) if failed] or rows
         stop_all_processes(
             f"{step}: {problem}. {name_rows(itertools.chain(*rows))} Look at them, or lower learning_rate in the "
-            "JSON; the checkpoints from before this step are kept."
+            f"JSON. {resume_advice(self.output_dir)}"
         )
 
 

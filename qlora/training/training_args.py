@@ -5,9 +5,10 @@ import json
 import logging
 import typing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -26,27 +27,42 @@ NOT_FOR_THIS_TRAINER = (
     "average_tokens_across_devices",
     "batch_eval_metrics",
     "bf16_full_eval",
+    "dataloader_in_order",
     "deepspeed",
+    "enable_jit_checkpoint",
     "eval_accumulation_steps",
+    "eval_do_concat_batches",
     "eval_use_gather_object",
     "fp16_full_eval",
     "fsdp",
     "fsdp_config",
     "gradient_checkpointing_kwargs",
+    "hub_always_push",
+    "ignore_data_skip",
     "include_for_metrics",
     "include_num_input_tokens_seen",
+    "label_names",
     "label_smoothing_factor",
+    "length_column_name",
     "liger_kernel_config",
+    "local_rank",
     "neftune_noise_alpha",
     "parallelism_config",
+    "restore_callback_states_from_checkpoint",
     "resume_from_checkpoint",  # a flag of the command line here
+    "save_on_each_node",
     "torch_compile",
     "torch_compile_backend",
     "torch_compile_mode",
     "torch_empty_cache_steps",
+    "use_cache",
     "use_liger_kernel",
 )
 OPTIMIZERS_WITH_STEPS_OF_THEIR_OWN = ("lomo", "adalomo", "schedule_free")  # prefixes of their names
+SCHEDULES_WITHOUT_WARMUP = ("constant", "greedy", "reduce_lr_on_plateau")
+SCHEDULES_WITHOUT_KWARGS = ("constant", "constant_with_warmup")
+SCHEDULES_BY_EVALUATION = ("greedy", "reduce_lr_on_plateau")
+DATA_LOADER_KEYS = ("num_workers", "persistent_workers", "prefetch_factor", "multiprocessing_context")
 JSON_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
 POSITIVE_KEYS = (
     "per_device_train_batch_size",
@@ -108,12 +124,15 @@ def read_training_args(
     values = translate_renamed_keys(read_json_object(path), path)
     if seed is not None:
         values["seed"] = seed
-    problems = check_keys(values) + ([] if evaluate else check_no_evaluation(values))
+    problems = check_keys(values) + check_evaluation(values, evaluate)
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}.")
     dtype = set_precision(values, compute_dtype)
     if not evaluate:
         values["eval_strategy"] = "no"
+    if values.get("save_strategy") == "best":
+        values.setdefault("metric_for_best_model", "loss")
+    values.setdefault("hub_strategy", "end")
     values.setdefault("use_cpu", not torch.cuda.is_available())  # several processes on a CPU need gloo
     values.setdefault("ddp_find_unused_parameters", False)
     values.setdefault("ddp_broadcast_buffers", False)  # buffers never change
@@ -122,6 +141,7 @@ def read_training_args(
     recompute = [values.pop(key) for key in RECOMPUTE_KEYS if key in values]
     try:
         training_args = TrainingArguments(**values)
+        check_data_loader(training_args)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     missing = sorted(set(training_args.report_to) - set(get_available_reporting_integrations()))
@@ -173,18 +193,55 @@ def check_keys(values: dict) -> list[str]:
         problems.append(f"optim is {values['optim']}, which needs a training step of its own; choose another one")
     if values.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
         problems.append(f"metric_for_best_model is {values['metric_for_best_model']}; only eval_loss is computed")
-    if values.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
-        problems.append(f"hub_strategy is {values['hub_strategy']}; checkpoints are not uploaded, only the adapter is")
+    if values.get("greater_is_better"):
+        problems.append("greater_is_better is true; the best eval_loss is the lowest one")
+    if values.get("hub_strategy") not in (None, "end"):
+        problems.append(f"hub_strategy is {values['hub_strategy']}; only the adapter is uploaded, at the end: end")
+    if values.get("hub_token"):
+        problems.append("hub_token would be saved with the adapter; run `hf auth login`, or set HF_TOKEN instead")
+    if values.get("train_sampling_strategy") not in (None, "random", "sequential"):
+        problems.append(
+            f"train_sampling_strategy is {values['train_sampling_strategy']}; samples are not padded here, so that it "
+            "saves nothing: random or sequential"
+        )
+    schedule = values.get("lr_scheduler_type")
+    if schedule in SCHEDULES_WITHOUT_WARMUP and values.get("warmup_steps"):
+        problems.append(f"lr_scheduler_type is {schedule}, which has no warmup_steps; remove them")
+    if schedule in SCHEDULES_WITHOUT_KWARGS and values.get("lr_scheduler_kwargs"):
+        problems.append(f"lr_scheduler_type is {schedule}, which has no lr_scheduler_kwargs; remove them")
+    if values.get("do_train") is False:
+        problems.append("do_train is false; --check makes every check without training")
+    if values.get("do_predict"):
+        problems.append("do_predict is true; inference_qlora.py answers prompts")
     if values.get("use_cpu") and torch.cuda.is_available():
         problems.append("use_cpu is true and there is a GPU; hide it with CUDA_VISIBLE_DEVICES= instead")
     return problems
 
 
-def check_no_evaluation(values: dict) -> list[str]:
-    """A problem if there are settings that need evaluations, for a run without evaluations."""
-    asked = [key for key in ("eval_on_start", "load_best_model_at_end") if values.get(key)]
-    asked += ["save_strategy"] * (values.get("save_strategy") == "best")
-    return [f"{', '.join(asked)} cannot be had with --eval_data_path none"] if asked else []
+def check_evaluation(values: dict, evaluate: bool) -> list[str]:
+    """A problem if there are settings that need evaluations, for a run without them, or the reverse.
+
+    Args:
+        values: the JSON's.
+        evaluate: whether there are data rows to evaluate on.
+    """
+    strategy = values.get("eval_strategy", "no")
+    evaluates = evaluate and strategy != "no"
+    if evaluates:
+        return ["do_eval is false, and eval_strategy is not no"] if values.get("do_eval") is False else []
+    asked = [key for key in ("load_best_model_at_end", "metric_for_best_model") if values.get(key)]
+    asked += ["eval_on_start"] * bool(values.get("eval_on_start") and not evaluate)
+    asked += ["do_eval"] * bool(values.get("do_eval") and evaluate)
+    asked += ["save_strategy best"] * (values.get("save_strategy") == "best")
+    asked += ["lr_scheduler_type"] * (values.get("lr_scheduler_type") in SCHEDULES_BY_EVALUATION)
+    reason = "eval_strategy no" if evaluate else "--eval_data_path none"
+    return [f"{', '.join(asked)} cannot be had with {reason}"] if asked else []
+
+
+def check_data_loader(args: TrainingArguments):
+    """ValueError for settings that PyTorch's DataLoader refuses; its message names them."""
+    given: dict[str, Any] = {key: getattr(args, f"dataloader_{key}", None) for key in DATA_LOADER_KEYS}
+    DataLoader(TensorDataset(torch.zeros(1)), **given)
 
 
 def is_in_use(value: object, default: object) -> bool:

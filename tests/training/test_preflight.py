@@ -22,8 +22,17 @@ from qlora.export.official_folder import write_quantized
 from qlora.loading import load_quantized_model
 from qlora.training import preflight
 from qlora.training.memory_plan import GIB
-from qlora.training.preflight import Preflight, Steps, check_memory, check_optimizer, count_steps, run_preflight
+from qlora.training.preflight import (
+    Preflight,
+    Steps,
+    check_memory,
+    check_optimizer,
+    count_steps,
+    disk_needed,
+    run_preflight,
+)
 from qlora.training.preflight_report import describe, histogram, show_sample
+from qlora.training.trainer import LogBeforeSaving
 from qlora.training.training_args import read_training_args
 
 
@@ -76,7 +85,8 @@ def test_run_without_problems(flags, tiny_checkpoint, tiny_config):
     found.raise_problems()
     assert found.config.multiplied_weights == tiny_config.multiplied_weights
     assert (len(found.train_samples), len(found.eval_samples)) == (48, 11)
-    assert found.steps == Steps(steps=12, evaluations=3, saves=3)
+    # 5 steps evaluate or save, and log before: 4, 5, 8, 10 and 12; then the 3 evaluations and the summary.
+    assert found.steps == Steps(steps=12, evaluations=3, saves=3, logs=9)
     model = add_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.05, ["query_key_value"])
     assert found.trainable == model.get_nb_trainable_parameters()[0]
     assert 0 < found.disk.needed < found.disk.free
@@ -92,7 +102,8 @@ def test_predictions_hold_for_the_run(flags, values):
     checkpoints = list(output.glob("checkpoint-*"))
     assert len(checkpoints) == predicted_run.steps.saves
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    state = predicted_run.steps.saves * preflight.STATE_BYTES
+    assert len(log) == predicted_run.steps.logs
+    state = (predicted_run.steps.saves + 1) * (preflight.STATE_BYTES + preflight.LOG_BYTES * len(log))
     assert predicted_run.disk.needed - state < written < predicted_run.disk.needed
 
 
@@ -202,9 +213,28 @@ def test_output_dir_that_cannot_be_written_to(flags, values, tmp_path, place):
     assert "file cannot be written to (Not a directory)" in problem_of(flags)
 
 
+@pytest.mark.parametrize(
+    ("changes", "checkpoints"),
+    [
+        ({"save_strategy": "no"}, 0),
+        ({}, 6),
+        ({"save_total_limit": 2}, 3),
+        ({"save_total_limit": 1}, 2),
+        # The best and the newest one are kept, and a third one is being written.
+        ({"save_total_limit": 1, "metric_for_best_model": "loss"}, 3),
+    ],
+)
+def test_disk_has_room_for_all_checkpoints_that_exist_at_once(flags, values, changes, checkpoints):
+    edit_json(flags, values, save_steps=2, **changes)
+    args = read_training_args(flags["train_args_json"]).training_args
+    steps = Steps(steps=12, evaluations=3, saves=6 if args.save_strategy == "steps" else 0, logs=4)
+    others = preflight.STATE_BYTES + 4 * preflight.LOG_BYTES
+    assert disk_needed(args, steps, trainable=0, tokenizer=0) == (checkpoints + 1) * others  # 1: the result
+
+
 def test_full_disk(flags, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    assert re.search(r"output_dir .* needs 0\.00 GB and has 0\.00 GB free.*save_total_limit", problem_of(flags))
+    assert re.search(r"output_dir .* needs 0\.01 GB and has 0\.00 GB free.*save_total_limit", problem_of(flags))
 
 
 def test_unknown_target_module(flags):
@@ -225,6 +255,10 @@ def test_no_checkpoint_to_resume_from(flags):
         ({"optim": "adamw_torch_4bit"}, "torchao"),
         ({"adam_beta2": 1.5}, "beta"),
         ({"learning_rate": -1.0}, "learning rate: -1.0"),
+        ({"optim_args": "momentum=0.9"}, "it does not use optim_args momentum=0.9; remove it"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9, mass=1"}, "it does not use optim_args mass=1; remove it"),
+        ({"optim": "sgd", "adam_beta2": 0.9}, "it does not use adam_beta2; remove it"),
+        ({"optim_target_modules": ["attn"]}, "it does not use optim_target_modules; remove it"),
     ],
 )
 def test_optimizer_and_schedule_that_cannot_be_made(flags, values, changes, reason):
@@ -246,6 +280,7 @@ def test_optimizer_and_schedule_that_cannot_be_made(flags, values, changes, reas
     ],
 )
 def test_optimizers_and_schedules_that_can_be_made(values, optim, schedule):
+    schedule = schedule | ({"optim_args": "momentum=0.9, nesterov=true"} if optim == "sgd" else {})
     args = TrainingArguments(output_dir=values["output_dir"], optim=optim, use_cpu=True, report_to="none", **schedule)
     check_optimizer("args.json", args, 12)
     assert not Path(values["output_dir"]).exists()
@@ -334,7 +369,7 @@ class Line(torch.nn.Module):
 class Counter(TrainerCallback):
     """Counts steps, evaluations and checkpoints of a Trainer."""
 
-    steps = evaluations = saves = 0
+    steps = evaluations = saves = logs = 0
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1
@@ -344,6 +379,9 @@ class Counter(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.saves += 1
+
+    def on_log(self, args, state, control, **kwargs):
+        self.logs += 1
 
 
 @pytest.mark.parametrize(
@@ -356,6 +394,8 @@ class Counter(TrainerCallback):
         {"save_strategy": "no", "eval_strategy": "no"},
         {"eval_on_start": True, "eval_steps": 100, "eval_delay": 2, "dataloader_drop_last": True},
         {"save_steps": 100, "per_device_train_batch_size": 64},
+        {"logging_strategy": "epoch", "num_train_epochs": 3, "save_steps": 4},
+        {"logging_steps": 2, "logging_first_step": True, "save_strategy": "no"},
     ],
 )
 def test_counted_steps_are_those_of_the_trainer(tmp_path, settings):
@@ -369,8 +409,8 @@ def test_counted_steps_are_those_of_the_trainer(tmp_path, settings):
         **args.to_dict() | {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
     )
     counter = Counter()
-    Trainer(Line(), step_args, train_dataset=rows, eval_dataset=rows, callbacks=[counter]).train()
-    assert count_steps(args, len(rows)) == Steps(counter.steps, counter.evaluations, counter.saves)
+    Trainer(Line(), step_args, train_dataset=rows, eval_dataset=rows, callbacks=[LogBeforeSaving(), counter]).train()
+    assert count_steps(args, len(rows)) == Steps(counter.steps, counter.evaluations, counter.saves, counter.logs)
 
 
 # The report.

@@ -73,7 +73,7 @@ def test_other_shipped_json_files_are_read(path):
 
 def test_translation_is_logged_in_one_line(write_json, caplog):
     with caplog.at_level(logging.INFO, logger="qlora"):
-        read_training_args(write_json(warmup_ratio=0.1, evaluation_strategy="no", group_by_length=True))
+        read_training_args(write_json(warmup_ratio=0.1, evaluation_strategy="no", group_by_length=False))
     (record,) = [r for r in caplog.records if "present names" in r.getMessage()]
     for note in ("warmup_ratio -> warmup_steps", "evaluation_strategy -> eval_strategy", "group_by_length"):
         assert note in record.getMessage()
@@ -85,10 +85,19 @@ def test_present_names_are_not_logged(write_json, caplog):
     assert args.warmup_steps == 5 and "present names" not in caplog.text
 
 
-@pytest.mark.parametrize(("by_length", "strategy"), [(True, "group_by_length"), (False, "random")])
-def test_group_by_length(write_json, by_length, strategy):
-    args = read_training_args(write_json(group_by_length=by_length)).training_args
-    assert args.train_sampling_strategy == strategy
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"group_by_length": True},
+        {"train_sampling_strategy": "group_by_length"},
+        {"train_sampling_strategy": "batch_rebalance"},
+    ],
+)
+def test_samplers_whose_order_a_resumed_run_would_not_repeat_are_refused(write_json, values):
+    with pytest.raises(ValueError, match=r"args\.json: train_sampling_strategy is .*: random or sequential\."):
+        read_training_args(write_json(**values))
+    args = read_training_args(write_json(group_by_length=False)).training_args
+    assert args.train_sampling_strategy == "random"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +138,14 @@ def test_old_and_new_name_of_grouping_together_are_refused(write_json):
         {"include_for_metrics": ["loss"]},
         {"label_smoothing_factor": 0.1},
         {"resume_from_checkpoint": "out/checkpoint-5"},
+        {"enable_jit_checkpoint": True},
+        {"ignore_data_skip": True},
+        {"label_names": ["labels"]},
+        {"length_column_name": "size"},
+        {"dataloader_in_order": False},
+        {"eval_do_concat_batches": False},
+        {"save_on_each_node": True},
+        {"use_cache": True},
     ],
     ids=lambda values: next(iter(values)),
 )
@@ -167,7 +184,15 @@ def test_refused_settings_exist_in_transformers(name):
         ("metric_for_best_model", "rouge", "is rouge; only eval_loss is computed"),
         ("save_steps", 0, "is 0; it must be positive"),
         ("eval_steps", -5, "is -5; it must be positive"),
-        ("hub_strategy", "checkpoint", "is checkpoint; checkpoints are not uploaded"),
+        ("hub_strategy", "checkpoint", "is checkpoint; only the adapter is uploaded, at the end: end"),
+        ("hub_strategy", "every_save", "is every_save; only the adapter is uploaded, at the end: end"),
+        ("greater_is_better", True, "is true; the best eval_loss is the lowest one"),
+        ("do_train", False, "is false; --check makes every check without training"),
+        ("do_predict", True, "is true; inference_qlora.py answers prompts"),
+        ("do_eval", True, "cannot be had with eval_strategy no"),
+        ("load_best_model_at_end", True, "cannot be had with eval_strategy no"),
+        ("metric_for_best_model", "loss", "cannot be had with eval_strategy no"),
+        ("lr_scheduler_type", "reduce_lr_on_plateau", "cannot be had with eval_strategy no"),
     ],
 )
 def test_value_of_another_type_or_range_is_refused(write_json, key, value, expected):
@@ -249,13 +274,85 @@ def test_value_that_transformers_refuses_names_the_file(write_json, values):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"eval_on_start": True, "load_best_model_at_end": True}, "eval_on_start, load_best_model_at_end"),
-        ({"save_strategy": "best"}, "save_strategy"),
+        ({"eval_on_start": True, "load_best_model_at_end": True}, "load_best_model_at_end, eval_on_start"),
+        ({"save_strategy": "best"}, "save_strategy best"),
+        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type"),
     ],
 )
 def test_settings_that_need_evaluations_are_refused_without_them(write_json, values, named):
     with pytest.raises(ValueError, match=rf"args\.json: {named} cannot be had with --eval_data_path none"):
-        read_training_args(write_json(**values), evaluate=False)
+        read_training_args(write_json(eval_strategy="steps", **values), evaluate=False)
+
+
+def test_do_eval_says_what_eval_strategy_says(write_json):
+    with pytest.raises(ValueError, match="do_eval is false, and eval_strategy is not no"):
+        read_training_args(write_json(do_eval=False, eval_strategy="steps"))
+    read_training_args(write_json(do_eval=True, do_train=True, do_predict=False, eval_strategy="steps"))
+    read_training_args(write_json(do_eval=True, eval_strategy="steps"), evaluate=False)
+
+
+@pytest.mark.parametrize("values", [{"save_strategy": "best"}, {"load_best_model_at_end": True}])
+def test_best_checkpoint_is_the_one_with_the_lowest_loss(write_json, values):
+    args = read_training_args(write_json(eval_strategy="steps", eval_steps=500, **values)).training_args
+    assert args.metric_for_best_model == "loss" and not args.greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        ("constant", {"warmup_ratio": 0.1}),
+        ("reduce_lr_on_plateau", {"warmup_steps": 5}),
+        ("constant_with_warmup", {"lr_scheduler_kwargs": {"num_cycles": 2}}),
+    ],
+)
+def test_settings_that_the_schedule_does_not_have_are_refused(write_json, schedule, values):
+    with pytest.raises(ValueError, match=rf"lr_scheduler_type is {schedule}, which has no \w+; remove them"):
+        read_training_args(write_json(lr_scheduler_type=schedule, eval_strategy="steps", **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"dataloader_num_workers": -1}, "num_workers"),
+        ({"dataloader_prefetch_factor": 2}, "prefetch_factor"),
+        ({"dataloader_persistent_workers": True}, "persistent_workers"),
+    ],
+)
+def test_settings_that_the_data_loader_refuses(write_json, values, reason):
+    with pytest.raises(ValueError, match=rf"args\.json: .*{reason}"):
+        read_training_args(write_json(**values))
+    read_training_args(write_json(dataloader_num_workers=2, dataloader_persistent_workers=True))
+
+
+@pytest.mark.parametrize("name", ["hub_token", "push_to_hub_token"])
+def test_token_is_not_read_from_the_json_and_so_not_saved_with_the_adapter(write_json, name):
+    with pytest.raises(ValueError, match="hub_token would be saved with the adapter; run `hf auth login`"):
+        read_training_args(write_json(push_to_hub=True, **{name: "hf_abc"}))
+
+
+# The fields that the Trainer, its callbacks, its data loaders or this project use. Those that only a reporter or the
+# upload reads, and `prediction_loss_only`, `remove_unused_columns` and `do_*`, whose effect is that of any run here.
+USED = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+    gradient_checkpointing logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+    log_level log_level_replica disable_tqdm eval_strategy eval_steps eval_delay per_device_eval_batch_size
+    eval_on_start save_only_model save_strategy save_steps save_total_limit load_best_model_at_end
+    metric_for_best_model greater_is_better full_determinism seed data_seed use_cpu dataloader_drop_last
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context train_sampling_strategy ddp_find_unused_parameters ddp_bucket_cap_mb
+    ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics
+    report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_revision
+    prediction_loss_only remove_unused_columns do_train do_eval do_predict
+""".split()
+
+
+def test_every_field_of_training_arguments_is_used_or_refused():
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert fields - {*USED, *NOT_FOR_THIS_TRAINER} == set()  # find out what a new one does, and add it to one of them
+    assert not set(USED) & set(NOT_FOR_THIS_TRAINER)
 
 
 def test_use_cpu_is_refused_if_there_is_a_gpu(write_json, monkeypatch):
