@@ -187,13 +187,13 @@ DAMAGES = (
 
 def damage_folder(draw: random.Random, folder: Path):
     """Damages, deletes or replaces one or two files of a folder."""
-    files = sorted(folder.iterdir())
-    for path in draw.sample(files, draw.randint(1, 2)):
+    contents = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    for path in draw.sample(list(contents), draw.randint(1, 2)):
         kind = draw.random()
         if kind < 0.8:
-            path.write_bytes(draw.choice(DAMAGES)(draw, path.read_bytes()))
+            path.write_bytes(draw.choice(DAMAGES)(draw, contents[path]))
         elif kind < 0.9:
-            path.write_bytes(draw.choice(files).read_bytes())
+            path.write_bytes(draw.choice(list(contents.values())))
         else:
             path.unlink()
             if draw.random() < 0.5:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -72,9 +73,15 @@ def encoder(tokenizer: ChatGLMTokenizer) -> SampleEncoder:
     return SampleEncoder(tokenizer, "", 10_000, 10_000)
 
 
+BLANKS = "|".join(["<n>", r"<\|tab\|>", *(rf"<\|blank_{n}\|>" for n in range(2, 81))])
+
+
 def words(text: str) -> list[str]:
-    """The words of a text; spaces are not compared, since the official tokenizer drops some of them."""
-    return text.split()
+    """The words of a text; spaces are not compared, since the official tokenizer drops some of them.
+
+    In a text, too, it takes the names of its pieces for line breaks, tabs and spaces for these.
+    """
+    return re.sub(BLANKS, " ", text).split()
 
 
 def normalized_words(text: str, tokenizer: ChatGLMTokenizer) -> list[str]:
