@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qlora.arguments import DEFAULT_PROMPT, InferenceArguments
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EXAMPLES = Path(__file__).parent / "data" / "dev.jsonl"
 
 
+@one_line_on_interrupt()
 def main():
     set_up_logging()
     with message_instead_of_traceback():

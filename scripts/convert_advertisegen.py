@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
+from qlora.errors import one_line_on_interrupt
+
 SPLITS = ("train", "dev")
 FIELDS = {"content": "instruction", "summary": "output"}  # name in AdvertiseGen -> name in this project's rows
 
@@ -129,6 +131,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@one_line_on_interrupt()
 def main() -> None:
     """Convert, or end with one message and exit status 1."""
     args = parse_args()

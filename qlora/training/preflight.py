@@ -42,6 +42,7 @@ from qlora.loading import (
 )
 from qlora.training.checkpoints import check_output_dir, check_same_adapter, find_checkpoint
 from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, memory_budget, plan_without_gpu
+from qlora.training.run_lock import check_not_locked
 from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
 
 ADAPTER_BYTES = 4  # of a trained parameter in a saved adapter, fp32
@@ -134,6 +135,9 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
         preflight.setup = read_training_args(
             args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
         )
+    if preflight.setup and is_main_process():  # of several processes the main one may hold the lock by now
+        with preflight.collect_problems():
+            check_not_locked(preflight.setup.training_args.output_dir)
     with preflight.collect_problems():
         preflight.config = check_checkpoint(args.model_name_or_path)
         preflight.tokenizer = load_tokenizer(args.model_name_or_path)

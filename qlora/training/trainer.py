@@ -10,6 +10,7 @@ import gc
 import itertools
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from qlora.data.collator import PaddingCollator, PaddingFreeCollator
 from qlora.errors import TrainingStopped, stop_all_processes
 from qlora.training.checkpoints import check_saved_adapter, delete_old_checkpoints, resume_advice, staging_dir
 from qlora.training.step_check import Step, StepCheck, name_rows
+from qlora.training.stopping import StopOnSignal
 from qlora.training.training_args import samples_per_step
 from qlora.units import GIB
 
@@ -80,7 +82,8 @@ class QLoRATrainer(Trainer):
             step_args._n_gpu = 1
         if step_args.device.type == "cpu":  # not "cpu:0": transformers 5.17 cannot load an optimizer there
             step_args._setup_devices = torch.device("cpu")
-        callbacks = [LogBeforeSaving(), *callbacks]
+        self.stop = StopOnSignal()
+        callbacks = [self.stop, LogBeforeSaving(), *callbacks]
         super().__init__(model=model, args=step_args, data_collator=StepBatch.collate, callbacks=callbacks, **kwargs)
         # The model is in its compute dtype; of mixed precision only the loss scaling is needed.
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
@@ -91,12 +94,31 @@ class QLoRATrainer(Trainer):
         self.checkpoint_parent = Path(args.output_dir)  # the staging folder while a checkpoint is being written
 
     def train(self, *args, **kwargs):
-        """See `Trainer.train`; Ctrl-C raises TrainingStopped."""
+        """See `Trainer.train`.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, with a message for the user.
+            SystemExit: a signal of `STOP_SIGNALS`, with exit status 128 + its number.
+        """
         try:
-            return super().train(*args, **kwargs)
+            with self.stop.signals_handled():
+                result = super().train(*args, **kwargs)
         except KeyboardInterrupt:
-            reason = f"interrupted after {self.state.global_step} steps. {resume_advice(self.args.output_dir)}"
-            stop_all_processes(reason)
+            raise KeyboardInterrupt(f"interrupted {self.progress()}") from None
+        if self.stop.stopping and self.state.global_step < self.state.max_steps:
+            logger.warning("%s: stopped %s", signal.Signals(self.stop.stopping).name, self.progress())
+            self.accelerator.wait_for_everyone()  # torchrun ends a job when its first process exits
+            self.accelerator.end_training()
+            raise SystemExit(128 + self.stop.stopping)
+        return result
+
+    def progress(self) -> str:
+        """How far training came, what is kept of it, and how to go on; the end of a sentence."""
+        if self.args.save_strategy == "no":
+            kept = 'Nothing is kept, since save_strategy in the JSON is "no".'
+        else:
+            kept = resume_advice(self.args.output_dir)
+        return f"after {self.state.global_step} steps. {kept}"
 
     def split(self, samples: list[Sample]) -> list[list[Sample]]:
         """The micro-batches of a step."""
@@ -313,7 +335,7 @@ class QLoRATrainer(Trainer):
         if _internal_call:
             return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or self.args.output_dir)
-        with staging_dir(target, owner=self.args.should_save) as staging:
+        with self.stop.signals_handled(), staging_dir(target, owner=self.args.should_save) as staging:
             super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 check_saved_adapter(self.model, staging, target)
