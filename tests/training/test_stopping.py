@@ -251,11 +251,15 @@ def test_forked_processes_end_with_their_parent_that_is_killed():
     def parent():
         processes.end_with_parents.cache_clear()
         processes.end_with_parents()
+        ready, tell = os.pipe()
         if os.fork() == 0:
             os.close(read)
-            signal.raise_signal(signal.SIGINT)  # Ctrl-C reaches all processes of a terminal; one answers
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C reaches all processes of a terminal; only the parent answers
+            os.write(tell, b".")
             time.sleep(60)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.close(tell)
+        if os.read(ready, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
 
     started = time.monotonic()
     assert run_forked(parent) == -signal.SIGKILL
