@@ -14,6 +14,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # scripts/ import the proje
 launch=(python)
 if [[ -n "${NPROC_PER_NODE:-}" ]]; then
   launch=(torchrun --standalone --nproc_per_node "$NPROC_PER_NODE")
+  launch+=(--signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)  # SIGUSR1: passed on to the processes, too
 fi
 
 demo=false check=false flags=()
@@ -38,7 +39,7 @@ with errors.message_instead_of_traceback():
   "${launch[@]}" train_qlora.py "${demo_flags[@]}" "${flags[@]}"
   $check || python inference_qlora.py --adapter_path saved_files/chatglm_tiny_demo \
     --prompt_file data/dev.jsonl --max_prompts 3
-else
-  "${launch[@]}" train_qlora.py --train_args_json chatGLM_6B_QLoRA.json --model_name_or_path THUDM/chatglm-6b \
+else  # exec: signals to this script reach the training
+  exec "${launch[@]}" train_qlora.py --train_args_json chatGLM_6B_QLoRA.json --model_name_or_path THUDM/chatglm-6b \
     --train_data_path data/train.jsonl --eval_data_path data/dev.jsonl "${flags[@]}"
 fi

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 
 from qlora.arguments import FinetuneArguments
 from qlora.command_line import parse_command_line
-from qlora.errors import TrainingStopped, is_main_process, message_instead_of_traceback, set_up_logging
+from qlora.errors import (
+    TrainingStopped,
+    is_main_process,
+    message_instead_of_traceback,
+    one_line_on_interrupt,
+    set_up_logging,
+)
+from qlora.training.processes import end_with_parents, go_on_without_output
 
 if TYPE_CHECKING:
     from qlora.training.preflight import Preflight
@@ -24,7 +31,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("train_qlora")
 
 
+@one_line_on_interrupt()
 def main():
+    go_on_without_output()
+    end_with_parents()
     set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(FinetuneArguments)
@@ -40,9 +50,11 @@ def main():
 def train(args: FinetuneArguments):
     """Checks, loads, trains, saves."""
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    from qlora.training.checkpoints import check_output_dir
     from qlora.training.curves import draw_losses
     from qlora.training.preflight import run_preflight
     from qlora.training.preflight_report import describe
+    from qlora.training.run_lock import lock_output_dir
 
     with message_instead_of_traceback():
         preflight = run_preflight(args)
@@ -52,15 +64,17 @@ def train(args: FinetuneArguments):
         preflight.raise_problems()
         if is_report:
             return
-        trainer = prepare(preflight)
-    with message_instead_of_traceback(TrainingStopped):
+    output_dir = Path(preflight.setup.training_args.output_dir)
+    with message_instead_of_traceback(TrainingStopped), lock_output_dir(output_dir):
+        with message_instead_of_traceback():
+            check_output_dir(output_dir, preflight.resume_from)  # a run may have ended there since the first check
+            trainer = prepare(preflight)
         trainer.train(resume_from_checkpoint=preflight.resume_from)
         trainer.save_model()
-    if trainer.is_world_process_zero():
-        output_dir = Path(trainer.args.output_dir)
-        with message_instead_of_traceback():
-            draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
-        logger.info("The adapter is in %s", output_dir)
+        if trainer.is_world_process_zero():
+            with message_instead_of_traceback():
+                draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
+            logger.info("The adapter is in %s", output_dir)
 
 
 def prepare(preflight: "Preflight") -> "QLoRATrainer":

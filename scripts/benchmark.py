@@ -22,19 +22,21 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from chatglm import ChatGLMConfig
-from qlora.adapter import add_lora
 from qlora.command_line import parse_command_line
-from qlora.data.batching import StepBatch, count_labels, count_tokens
-from qlora.data.dataset import SampleEncoder, load_samples
-from qlora.data.rows import read_rows
-from qlora.errors import message_instead_of_traceback
-from qlora.inference.decoding import decode, make_sampler
-from qlora.layers.replacement import replace_layers
-from qlora.loading import load_quantized_model, load_tokenizer
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 from qlora.units import GIB
+
+with one_line_on_interrupt():  # these imports take seconds
+    import torch
+
+    from chatglm import ChatGLMConfig
+    from qlora.adapter import add_lora
+    from qlora.data.batching import StepBatch, count_labels, count_tokens
+    from qlora.data.dataset import SampleEncoder, load_samples
+    from qlora.data.rows import read_rows
+    from qlora.inference.decoding import decode, make_sampler
+    from qlora.layers.replacement import replace_layers
+    from qlora.loading import load_quantized_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 10  # training steps that are not measured
@@ -60,6 +62,7 @@ class BenchmarkArguments:
             raise ValueError(f"--steps is {self.steps}; it must be at least 1.")
 
 
+@one_line_on_interrupt()
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(BenchmarkArguments)

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from qlora.data.row_files import parse_lines
 from qlora.data.strict_json import parse_json
+from qlora.errors import one_line_on_interrupt
 
 SPLITS = ("train", "dev")
 FIELDS = {"content": "instruction", "summary": "output"}  # name in AdvertiseGen -> name in this project's rows
@@ -135,6 +136,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@one_line_on_interrupt()
 def main() -> None:
     """Convert, or end with one message and exit status 1."""
     args = parse_args()

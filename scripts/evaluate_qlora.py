@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from qlora.arguments import COMPUTE_DTYPE, check_positive
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
 from qlora.evaluation.protocols import PROTOCOLS, Protocol
 
@@ -54,6 +54,7 @@ class EvaluationArguments:
             raise ValueError("; ".join(problems) + ".")
 
 
+@one_line_on_interrupt()
 def main():
     set_up_logging()
     with message_instead_of_traceback():

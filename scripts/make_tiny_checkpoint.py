@@ -12,19 +12,21 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import sentencepiece
-import torch
-from sentencepiece import sentencepiece_model_pb2
-
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm.tokenization_chatglm import MAX_BLANKS
-from qlora.atomic import write_json
 from qlora.command_line import parse_command_line
-from qlora.data.dataset import SampleEncoder
-from qlora.data.rows import read_rows
-from qlora.errors import TrainingStopped, message_instead_of_traceback
-from qlora.export.official_folder import write_checkpoint
-from qlora.training.trainer import QLoRATrainer, TrainingArguments
+from qlora.errors import TrainingStopped, message_instead_of_traceback, one_line_on_interrupt
+
+with one_line_on_interrupt():  # these imports take seconds
+    import sentencepiece
+    import torch
+    from sentencepiece import sentencepiece_model_pb2
+
+    from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+    from chatglm.tokenization_chatglm import MAX_BLANKS
+    from qlora.atomic import write_json
+    from qlora.data.dataset import SampleEncoder
+    from qlora.data.rows import read_rows
+    from qlora.export.official_folder import write_checkpoint
+    from qlora.training.trainer import QLoRATrainer, TrainingArguments
 
 ASK_FOR_AD = "写一段广告："
 CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
@@ -43,6 +45,7 @@ class TinyCheckpointArguments:
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
+@one_line_on_interrupt()
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(TinyCheckpointArguments)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qlora.arguments import COMPUTE_DTYPES
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
 # The tokenizer's files, and the official code, to which config.json refers if it is copied.
 COPIED = ("ice_text.model", "tokenizer_config.json", "generation_config.json", "*.py", "*LICENSE*")
@@ -51,6 +51,7 @@ class MergeArguments:
     dtype: str = field(default="fp16", metadata={"help": "Type of the merged weights.", "choices": ["fp16", "bf16"]})
 
 
+@one_line_on_interrupt()
 def main():
     set_up_logging()
     with message_instead_of_traceback():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qlora.arguments import COMPUTE_DTYPES
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
 
 @dataclass
@@ -28,6 +28,7 @@ class QuantizeArguments:
     )
 
 
+@one_line_on_interrupt()
 def main():
     set_up_logging()
     with message_instead_of_traceback():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qlora.arguments import FinetuneArguments
 from qlora.command_line import parse_command_line, shown_default
-from qlora.errors import message_instead_of_traceback
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = re.compile(r"(<!-- flags: (\w+) -->\n(?:\|[^\n]*\n){2})((?:\|[^\n]*\n)*)(<!-- end of flags -->)")
@@ -28,6 +28,7 @@ class DocsArguments:
     check: bool = field(default=False, metadata={"help": "Change nothing; fail if a table is out of date."})
 
 
+@one_line_on_interrupt()
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(DocsArguments)

@@ -187,7 +187,7 @@ def check_best_checkpoint(checkpoint: str):
         )
 
 
-def check_output_dir(output_dir: str, checkpoint: str | None):
+def check_output_dir(output_dir: str | Path, checkpoint: str | None):
     """Checks that a new run's folder has no earlier run, and that a resumed run's folder has no later checkpoint.
 
     Args:

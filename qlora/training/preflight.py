@@ -50,6 +50,7 @@ from qlora.training.checkpoints import (
     find_checkpoint,
 )
 from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, memory_budget, plan_without_gpu
+from qlora.training.run_lock import check_not_locked
 from qlora.training.same_run import check_same_run, describe_run
 from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
 
@@ -162,6 +163,9 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
         preflight.setup = read_training_args(
             args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
         )
+    if preflight.setup and is_main_process():  # of several processes the main one may hold the lock by now
+        with preflight.collect_problems():
+            check_not_locked(preflight.setup.training_args.output_dir)
     with preflight.collect_problems():
         preflight.config = check_checkpoint(args.model_name_or_path)
     find_tokenizer(preflight)

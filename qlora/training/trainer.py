@@ -10,6 +10,7 @@ import gc
 import itertools
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from qlora.training.checkpoints import (
 )
 from qlora.training.same_run import RUN_FILE
 from qlora.training.step_check import Step, StepCheck, name_rows
+from qlora.training.stopping import StopOnSignal
 from qlora.training.training_args import samples_per_step
 from qlora.units import GIB
 
@@ -108,7 +110,8 @@ class QLoRATrainer(Trainer):
             step_args._n_gpu = 1
         if step_args.device.type == "cpu":  # not "cpu:0": transformers 5.17 cannot load an optimizer there
             step_args._setup_devices = torch.device("cpu")
-        callbacks = [LogBeforeSaving(), *callbacks]
+        self.stop = StopOnSignal()
+        callbacks = [self.stop, LogBeforeSaving(), *callbacks]
         super().__init__(model=model, args=step_args, data_collator=StepBatch.collate, callbacks=callbacks, **kwargs)
         # The model is in its compute dtype; of mixed precision only the loss scaling is needed.
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
@@ -119,14 +122,33 @@ class QLoRATrainer(Trainer):
         self.run, self.has_trained = run or {}, False
 
     def train(self, resume_from_checkpoint: str | None = None):
-        """See `Trainer.train`; Ctrl-C raises TrainingStopped."""
+        """See `Trainer.train`.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, with a message for the user.
+            SystemExit: a signal of `STOP_SIGNALS`, with exit status 128 + its number.
+        """
         if resume_from_checkpoint:
             self.add_callback(FindBestCheckpoint(resume_from_checkpoint))
         try:
-            return super().train(resume_from_checkpoint)
+            with self.stop.signals_handled():
+                result = super().train(resume_from_checkpoint)
         except KeyboardInterrupt:
-            reason = f"interrupted after {self.state.global_step} steps. {resume_advice(self.args.output_dir)}"
-            stop_all_processes(reason)
+            raise KeyboardInterrupt(f"interrupted {self.progress()}") from None
+        if self.stop.stopping and self.state.global_step < self.state.max_steps:
+            logger.warning("%s: stopped %s", signal.Signals(self.stop.stopping).name, self.progress())
+            self.accelerator.wait_for_everyone()  # torchrun ends a job when its first process exits
+            self.accelerator.end_training()
+            raise SystemExit(128 + self.stop.stopping)
+        return result
+
+    def progress(self) -> str:
+        """How far training came, what is kept of it, and how to go on; the end of a sentence."""
+        if self.args.save_strategy == "no":
+            kept = 'Nothing is kept, since save_strategy in the JSON is "no".'
+        else:
+            kept = resume_advice(self.args.output_dir)
+        return f"after {self.state.global_step} steps. {kept}"
 
     def split(self, samples: list[Sample]) -> list[list[Sample]]:
         """The micro-batches of a step."""
@@ -342,7 +364,7 @@ class QLoRATrainer(Trainer):
         if _internal_call:
             return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or self.args.output_dir)
-        with staging_dir(target, owner=self.args.should_save) as staging:
+        with self.stop.signals_handled(), staging_dir(target, owner=self.args.should_save) as staging:
             super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 check_saved_adapter(self.model, staging, target)

@@ -97,7 +97,7 @@ def test_rerun_answers_only_the_missing_rows(run, tmp_path, monkeypatch):
     assert len(answered) == 2 * ROWS
 
     answered[:], limit[:] = [], [2 * 2 * BATCH]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(interrupted, "--protocol", "published")
     path = interrupted / "predictions.jsonl"
     assert len(read_predictions(interrupted)) == 2 * BATCH

@@ -145,7 +145,7 @@ def test_evaluation_that_is_not_finite_is_an_error(flags, change_output, factor)
 
 
 @pytest.mark.parametrize(("step", "advice"), [(2, "There is no checkpoint yet"), (6, "checkpoint-4 is whole: go on")])
-def test_interrupted_run_names_its_newest_checkpoint(flags, monkeypatch, tmp_path, step, advice):
+def test_interrupted_run_names_its_newest_checkpoint(flags, monkeypatch, tmp_path, capsys, step, advice):
     training_step = QLoRATrainer.training_step
 
     def interrupted(self, *args, **kwargs):
@@ -154,8 +154,11 @@ def test_interrupted_run_names_its_newest_checkpoint(flags, monkeypatch, tmp_pat
         return training_step(self, *args, **kwargs)
 
     monkeypatch.setattr(QLoRATrainer, "training_step", interrupted)
-    message = error_of(train_qlora, *flags())
-    assert f"interrupted after {step} steps" in message and advice in message
+    with pytest.raises(SystemExit) as raised:
+        run_main(train_qlora, *flags())
+    assert raised.value.code == 130
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"interrupted after {step} steps. ") and advice in message
     assert not (tmp_path / "out" / STAGING).exists()
 
 
