@@ -13,7 +13,7 @@ from conftest import ROOT, import_script
 from transformers import TrainingArguments
 
 import chatglm.chat
-from qlora.arguments import FinetuneArguments, InferenceArguments
+from qlora.arguments import FinetuneArguments, InferenceArguments, training_argument_names
 from qlora.checkpoint import check_checkpoint
 from qlora.command_line import parse_command_line, shown_flags
 from qlora.data.dataset import SampleEncoder, load_samples
@@ -87,6 +87,7 @@ def test_flags_named_in_the_text_exist(page):
     kinds = [FinetuneArguments, InferenceArguments, *map(own_arguments, ROOT.glob("scripts/*.py"))]
     known = {name for kind in kinds if kind for name in shown_flags(kind)} | {"--help", "--help_all", "--overwrite"}
     known |= {"--demo"}  # a flag of train.sh
+    known |= {f"--{name}" for name in training_argument_names()}
     named = {word for code in re.findall(r"`(--[^`]+)`", prose(page)) for word in code.split() if word[:2] == "--"}
     assert named <= known
 

@@ -132,7 +132,7 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
     preflight = Preflight(args)
     with preflight.collect_problems():
         preflight.setup = read_training_args(
-            args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
+            args.train_args_json, args.training_args, args.compute_dtype, evaluate=args.eval_data_path is not None
         )
     with preflight.collect_problems():
         preflight.config = check_checkpoint(args.model_name_or_path)
