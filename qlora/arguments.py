@@ -56,17 +56,20 @@ class FinetuneArguments:
     """What to fine-tune, on what, and the size of the adapter."""
 
     train_args_json: str = field(
-        default="chatGLM_6B_QLoRA.json", metadata={"help": "JSON file with transformers' TrainingArguments."}
+        default_factory=lambda: in_repository("chatGLM_6B_QLoRA.json"),
+        metadata={"help": "JSON file with transformers' TrainingArguments."},
     )
     model_name_or_path: str = field(
-        default="THUDM/chatglm-6b", metadata={"help": "Folder with the files of THUDM/chatglm-6b."}
+        default_factory=lambda: in_repository("THUDM/chatglm-6b"),
+        metadata={"help": "Folder with the files of THUDM/chatglm-6b."},
     )
     train_data_path: list[str] = field(
-        default_factory=lambda: ["data/train.jsonl"],
+        default_factory=lambda: [in_repository("data/train.jsonl")],
         metadata={"help": "Training rows, one JSON a line; several files, with weights, as a.jsonl b.jsonl:0.5."},
     )
     eval_data_path: str | None = field(
-        default="data/dev.jsonl", metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."}
+        default_factory=lambda: in_repository("data/dev.jsonl"),
+        metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."},
     )
     max_input_length: int = field(
         default=512, metadata={"help": "Longest prompt in tokens, [gMASK] and <sop> included; the rest is cut."}
@@ -237,7 +240,8 @@ class InferenceArguments:
     """What to answer, with which adapter, and how."""
 
     adapter_path: str = field(
-        default="saved_files/chatGLM_6B_QLoRA_t32", metadata={"help": "Folder of the trained adapter."}
+        default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
+        metadata={"help": "Folder of the trained adapter."},
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
 
 from chatglm import ChatGLMConfig
+from qlora.arguments import in_repository
 from qlora.checkpoint import HOW_TO_GET, check_checkpoint
 from qlora.units import GIB
 
@@ -221,8 +222,12 @@ def adapter_config(path: str) -> PeftConfig:
 
 
 def base_model_path(adapter_path: str) -> str:
-    """The path of the base model in an adapter's configuration; errors as for `adapter_config`."""
-    return adapter_config(adapter_path).base_model_name_or_path
+    """The path of the base model in an adapter's configuration; errors as for `adapter_config`.
+
+    A relative path counts from the current folder or, if there is nothing, from the repository.
+    """
+    path = adapter_config(adapter_path).base_model_name_or_path
+    return path if Path(path).exists() else in_repository(path)
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:

@@ -18,6 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.tokenization_chatglm import MAX_BLANKS
+from qlora.arguments import in_repository
 from qlora.atomic import write_json
 from qlora.command_line import parse_command_line
 from qlora.data.dataset import SampleEncoder
@@ -36,8 +37,13 @@ SHAPE = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "inner_h
 class TinyCheckpointArguments:
     """From which rows, where to, how long."""
 
-    data_path: str = field(default="data/train.jsonl", metadata={"help": "Rows in ADGEN's format to learn from."})
-    output_dir: str = field(default="THUDM/chatglm-tiny", metadata={"help": "Folder to write."})
+    data_path: str = field(
+        default_factory=lambda: in_repository("data/train.jsonl"),
+        metadata={"help": "Rows in ADGEN's format to learn from."},
+    )
+    output_dir: str = field(
+        default_factory=lambda: in_repository("THUDM/chatglm-tiny"), metadata={"help": "Folder to write."}
+    )
     vocab_size: int = field(default=3000, metadata={"help": "Number of SentencePiece pieces."})
     max_steps: int = field(default=600, metadata={"help": "Pre-training steps of 32 rows."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
@@ -79,6 +85,7 @@ def make_tokenizer(rows: list[dict], vocab_size: int, target: Path) -> ChatGLMTo
         pad_id=3,
         user_defined_symbols=["<n>"],
         minloglevel=2,
+        num_threads=1,
     )
     (target / "ice_text.model").write_bytes(official_layout(trained.getvalue()))
     special = {"bos_token": "<sop>", "eos_token": "<eop>", "end_token": "</s>", "gmask_token": "[gMASK]"}

@@ -7,6 +7,7 @@ A table is between `<!-- flags: common -->` or `<!-- flags: expert -->` and `<!-
 Chinese, `*_zh.md`, the meanings are not changed; flags and defaults come from the code.
 """
 
+import os
 import re
 from dataclasses import Field, dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class DocsArguments:
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(DocsArguments)
+        os.chdir(DOCS.parent)  # from where the defaults are shown
         for page in sorted(DOCS.glob("*.md")):
             text = page.read_text(encoding="utf-8")
             updated = TABLE.sub(lambda table, page=page: rewritten(table, page), text)
