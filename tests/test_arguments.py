@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import TrainingArguments
 
 from chatglm.chat import OFFICIAL_SAMPLING
@@ -114,6 +115,18 @@ def test_defaults_are_those_of_the_upstream():
     assert (args.lora_rank, args.lora_alpha, args.lora_dropout) == (4, 32, 0.05)
     assert args.train_args_json == "chatGLM_6B_QLoRA.json" and args.model_name_or_path == "THUDM/chatglm-6b"
     assert args.training_args == {} and args.resume_from_checkpoint is None and args.prompt_text == ""
+
+
+def test_defaults_count_from_the_repository_and_given_paths_from_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args = parse("--eval_data_path", "my.jsonl")
+    assert args.train_args_json == str(ROOT / "chatGLM_6B_QLoRA.json")
+    assert args.model_name_or_path == str(ROOT / "THUDM" / "chatglm-6b")
+    assert args.train_data_path == [str(ROOT / "data" / "train.jsonl")] and args.eval_data_path == "my.jsonl"
+    monkeypatch.chdir(ROOT)
+    assert parse().train_data_path == ["data/train.jsonl"]
+    monkeypatch.chdir(ROOT.parent)
+    assert parse().train_data_path == [f"{ROOT.name}/data/train.jsonl"]
 
 
 @pytest.mark.parametrize("value", ["none", ""])

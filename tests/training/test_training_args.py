@@ -319,6 +319,15 @@ def test_wrong_flag_is_reported_like_the_json(write_json, flags, message):
     assert "\n" not in str(raised.value)
 
 
+def test_output_dir_of_the_json_counts_from_the_repository_and_that_of_a_flag_from_the_current_folder(
+    write_json, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    path = write_json(output_dir="saved_files/x")
+    assert read_training_args(path).training_args.output_dir == str(ROOT / "saved_files" / "x")
+    assert read_training_args(path, {"output_dir": ["x"]}).training_args.output_dir == "x"
+
+
 def test_flag_replaces_the_keys_that_say_the_same_otherwise(write_json):
     path = write_json(bf16=True, gradient_checkpointing=True)
     setup = read_training_args(path, {"fp16": [], "activation_checkpointing": ["false"]})
