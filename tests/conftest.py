@@ -67,7 +67,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """No network access, a new cache for the datasets library, and one thread: here and in processes that tests start."""
+    """No network, a new cache for the datasets library, one thread: here and in processes that tests start."""
     cache = tmp_path_factory.mktemp("datasets_cache")
     torch.set_num_threads(1)  # pytest runs a process on every core
     with pytest.MonkeyPatch.context() as patch:
