@@ -133,6 +133,13 @@ def test_shown_samples_are_those_of_the_example_rows(page, rows_file, genuine_to
     assert shown + "\n" in blocks(page, "text")
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.endswith("_zh.md")])
+def test_chinese_and_latin_text_are_separated_by_a_space(page):
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", prose(page))
+    han, latin = "[\u4e00-\u9fff]", "[A-Za-z0-9`%]"
+    assert not re.findall(rf".{{0,9}}(?:{han}{latin}|{latin}{han}).{{0,9}}", text)
+
+
 @every_page
 def test_links_and_pictures_exist(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(page)) + re.findall(r'src="([^"]+)"', prose(page))
