@@ -2,31 +2,46 @@
 
 python inference_qlora.py                                        # the adapter that `bash train.sh` leaves
 python inference_qlora.py --prompt 类型#裤*风格#简约 --prompt 类型#裙*颜色#白色
-python inference_qlora.py --prompt_file data/dev.jsonl --do_sample
+python inference_qlora.py --prompt_file data/dev.jsonl --do_sample --output answers.jsonl
 python inference_qlora.py --chat                                 # a conversation with the tuned model
 python inference_qlora.py --web                                  # a page for both in the browser
+python inference_qlora.py --adapter_path none --model_name_or_path THUDM/chatglm-6b-merged   # one model alone
 """
 
+import contextlib
+import itertools
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora.arguments import DEFAULT_PROMPT, InferenceArguments
+from qlora.arguments import DEFAULT_MODEL, DEFAULT_PROMPT, InferenceArguments, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, set_up_logging
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizer
 
+    from chatglm import ChatGLMConfig
     from qlora.inference.decoding import Sampler
 
 EXAMPLES = Path(__file__).parent / "data" / "dev.jsonl"
+LABELS = {"prompt": "输入 Input: ", "base": "微调前 Before:", "adapter": "微调后 After: ", "answer": "回答 Answer:"}
 
 
 def main():
     set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(InferenceArguments)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        kept = f" The finished answers are in {args.output}." if args.output and Path(args.output).exists() else ""
+        raise SystemExit(f"\ninterrupted.{kept}") from None
+
+
+def run(args: InferenceArguments):
+    """Loads the model and answers, converses, or serves the page."""
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     import torch
 
@@ -44,61 +59,99 @@ def main():
     )
 
     with message_instead_of_traceback():
-        base_path = args.model_name_or_path or base_model_path(args.adapter_path)
-        prompts = read_all_prompts(args)[: args.max_prompts]
+        adapters_base = base_model_path(args.adapter_path) if args.adapter_path else in_repository(DEFAULT_MODEL)
+        base_path = args.model_name_or_path or adapters_base
+        prompts = read_all_prompts(args)
+        check_output(args.output)
         if args.web:
             check_web(args)
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)
+        if not (args.chat or args.web):
+            check_prompts(prompts, tokenizer, config, args)
         model = load_quantized_model(base_path, compute_dtype, config)
-        model = load_adapter(model, args.adapter_path).eval()
-    replace_layers(model, for_training=False)
+        if args.adapter_path:
+            model = load_adapter(model, args.adapter_path)
+    replace_layers(model.eval(), for_training=False)
     torch.manual_seed(args.seed)
     sampler = make_sampler(args.do_sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if args.web:
         from qlora.inference.web_page import serve  # gradio is optional
 
-        serve(Page(Answerer(model, tokenizer), args), prompts)
+        serve(Page(Answerer(model, tokenizer), args), list(prompts.values()))
     elif args.chat:
-        converse(model, tokenizer, args.prompt_text, args.max_new_tokens, sampler)
+        converse(model, tokenizer, sampler, args)
     else:
-        prompts = [args.prompt_text + prompt for prompt in prompts]
-        compare(model, tokenizer, prompts, args.max_new_tokens, sampler, args.batch_size)
+        with message_instead_of_traceback(OSError):
+            answer(model, tokenizer, list(prompts.values()), sampler, args)
 
 
-def read_all_prompts(args: InferenceArguments) -> list[str]:
-    """The prompts of `--prompt` and `--prompt_file`; without any, the default one, or for the page the sample rows."""
+def read_all_prompts(args: InferenceArguments) -> dict[str, str]:
+    """Where each prompt stands -> the prompt: those of `--prompt` and `--prompt_file`, at most `--max_prompts`.
+
+    Without any, the default one, or for the page the sample rows.
+    """
     from qlora.data.rows import read_prompts
 
-    prompts = [*args.prompt, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
-    return prompts or (read_prompts(str(EXAMPLES)) if args.web else [DEFAULT_PROMPT])
+    prompts = {f"--prompt, number {number}": prompt for number, prompt in enumerate(args.prompt, 1)}
+    if args.prompt_file:
+        prompts |= read_prompts(args.prompt_file)
+    if not prompts:
+        prompts = read_prompts(str(EXAMPLES)) if args.web else {"the default prompt": DEFAULT_PROMPT}
+    return dict(itertools.islice(prompts.items(), args.max_prompts))
 
 
-def compare(
-    model: "PeftModel",
+def check_output(path: str | None):
+    """ValueError for an output file that exists, or whose folder does not."""
+    if path and Path(path).exists():
+        raise ValueError(f"--output: {path} exists; give the name of a new file.")
+    if path and not Path(path).parent.is_dir():
+        raise ValueError(f"--output: there is no folder {Path(path).parent}; make it, or name another one.")
+
+
+def check_prompts(
+    prompts: dict[str, str], tokenizer: "PreTrainedTokenizer", config: "ChatGLMConfig", args: InferenceArguments
+):
+    """ValueError with its place for the first prompt that cannot be answered."""
+    from qlora.inference.generation import check_prompt
+
+    for place, prompt in prompts.items():
+        try:
+            check_prompt(prompt, tokenizer, config.max_sequence_length, args.max_new_tokens, args.prompt_text)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+
+
+def answer(
+    model: "PeftModel | PreTrainedModel",
     tokenizer: "PreTrainedTokenizer",
     prompts: list[str],
-    max_new_tokens: int,
     sampler: "Sampler",
-    batch_size: int,
+    args: InferenceArguments,
 ):
-    """Prints each prompt with the answers before and after fine-tuning."""
-    from qlora.inference.generation import generate_answers
+    """Prints, and keeps in `--output`, each prompt with its answers as soon as these are finished."""
+    from qlora.inference.generation import compare_answers
 
-    with model.disable_adapter():
-        before = generate_answers(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
-    after = generate_answers(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
-    for prompt, base_answer, tuned_answer in zip(prompts, before, after, strict=True):
-        print(f"\n输入 Input:  {prompt}\n微调前 Before: {base_answer}\n微调后 After:  {tuned_answer}")
+    prompts = [args.prompt_text + prompt for prompt in prompts]
+    rows = compare_answers(model, tokenizer, prompts, args.max_new_tokens, sampler, args.batch_size)
+    with open(args.output, "x", encoding="utf-8") if args.output else contextlib.nullcontext() as output:
+        for row in rows:
+            print("", *(f"{LABELS[name]} {text}" for name, text in row.items()), sep="\n", flush=True)
+            if output:
+                output.write(json.dumps(row, ensure_ascii=False) + "\n")
+                output.flush()
 
 
 def converse(
-    model: "PeftModel", tokenizer: "PreTrainedTokenizer", prompt_text: str, max_new_tokens: int, sampler: "Sampler"
+    model: "PeftModel | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizer",
+    sampler: "Sampler",
+    args: InferenceArguments,
 ):
     """A conversation on the terminal; each reply is printed as it is generated."""
     from chatglm.chat import build_prompt
-    from qlora.inference.generation import stream_answer
+    from qlora.inference.generation import check_prompt, stream_answer
 
     print("清空历史 clear history: clear   结束 leave: exit")
     history = []
@@ -106,8 +159,13 @@ def converse(
         if query == "clear":
             history = []
         elif query:
-            prompt, reply = prompt_text + build_prompt(query, history), ""
-            for longer in stream_answer(model, tokenizer, prompt, max_new_tokens, sampler):
+            prompt, reply = args.prompt_text + build_prompt(query, history), ""
+            try:
+                check_prompt(prompt, tokenizer, model.config.max_sequence_length, args.max_new_tokens)
+            except ValueError as error:
+                print(error)
+                continue
+            for longer in stream_answer(model, tokenizer, prompt, args.max_new_tokens, sampler):
                 # A mark that is printed already may become full-width with the next character; it is not reprinted.
                 print(longer[len(reply) :], end="", flush=True)
                 reply = longer

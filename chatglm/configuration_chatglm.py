@@ -78,5 +78,19 @@ class ChatGLMConfig(PreTrainedConfig):
         """Number of weights in the matrix products of one token's forward pass: all layers and the head."""
         return self.num_layers * self.weights_per_layer + self.embedding_weights
 
+    def training_flops(self, tokens: int, labels: int) -> int:
+        """Floating-point operations of forward and backward pass with constant weights.
+
+        Counts a multiplication and an addition for each weight and token in the forward pass, and the same for the
+        gradient of the activations; attention and adapter are left out.
+
+        Args:
+            tokens: of all samples.
+            labels: tokens with a label; the last MLP and the head compute at the positions before these only.
+        """
+        last_mlp = 2 * self.hidden_size * self.inner_hidden_size
+        of_all_tokens = self.num_layers * self.weights_per_layer - last_mlp
+        return 4 * (tokens * of_all_tokens + labels * (last_mlp + self.embedding_weights))
+
 
 __all__ = ["ChatGLMConfig"]

@@ -39,7 +39,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         # The stored gradients are not divided yet. The factor contains the loss scale of the Trainer: divided by
         # thousands of labels without it, small fp16 gradients would underflow to zero.
         factor = grad_output / ctx.divisor
-        hidden_grad = None if ctx.hidden_grad is None else (ctx.hidden_grad * factor).to(ctx.hidden_grad.dtype)
+        hidden_grad = None
+        if ctx.hidden_grad is not None:
+            # With a shape like that of the gradients, the factor is not rounded to their dtype.
+            hidden_grad = torch.mul(ctx.hidden_grad, factor.view(1, 1), out=torch.empty_like(ctx.hidden_grad))
         weight_grad = None if ctx.weight_grad is None else ctx.weight_grad * factor
         return hidden_grad, weight_grad, None, None
 

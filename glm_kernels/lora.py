@@ -8,8 +8,9 @@ Formula; weight [r, N] is A [r, in] or B.T [r, out], p is the dropout probabilit
 The hash makes the mask a function of the seed: the backward pass recomputes it, and no mask is stored. r is small, so
 that each product takes about as long as reading or writing the matrix [T, N] once.
 
-Shapes: T tokens, N features, r rank, R = r rounded up to a power of 2 and to 16, the least that `tl.dot` takes.
-A program's tile is TOKENS x FEATURES; SPLITS programs share the sum over the tokens of a weight gradient.
+Shapes: T tokens, N features, r rank. A tile is TOKENS x FEATURES, of R rows of A or B.T: r rounded up to a power of 2,
+at least the 16 that `tl.dot` takes, and at most MOST_R; a larger rank takes several tiles. SPLITS programs share the
+sum over the tokens of a weight gradient.
 Reference: `glm_kernels.lora_reference`.
 Source: "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1; the hash is MurmurHash3's 32-bit finalizer.
 """
@@ -24,6 +25,7 @@ TOKENS = 32  # tokens of a tile, in every kernel
 SPLITS = 8  # programs that share the sum over the tokens, in lora_weight_grad
 UP_FEATURES, GRAD_FEATURES = 128, 64  # features of a tile, in lora_up_add and in lora_weight_grad
 DOWN_TILE = 4096  # elements of a tile of the weight in lora_down: more exceed the shared memory of consumer GPUs
+MOST_R = 64  # rows of a tile of the weight, for the same reason
 
 
 @triton.jit
@@ -47,18 +49,20 @@ def load_with_dropout(x, token, feature, tokens, features, seed, threshold, DROP
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
 def lora_down_kernel(
-    x, weight, low_rank, scale, seed, threshold, tokens, features, rank,
+    x, weight, low_rank, rank_stride, feature_stride, scale, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    """low_rank [T, r] = scale * dropout(x [T, N]) @ weight [r, N].T, for TOKENS tokens."""
-    token, r = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, R)
+    """low_rank [T, r] = scale * dropout(x [T, N]) @ weight [r, N].T, for TOKENS tokens and R rows of the weight."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    r = tl.program_id(1) * R + tl.arange(0, R)
     acc = tl.zeros([TOKENS, R], tl.float32)
     for first_feature in range(0, features, FEATURES):
         feature = first_feature + tl.arange(0, FEATURES)
         x_tile = load_with_dropout(x, token, feature, tokens, features, seed, threshold, DROPOUT)  # [TOKENS, FEATURES]
         mask = (r < rank)[None, :] & (feature < features)[:, None]
         # Loaded transposed, as the product needs it.
-        weight_tile = tl.load(weight + r[None, :] * features + feature[:, None], mask=mask, other=0.0)  # [FEATURES, R]
+        weight_offsets = r[None, :] * rank_stride + feature[:, None] * feature_stride
+        weight_tile = tl.load(weight + weight_offsets, mask=mask, other=0.0)  # [FEATURES, R]
         acc += tl.dot(x_tile, weight_tile.to(x_tile.dtype))  # [TOKENS, R]
     offsets = token[:, None] * rank + r[None, :]
     mask = (token < tokens)[:, None] & (r < rank)[None, :]
@@ -67,17 +71,22 @@ def lora_down_kernel(
 
 @triton.jit(do_not_specialize=["seed", "tokens"])
 def lora_up_add_kernel(
-    low_rank, weight, output, scale, seed, threshold, tokens, features, rank,
-    DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
+    low_rank, weight, output, rank_stride, feature_stride, scale, seed, threshold, tokens, features, rank,
+    DROPOUT: tl.constexpr, R: tl.constexpr, TILES_R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """output [T, N] += scale * dropout(low_rank [T, r] @ weight [r, N]), for one tile of the output."""
-    token, r = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, R)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    mask = (token < tokens)[:, None] & (r < rank)[None, :]
-    low_rank_tile = tl.load(low_rank + token[:, None] * rank + r[None, :], mask=mask, other=0.0)  # [TOKENS, R]
-    mask = (r < rank)[:, None] & (feature < features)[None, :]
-    weight_tile = tl.load(weight + r[:, None] * features + feature[None, :], mask=mask, other=0.0)  # [R, FEATURES]
-    update = tl.dot(low_rank_tile, weight_tile.to(low_rank_tile.dtype)) * scale  # [TOKENS, FEATURES]
+    update = tl.zeros([TOKENS, FEATURES], tl.float32)
+    for tile in tl.static_range(TILES_R):
+        r = tile * R + tl.arange(0, R)
+        mask = (token < tokens)[:, None] & (r < rank)[None, :]
+        low_rank_tile = tl.load(low_rank + token[:, None] * rank + r[None, :], mask=mask, other=0.0)  # [TOKENS, R]
+        mask = (r < rank)[:, None] & (feature < features)[None, :]
+        weight_offsets = r[:, None] * rank_stride + feature[None, :] * feature_stride
+        weight_tile = tl.load(weight + weight_offsets, mask=mask, other=0.0)  # [R, FEATURES]
+        update += tl.dot(low_rank_tile, weight_tile.to(low_rank_tile.dtype))  # [TOKENS, FEATURES]
+    update *= scale
     index = token.to(tl.int64)[:, None] * features + feature[None, :]
     mask = (token < tokens)[:, None] & (feature < features)[None, :]
     if DROPOUT:
@@ -91,11 +100,12 @@ def lora_weight_grad_kernel(
     low_rank, x, weight_grad, scale, seed, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """weight_grad [r, N] += scale * low_rank [T, r].T @ dropout(x [T, N]), for FEATURES features and a share of T.
+    """weight_grad [r, N] += scale * low_rank [T, r].T @ dropout(x [T, N]), for a tile R x FEATURES and a share of T.
 
     The SPLITS programs of the same features add to the same elements: weight_grad is fp32 and starts at zero.
     """
-    feature, r = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES), tl.arange(0, R)
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    r = tl.program_id(2) * R + tl.arange(0, R)
     acc = tl.zeros([R, FEATURES], tl.float32)
     # Program s of SPLITS takes the tiles s, s + SPLITS, s + 2 * SPLITS and so on of the tokens.
     for first_token in range(tl.program_id(1) * TOKENS, tokens, SPLITS * TOKENS):
@@ -122,7 +132,8 @@ def kernel_arguments(x: torch.Tensor, rank: int, scale: float, dropout: float, s
         threshold of 32 bits; and the constexpr parameters.
     """
     threshold = int(dropout * 2**32)
-    constants = {"DROPOUT": dropout > 0, "R": max(16, triton.next_power_of_2(rank)), "TOKENS": TOKENS}
+    rows = min(max(16, triton.next_power_of_2(rank)), MOST_R)
+    constants = {"DROPOUT": dropout > 0, "R": rows, "TOKENS": TOKENS}
     return (scale / (1 - dropout), seed, threshold, *x.shape, rank), constants
 
 
@@ -131,7 +142,7 @@ def lora_down(x: torch.Tensor, weight: torch.Tensor, scale: float, dropout: floa
 
     Args:
         x: [T, N], contiguous, bf16 or fp16.
-        weight: [r, N], contiguous; converted to the dtype of `x` tile by tile.
+        weight: [r, N], of any strides; converted to the dtype of `x` tile by tile.
         scale: factor of the product.
         dropout: probability p, 0 <= p < 1.
         seed: of the dropout mask, 0 <= seed < 2**31.
@@ -140,9 +151,9 @@ def lora_down(x: torch.Tensor, weight: torch.Tensor, scale: float, dropout: floa
     """
     low_rank = x.new_empty(len(x), len(weight))
     values, constants = kernel_arguments(x, len(weight), scale, dropout, seed)
-    features = max(16, DOWN_TILE // constants["R"])
-    grid = (triton.cdiv(len(x), TOKENS),)
-    launch(lora_down_kernel, grid, x, weight, low_rank, *values, **constants, FEATURES=features, num_stages=4)
+    grid = (triton.cdiv(len(x), TOKENS), triton.cdiv(len(weight), constants["R"]))
+    constants |= {"FEATURES": DOWN_TILE // constants["R"], "num_stages": 4}
+    launch(lora_down_kernel, grid, x, weight, low_rank, *weight.stride(), *values, **constants)
     return low_rank
 
 
@@ -154,14 +165,15 @@ def lora_up_add(
     Args:
         output: [T, N], contiguous, bf16 or fp16; updated in place.
         low_rank: [T, r], contiguous, in the dtype of `output`.
-        weight: [r, N], contiguous; converted to the dtype of `low_rank` tile by tile.
+        weight: [r, N], of any strides; converted to the dtype of `low_rank` tile by tile.
         scale: factor of the product.
         dropout: probability p, 0 <= p < 1; the mask is that of `lora_down` for a matrix [T, N].
         seed: of the dropout mask, 0 <= seed < 2**31.
     """
     values, constants = kernel_arguments(output, len(weight), scale, dropout, seed)
     grid = (triton.cdiv(len(output), TOKENS), triton.cdiv(output.shape[1], UP_FEATURES))
-    launch(lora_up_add_kernel, grid, low_rank, weight, output, *values, **constants, FEATURES=UP_FEATURES)
+    constants |= {"TILES_R": triton.cdiv(len(weight), constants["R"]), "FEATURES": UP_FEATURES}
+    launch(lora_up_add_kernel, grid, low_rank, weight, output, *weight.stride(), *values, **constants)
 
 
 def lora_weight_grad(low_rank: torch.Tensor, x: torch.Tensor, scale: float, dropout: float, seed: int) -> torch.Tensor:
@@ -179,7 +191,7 @@ def lora_weight_grad(low_rank: torch.Tensor, x: torch.Tensor, scale: float, drop
     rank = low_rank.shape[1]
     weight_grad = torch.zeros(rank, x.shape[1], dtype=torch.float32, device=x.device)
     values, constants = kernel_arguments(x, rank, scale, dropout, seed)
-    grid = (triton.cdiv(x.shape[1], GRAD_FEATURES), SPLITS)
+    grid = (triton.cdiv(x.shape[1], GRAD_FEATURES), SPLITS, triton.cdiv(rank, constants["R"]))
     constants |= {"FEATURES": GRAD_FEATURES, "SPLITS": SPLITS}
     launch(lora_weight_grad_kernel, grid, low_rank, x, weight_grad, *values, **constants, num_stages=4)
     return weight_grad

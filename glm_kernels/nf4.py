@@ -55,5 +55,7 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     # In QuantState, absmax holds the 8-bit codes of the scales, and state2 what they are dequantized with.
     scales = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
     grid = (triton.cdiv(blocks, BLOCKS),)
-    launch(dequantize_kernel, grid, packed, weight, state.code, *scales, blocks, BLOCKS=BLOCKS)
+    # bitsandbytes rounds each scale's product before it adds the offset; a fused multiply-add would not.
+    constants = {"BLOCKS": BLOCKS, "enable_fp_fusion": False}
+    launch(dequantize_kernel, grid, packed, weight, state.code, *scales, blocks, **constants)
     return weight

@@ -17,10 +17,12 @@ COMPUTE_DTYPE = {
     "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
     "choices": COMPUTE_DTYPES,
 }
+DEFAULT_MODEL = "THUDM/chatglm-6b"
 DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
 
 LAYER_COUNTS = ("recompute_mlp", "recompute_attention", "dequantized_layers")
 PLAN_FLAGS = ("max_tokens", *LAYER_COUNTS, "offload")
+LOWEST_TEMPERATURE = 0.01  # at lower ones sampling is greedy but for overflows
 # Keys of older transformers and their present names.
 RENAMED_KEYS = {
     "evaluation_strategy": "eval_strategy",
@@ -60,7 +62,7 @@ class FinetuneArguments:
         metadata={"help": "JSON file with transformers' TrainingArguments."},
     )
     model_name_or_path: str = field(
-        default_factory=lambda: in_repository("THUDM/chatglm-6b"),
+        default_factory=lambda: in_repository(DEFAULT_MODEL),
         metadata={"help": "Folder with the files of THUDM/chatglm-6b."},
     )
     train_data_path: list[str] = field(
@@ -239,20 +241,29 @@ class FinetuneArguments:
 class InferenceArguments:
     """What to answer, with which adapter, and how."""
 
-    adapter_path: str = field(
+    adapter_path: str | None = field(
         default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
-        metadata={"help": "Folder of the trained adapter."},
+        metadata={"help": "Folder of the trained adapter; 'none' to ask a base or merged model alone."},
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}
+        default=None,
+        metadata={"help": f"Model folder; by default that of the adapter's config, or {DEFAULT_MODEL} without one."},
     )
     prompt: list[str] = field(
         default_factory=list, metadata={"help": "A prompt; may be given many times.", "action": "extend"}
     )
     prompt_file: str | None = field(
-        default=None, metadata={"help": "Prompts from a file: .jsonl rows with instruction, else one text a line."}
+        default=None,
+        metadata={
+            "help": "Prompts from a file: .jsonl, rows with instruction or strings; .json, an array of these; else "
+            "one text a line."
+        },
     )
     max_prompts: int | None = field(default=None, metadata={"help": "Answer only the first so many prompts."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "New file that keeps the answers too, as they are finished, one JSON a line."},
+    )
     prompt_text: str = field(default="", metadata={"help": "Text put before every prompt, as in training."})
     do_sample: bool = field(
         default=False,
@@ -262,11 +273,14 @@ class InferenceArguments:
         default=50, metadata={"help": "Sampling: this many most likely tokens at most; 0 for any number."}
     )
     top_p: float = field(default=0.7, metadata={"help": "Sampling: smallest set of tokens with this probability."})
-    temperature: float = field(default=0.95, metadata={"help": "Sampling: above 1 flatter, below 1 sharper."})
+    temperature: float = field(
+        default=0.95,
+        metadata={"help": f"Sampling: above 1 flatter, below 1 sharper; {LOWEST_TEMPERATURE} or more."},
+    )
     seed: int = field(default=42, metadata={"help": "Random seed of the sampling."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer in tokens."})
     batch_size: int = field(default=8, metadata={"help": "Prompts answered at once."})
-    chat: bool = field(default=False, metadata={"help": "Hold a conversation with the tuned model instead."})
+    chat: bool = field(default=False, metadata={"help": "Hold a conversation with the model instead."})
     web: bool = field(default=False, metadata={"help": "Show a page in the browser instead; needs gradio."})
     host: str = field(
         default="127.0.0.1",
@@ -277,8 +291,10 @@ class InferenceArguments:
 
     def __post_init__(self) -> None:
         problems = check_positive(self, "max_new_tokens", "batch_size", "max_prompts")
-        if not 0 < self.temperature < math.inf:
-            problems.append(f"--temperature is {self.temperature}; it must be a positive number")
+        if not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+            problems.append(
+                f"--temperature is {self.temperature}; it must be a finite number from {LOWEST_TEMPERATURE} up"
+            )
         if self.top_k < 0:
             problems.append(f"--top_k is {self.top_k}; it must not be negative")
         if not 0 < self.top_p <= 1:
@@ -289,6 +305,12 @@ class InferenceArguments:
             problems.append(f"--port is {self.port}; it must be between 1 and 65535")
         if self.chat and self.web:
             problems.append("--chat is the conversation on the terminal and --web the page; give one of them")
+        if self.output and (self.chat or self.web):
+            problems.append("--output keeps the answers to prompts, not those of --chat and --web")
+        if self.adapter_path in ("none", ""):
+            self.adapter_path = None
+            if self.web:
+                problems.append("--web compares a model with and without an adapter; without one, use --chat")
         if problems:
             raise ValueError("; ".join(problems) + ".")
 

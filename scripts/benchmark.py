@@ -25,8 +25,10 @@ from pathlib import Path
 import torch
 
 from chatglm import ChatGLMConfig
+from qlora.arguments import DEFAULT_MODEL, in_repository
 from qlora.command_line import parse_command_line
-from qlora.data.dataset import SampleEncoder
+from qlora.data.batching import StepBatch, count_labels, count_tokens
+from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.data.rows import read_rows
 from qlora.errors import message_instead_of_traceback
 from qlora.inference.decoding import decode, make_sampler
@@ -43,8 +45,12 @@ class BenchmarkArguments:
     """What to measure, on what."""
 
     what: str = field(metadata={"help": "train, decode or load.", "choices": ["train", "decode", "load"]})
-    model_name_or_path: str = field(default="THUDM/chatglm-6b", metadata={"help": "Folder with the weights."})
-    data_path: str = field(default="data/train.jsonl", metadata={"help": "Rows to train on or to answer."})
+    model_name_or_path: str = field(
+        default_factory=lambda: in_repository(DEFAULT_MODEL), metadata={"help": "Folder with the weights."}
+    )
+    data_path: str = field(
+        default_factory=lambda: in_repository("data/train.jsonl"), metadata={"help": "Rows to train on or to answer."}
+    )
     steps: int = field(default=40, metadata={"help": "Training steps to count, after the warm-up."})
     samples_per_step: int = field(default=32, metadata={"help": "Effective batch; 32 is that of the shipped JSON."})
     memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})
@@ -71,14 +77,22 @@ def measure_training(args: BenchmarkArguments) -> dict:
     measured_rate = matmul_rate() if torch.cuda.is_available() else None
     result = train(args, args.steps, [])
     if measured_rate:
-        weights = ChatGLMConfig.from_pretrained(args.model_name_or_path).multiplied_weights
-        flops = 4 * weights * result["tokens_per_second"]
+        flops = flops_per_token(args) * result["tokens_per_second"]
         result |= {"matmul_tflops": round(measured_rate / 1e12), "mfu": round(flops / measured_rate, 3)}
     if args.compare_plain:
         plain = train(args, 5, ["--plain"], warm_up=2)
         ratio = round(result["tokens_per_second"] / plain["tokens_per_second"], 1)
         result |= {"plain": plain, "times_plain": ratio}
     return result
+
+
+def flops_per_token(args: BenchmarkArguments) -> float:
+    """Operations of a training step for each token, with the share of label tokens of the first 2,000 samples."""
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    samples = load_samples(args.data_path, SampleEncoder(tokenizer, "", 512, 1536))
+    samples = StepBatch.collate(list(samples.select(range(min(2000, len(samples)))))).samples
+    tokens, labels = count_tokens(samples), count_labels(samples)
+    return ChatGLMConfig.from_pretrained(args.model_name_or_path).training_flops(tokens, labels) / tokens
 
 
 def matmul_rate(size: int = 8192, repeats: int = 50) -> float:

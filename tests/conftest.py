@@ -1,6 +1,10 @@
 """Fixtures and functions of several test modules: golden values, genuine files, tiny models, data rows, short runs."""
 
 import os
+import sys
+
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("gpu" in argument for argument in sys.argv[1:]):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only `pytest -m gpu` uses a GPU
 
 import torch
 
@@ -12,7 +16,6 @@ import itertools
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType

@@ -1,6 +1,7 @@
 """qlora/arguments.py: flags of the upstream project and of earlier releases, errors, and the compute dtype."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -259,6 +260,9 @@ def test_max_tokens_out_of_range():
         ("batch_size", 0),
         ("max_prompts", 0),
         ("temperature", 0.0),
+        ("temperature", 1e-30),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.5),
@@ -278,6 +282,18 @@ def test_value_of_another_type_is_reported_in_one_line(name, value):
 def test_sampling_is_the_official_one_by_default():
     args = parse("--do_sample", kind=InferenceArguments)
     assert {name: getattr(args, name) for name in OFFICIAL_SAMPLING} == OFFICIAL_SAMPLING
+
+
+def test_adapter_none_is_no_adapter():
+    assert parse("--adapter_path", "none", kind=InferenceArguments).adapter_path is None
+    with pytest.raises(ValueError, match=r"--web compares a model with and without an adapter; .*--chat"):
+        parse("--adapter_path", "none", "--web", kind=InferenceArguments)
+
+
+@pytest.mark.parametrize("flag", ["--chat", "--web"])
+def test_output_is_refused_where_nothing_is_kept(flag):
+    with pytest.raises(ValueError, match="--output keeps the answers to prompts"):
+        parse("--output", "answers.jsonl", flag, kind=InferenceArguments)
 
 
 def test_prompts_may_be_given_many_times():

@@ -27,9 +27,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizer
 
 import inference_qlora
+import qlora.loading
 import train_qlora
 from qlora.arguments import DEFAULT_PROMPT, InferenceArguments
 from qlora.data.dataset import SampleEncoder
+from qlora.inference import generation
 from qlora.loading import base_model_path, load_quantized_model
 
 PROMPTS = ("类型#裙*颜色#白色", "类型#裤*风格#简约")
@@ -317,8 +319,82 @@ def test_base_model_of_an_adapter_counts_from_the_current_folder_or_the_reposito
 def test_prompts_of_the_command_line_and_of_a_file_are_all_answered(tmp_path):
     (tmp_path / "prompts.txt").write_text("甲\n乙\n", encoding="utf-8")
     flags = InferenceArguments(prompt=["丙"], prompt_file=str(tmp_path / "prompts.txt"))
-    assert inference_qlora.read_all_prompts(flags) == ["丙", "甲", "乙"]
-    assert inference_qlora.read_all_prompts(InferenceArguments()) == [DEFAULT_PROMPT]
+    assert list(inference_qlora.read_all_prompts(flags).values()) == ["丙", "甲", "乙"]
+    assert list(inference_qlora.read_all_prompts(InferenceArguments()).values()) == [DEFAULT_PROMPT]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", "裙", " "], "--prompt, number 2: .*The prompt is empty"),
+        (["--prompt_file", "prompts.txt"], r"prompts\.txt, line 3: .* has \d,\d+ tokens.*over the model's 2048:"),
+        (["--max_new_tokens", 2047], "the default prompt: "),
+        (["--output", "prompts.txt"], r"--output: prompts\.txt exists"),
+        (["--output", "nowhere/answers.jsonl"], "--output: there is no folder nowhere"),
+    ],
+)
+def test_what_cannot_be_answered_or_kept_is_refused_before_the_model_is_loaded(
+    trained, tmp_path, monkeypatch, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(qlora.loading, "load_quantized_model", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "prompts.txt").write_text(f"裙\n\n{'裙' * 2000}\n", encoding="utf-8")
+    assert re.search(message, error_of(inference_qlora, "--adapter_path", trained, *flags))
+
+
+# Answers of a run.
+
+
+@pytest.fixture
+def few_prompts(trained) -> list:
+    """The flags of a run with two batches of prompts."""
+    flags = ["--adapter_path", trained, "--max_new_tokens", 4, "--batch_size", 2]
+    return [*flags, *(part for prompt in ("甲甲甲", "乙", "丙丙", "丁") for part in ("--prompt", prompt))]
+
+
+def test_answers_are_kept_in_the_order_of_the_prompts(few_prompts, tmp_path, capsys):
+    run_main(inference_qlora, *few_prompts, "--output", tmp_path / "answers.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [tuple(row.values()) for row in rows] == answers(capsys.readouterr().out)
+    assert [row["prompt"] for row in rows] == ["甲甲甲", "乙", "丙丙", "丁"]
+    assert all(list(row) == ["prompt", "base", "adapter"] for row in rows)
+
+
+def test_interruption_loses_no_finished_answer(few_prompts, tmp_path, monkeypatch, capsys):
+    calls, generate_answers = [], generation.generate_answers
+
+    def interrupted_in_the_second_batch(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate_answers(*args)
+
+    monkeypatch.setattr(generation, "generate_answers", interrupted_in_the_second_batch)
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(SystemExit, match=rf"^\ninterrupted\. The finished answers are in {output}\.$"):
+        run_main(inference_qlora, *few_prompts, "--output", output)
+    assert len(answers(capsys.readouterr().out)) == len(output.read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_model_without_an_adapter_gives_one_answer(trained, tiny_checkpoint, tmp_path, capsys):
+    flags = ["--max_new_tokens", 8, "--prompt", PROMPTS[0]]
+    run_main(inference_qlora, "--adapter_path", trained, *flags)
+    ((_, before, _),) = answers(capsys.readouterr().out)
+    output = tmp_path / "answers.jsonl"
+    alone = ["--adapter_path", "none", "--model_name_or_path", tiny_checkpoint, *flags]
+    run_main(inference_qlora, *alone, "--output", output)
+    assert capsys.readouterr().out == f"\n输入 Input:  {PROMPTS[0]}\n回答 Answer: {before}\n"
+    assert json.loads(output.read_text(encoding="utf-8")) == {"prompt": PROMPTS[0], "answer": before}
+
+
+def test_conversation_with_a_model_without_an_adapter(tiny_checkpoint, monkeypatch, capsys):
+    lines = iter(["裙" * 3000, "类型#裙", "exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    flags = ("--adapter_path", "none", "--model_name_or_path", tiny_checkpoint, "--chat", "--max_new_tokens", 8)
+    run_main(inference_qlora, *flags)
+    printed = capsys.readouterr().out.splitlines()
+    assert "over the model's 2048" in printed[1]  # and the conversation goes on
+    assert len(printed) >= 3
 
 
 def test_missing_prompt_file_ends_in_one_line(trained, tmp_path):

@@ -49,22 +49,59 @@ def read_rows(path: str) -> Iterator[dict]:
         raise ValueError(f"{path} has no rows.")
 
 
-def read_prompts(path: str) -> list[str]:
+def read_prompts(path: str) -> dict[str, str]:
     """Reads the prompts of a file.
 
     Args:
-        path: of a `.jsonl` file, whose rows need no `output` here; or of a text file with one prompt a line.
+        path: of a `.jsonl` file of rows, which need no `output` here, or of strings; of a `.json` file with one array
+            of these; or of a text file with one prompt a line.
     Returns:
-        The prompts in the order of the file, with history as `build_prompt` formats it.
+        Where each prompt stands -> the prompt, in the order of the file, with history as `build_prompt` formats it.
     Raises:
         FileNotFoundError, ValueError: as `read_rows`.
     """
-    is_text = Path(path).suffix != ".jsonl"
-    prompt_of = str.strip if is_text else lambda text: build_prompt(*parse_query(parse_json(text)))
-    prompts = [prompt for _, prompt in read_lines(path, prompt_of) if prompt]
+    suffix = Path(path).suffix.lower()
+    if suffix == ".json":
+        numbered, unit = read_array(path, parse_prompt), "entry"
+    else:
+        parse = (lambda text: parse_prompt(parse_json(text))) if suffix == ".jsonl" else str.strip
+        numbered, unit = read_lines(path, parse), "line"
+    prompts = {f"{path}, {unit} {number}": prompt for number, prompt in numbered if prompt}
     if not prompts:
         raise ValueError(f"{path} has no prompts.")
     return prompts
+
+
+def parse_prompt(value: object) -> str:
+    """The prompt of a string or of a row; ValueError with the reason for another value."""
+    return check_text(value) if isinstance(value, str) else build_prompt(*parse_query(value))
+
+
+def read_array(path: str, parse: Callable[[object], Parsed]) -> Iterator[tuple[int, Parsed]]:
+    """Parses every entry of a file with one JSON array.
+
+    Args:
+        path: of the file.
+        parse: entry -> its value; it raises ValueError with the reason for an entry that cannot be used.
+    Yields:
+        The number of the entry, from 1, and its value.
+    Raises:
+        FileNotFoundError, ValueError: as `read_lines`.
+    """
+    lines = dict(read_lines(path, str))
+    try:
+        entries = parse_json("".join(lines.get(number, "\n") for number in range(1, max(lines, default=0) + 1)))
+        if not isinstance(entries, list):
+            raise ValueError(f"expected an array, found a {type(entries).__name__}")
+    except (ValueError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        reason = f"{path}{line}: {describe(error)}. A .json file holds one array; name one with a JSON a line .jsonl."
+        raise ValueError(reason) from error
+    for number, entry in enumerate(entries, 1):
+        try:
+            yield number, parse(entry)
+        except ValueError as error:
+            raise ValueError(f"{path}, entry {number}: {describe(error)}.") from error
 
 
 def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[tuple[int, Parsed]]:

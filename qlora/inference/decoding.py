@@ -35,7 +35,7 @@ def make_sampler(
 
     Args:
         do_sample: whether to draw.
-        temperature: divisor of the logits, above 0.
+        temperature: divisor of the logits, so far above 0 that these stay finite.
         top_k: number of the most likely tokens that stay possible; 0 for all.
         top_p: of these, the smallest set of the most likely tokens with this probability stays possible.
     """

@@ -1,18 +1,81 @@
 """Answers to prompts, in batches or as a stream."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from chatglm.chat import clean_response
 from qlora.inference.decoding import Sampler, decode
 
+LONGEST_TOKEN = 80  # characters, of <|blank_80|>
+
+
+def check_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizer, max_length: int, max_new_tokens: int, prompt_text: str = ""
+):
+    """Checks that a prompt can be answered.
+
+    Args:
+        prompt: a text; control tokens written in it stay text.
+        tokenizer: of the model.
+        max_length: most tokens of a prompt and its answer together.
+        max_new_tokens: most tokens of the answer.
+        prompt_text: text put before the prompt.
+    Raises:
+        ValueError: the prompt is blank, or leaves too little room for the answer.
+    """
+    if not prompt.strip():
+        raise ValueError("输入是空的。 The prompt is empty.")
+    text = prompt_text + prompt
+    chinese, english = f"{len(text):,} 个字符", f"{len(text):,} characters"
+    if len(text) <= LONGEST_TOKEN * max_length:  # a longer text cannot fit, and would take long to tokenize
+        length = len(tokenizer(text, split_special_tokens=True)["input_ids"])
+        if length + max_new_tokens <= max_length:
+            return
+        chinese, english = f"{length:,} 个 token", f"{length:,} tokens"
+    raise ValueError(
+        f"输入（含对话历史）有 {chinese}，加上最多 {max_new_tokens} 个新 token，超过模型的上限 {max_length} 个：请缩短"
+        "输入、清空对话，或减小最大长度（max_new_tokens）。 The prompt, with the conversation before it, has "
+        f"{english}; with up to {max_new_tokens} new tokens that is over the model's {max_length}: shorten it, clear "
+        "the conversation, or lower max_new_tokens."
+    )
+
+
+def compare_answers(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    sampler: Sampler,
+    batch_size: int,
+) -> Iterator[dict[str, str]]:
+    """Answers all prompts in their order, batch by batch.
+
+    Args:
+        model: a peft model, which answers without and with its adapter; or a model without an adapter.
+        tokenizer, prompts, max_new_tokens, sampler, batch_size: as for `generate_texts`.
+    Yields:
+        `prompt`, with the answers `base` and `adapter`; or, without an adapter, with `answer`.
+    """
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        generate = functools.partial(generate_answers, model, tokenizer, batch, max_new_tokens, sampler, batch_size)
+        if isinstance(model, PeftModel):
+            with model.disable_adapter():
+                base = generate()
+            answers = {"base": base, "adapter": generate()}
+        else:
+            answers = {"answer": generate()}
+        for texts in zip(batch, *answers.values(), strict=True):
+            yield dict(zip(("prompt", *answers), texts, strict=True))
+
 
 def generate_answers(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizer,
     prompts: list[str],
     max_new_tokens: int,
@@ -26,7 +89,7 @@ def generate_answers(
 
 
 def generate_texts(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizer,
     prompts: list[str],
     max_new_tokens: int,
@@ -37,7 +100,7 @@ def generate_texts(
     """Answers all prompts, in batches of prompts of similar length.
 
     Args:
-        model: a peft model on its device, with its adapter enabled or disabled.
+        model: on its device; a peft model with its adapter enabled or disabled, or a model without an adapter.
         tokenizer: of the model.
         prompts: texts; control tokens written in them stay text.
         max_new_tokens: most tokens of an answer.
@@ -60,7 +123,7 @@ def generate_texts(
             split_special_tokens=True,
             return_tensors="pt",
         ).to(model.device)
-        pieces = list(decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, sampler=sampler))
+        pieces = list(decode(language_model(model), **batch, max_new_tokens=max_new_tokens, sampler=sampler))
         texts = tokenizer.batch_decode(torch.cat(pieces, dim=1), skip_special_tokens=True)
         for i, text in zip(indices, texts, strict=True):
             answers[i] = text
@@ -68,7 +131,11 @@ def generate_texts(
 
 
 def stream_answer(
-    model: PeftModel, tokenizer: PreTrainedTokenizer, prompt: str, max_new_tokens: int, sampler: Sampler
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampler: Sampler,
 ) -> Iterator[str]:
     """Generates one answer.
 
@@ -80,6 +147,11 @@ def stream_answer(
     """
     batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
     tokens = []
-    for piece in decode(model.get_base_model(), **batch, max_new_tokens=max_new_tokens, sampler=sampler, sync_every=2):
+    for piece in decode(language_model(model), **batch, max_new_tokens=max_new_tokens, sampler=sampler, sync_every=2):
         tokens += piece[0].tolist()
         yield clean_response(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
+
+
+def language_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The language model, with any adapter in its layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import html
 import importlib.metadata
 import itertools
 import os
@@ -16,15 +17,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizer
 
-from chatglm.chat import History, build_prompt
+from chatglm.chat import build_prompt
 from qlora.arguments import InferenceArguments
 from qlora.inference.decoding import make_sampler
-from qlora.inference.generation import stream_answer
+from qlora.inference.generation import check_prompt, stream_answer
 
 PASSWORD_VARIABLE = "QLORA_PASSWORD"  # a flag could be read in the list of processes
 # Fields of InferenceArguments on the page.
 SETTINGS = ("do_sample", "top_k", "top_p", "temperature", "max_new_tokens", "seed")
+BEFORE, AFTER, VISITOR = "微调前 Before", "微调后 After", "你 You"
 YIELDS_PER_UPDATE = 4  # of `stream_answer`, every two tokens; sending each takes longer than generating the tokens
+
+Rounds = list[tuple[str, str, bool]]  # message, reply, and whether it was generated with the adapter
 
 
 class Answerer:
@@ -74,18 +78,9 @@ class Answerer:
         return text
 
     def check_prompt(self, prompt: str, args: InferenceArguments):
-        """ValueError for a blank prompt, or one that with its answer would exceed the model's sequence length."""
-        if not prompt.strip():
-            raise ValueError("请先输入内容。 Type a prompt first.")
+        """ValueError for a prompt that cannot be answered; see `generation.check_prompt`."""
         limit = self.model.config.max_sequence_length
-        length = len(self.tokenizer(args.prompt_text + prompt, split_special_tokens=True)["input_ids"])
-        if length + args.max_new_tokens > limit:
-            raise ValueError(
-                f"输入（含对话历史）有 {length} 个 token，加上最多 {args.max_new_tokens} 个新 token，超过模型的上限 "
-                f"{limit}：请缩短输入、清空对话，或减小最大长度。 The prompt, with the conversation before it, has "
-                f"{length} tokens; with up to {args.max_new_tokens} new ones that is over the model's {limit}: "
-                "shorten it, clear the conversation, or lower Max tokens."
-            )
+        check_prompt(prompt, self.tokenizer, limit, args.max_new_tokens, args.prompt_text)
 
 
 class Page:
@@ -98,28 +93,34 @@ class Page:
         """Yields the answers without and with the adapter; `settings` are the values of `SETTINGS`."""
         yield from self.answerer.stream(prompt, (False, True), with_settings(self.args, settings))
 
-    def chat(self, message: str, history: History, tuned: bool, *settings) -> Iterator[tuple[str, History, list]]:
+    def chat(self, message: str, rounds: Rounds, tuned: bool, *settings) -> Iterator[tuple[str, Rounds, str]]:
         """Continues a conversation.
 
         Args:
             message: of the user.
-            history: the rounds before it.
+            rounds: those before it.
             tuned: whether the reply is generated with the adapter.
             settings: the values of `SETTINGS`.
         Yields:
-            The empty text of the message box, the history with the reply so far, and the history as messages.
+            The empty text of the message box, the rounds with the reply so far, and these as HTML.
         """
         args = with_settings(self.args, settings)
         self.answerer.check_prompt(message, args)  # the prompt with its history is never blank
+        history = [(question, reply) for question, reply, _ in rounds]
         for (reply,) in self.answerer.stream(build_prompt(message, history), (tuned,), args):
-            rounds = [*history, (message, reply)]
-            yield "", rounds, messages(rounds)
+            longer = [*rounds, (message, reply, tuned)]
+            yield "", longer, conversation_html(longer)
 
 
-def messages(history: History) -> list[dict[str, str]]:
-    """A history as a list of messages with `role` and `content`."""
-    pairs = [zip(("user", "assistant"), texts, strict=True) for texts in history]
-    return [{"role": role, "content": text} for pair in pairs for role, text in pair]
+def conversation_html(rounds: Rounds) -> str:
+    """A conversation as HTML that shows every text as it is, whatever HTML or Markdown it may look like."""
+    bubbles = []
+    for message, reply, tuned in rounds:
+        bubbles += [("visitor", VISITOR, message), ("model", AFTER if tuned else BEFORE, reply)]
+    return "".join(
+        f'<div class="bubble {kind}"><small>{name}</small><div class="text">{html.escape(text)}</div></div>'
+        for kind, name, text in bubbles
+    )
 
 
 def with_settings(args: InferenceArguments, settings: tuple) -> InferenceArguments:
@@ -128,7 +129,12 @@ def with_settings(args: InferenceArguments, settings: tuple) -> InferenceArgumen
         raise ValueError("有一项设置是空的。 A setting is empty.")
     values = dict(zip(SETTINGS, settings, strict=True))
     # Browsers send 1.0 as 1.
-    return dataclasses.replace(args, **{name: type(getattr(args, name))(value) for name, value in values.items()})
+    values = {name: type(getattr(args, name))(value) for name, value in values.items()}
+    try:
+        return dataclasses.replace(args, **values)
+    except ValueError as error:
+        reason = str(error).replace("--", "")
+        raise ValueError(f"解码设置超出范围。 A decoding setting is out of range: {reason}") from error
 
 
 def check_web(args: InferenceArguments):

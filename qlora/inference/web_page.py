@@ -1,6 +1,7 @@
 """The layout of the compare page, and its server. Needs gradio 6."""
 
 import hmac
+import html
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -10,14 +11,26 @@ from gradio.components import Component
 from gradio.events import Dependency
 
 from qlora.arguments import InferenceArguments
-from qlora.inference.web import PASSWORD_VARIABLE, Page
+from qlora.inference.web import AFTER, BEFORE, PASSWORD_VARIABLE, Page
+from qlora.inference.web_guard import LOCAL_HOSTS, MOST_TRIES, Streams, middleware
 
 logger = logging.getLogger(__name__)
 
-BEFORE, AFTER = "微调前 Before", "微调后 After"
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")  # fonts of the system
-CSS = ".gradio-container { max-width: 1200px !important; margin: 0 auto !important }"
-LOCAL_HOSTS = ("127.0.0.1", "localhost")
+CSS = """
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important }
+.bubble { width: fit-content; max-width: 80%; margin: 0.5em; padding: 0.5em 1em; border-radius: 0.8em }
+.bubble.visitor { margin-left: auto; background: var(--color-accent-soft) }
+.bubble.model { background: var(--background-fill-secondary) }
+.bubble small { color: var(--body-text-color-subdued) }
+.bubble .text { white-space: pre-wrap; overflow-wrap: anywhere }
+.toast-title { display: none !important } /* gradio's, and in English */
+"""
+LOGIN_NOTE = (
+    f"用户名随意，但不能为空；输错 {MOST_TRIES} 次后须等一分钟。 "
+    f"Any user name will do, but not an empty one; after {MOST_TRIES} wrong tries wait a minute."
+)
+FAILURE = "生成失败，原因见服务器的输出。 The answer failed; the server's output says why."
 
 
 def serve(page: Page, examples: list[str]):
@@ -34,11 +47,13 @@ def serve(page: Page, examples: list[str]):
     os.environ["no_proxy"] = "*"  # gradio requests its own page at the start, which a proxy could not reach
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logger.info("The page is at http://%s:%d, until Ctrl-C.", args.host, args.port)
-    build_page(page, examples).launch(
+    streams = Streams()
+    build_page(page, examples, streams).launch(
         server_name=args.host,
         server_port=args.port,
         auth=password and (lambda _, given: hmac.compare_digest(given.encode(), password.encode())),
-        auth_message="用户名随意。 Any user name will do.",
+        auth_message=LOGIN_NOTE,
+        app_kwargs={"middleware": middleware(args.host, streams)},
         quiet=True,
         share=False,
         show_error=True,
@@ -50,23 +65,24 @@ def serve(page: Page, examples: list[str]):
     )
 
 
-def build_page(page: Page, examples: list[str]) -> gr.Blocks:
+def build_page(page: Page, examples: list[str], streams: Streams) -> gr.Blocks:
     """The page: a tab to compare answers, one for a conversation, and below them the settings of both."""
     args, base_path = page.args, page.answerer.model.get_base_model().name_or_path
     with gr.Blocks(title="ChatGLM-6B QLoRA", analytics_enabled=False) as blocks:
-        gr.Markdown(
-            "## 微调前后对比 Before and after fine-tuning\n"
-            f"基座模型 Base model: `{base_path}` · adapter: `{args.adapter_path}`"
+        gr.HTML(
+            "<h2>微调前后对比 Before and after fine-tuning</h2>"
+            f"<p>基座模型 Base model: <code>{html.escape(base_path)}</code> · "
+            f"adapter: <code>{html.escape(str(args.adapter_path))}</code></p>"
         )
         settings = setting_controls(args)
         with gr.Tab("对比 Compare"):
-            compare_tab(page.compare, examples, settings)
+            compare_tab(page.compare, examples, settings, streams)
         with gr.Tab("对话 Chat"):
-            chat_tab(page.chat, settings)
+            chat_tab(page.chat, settings, streams)
         with gr.Accordion("解码设置 Decoding settings"), gr.Row():
             for control in settings:
                 control.render()
-    return blocks
+    return blocks.queue(api_open=False)  # without it, a request could have an answer beside the queue
 
 
 def setting_controls(args: InferenceArguments) -> list[Component]:
@@ -82,7 +98,7 @@ def setting_controls(args: InferenceArguments) -> list[Component]:
     ]
 
 
-def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings: list[Component]):
+def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings: list[Component], streams: Streams):
     """The tab with a prompt, its answers without and with the adapter, and example prompts."""
     prompt = gr.Textbox(label="输入 Prompt", lines=2, max_lines=8, autofocus=True)
     with gr.Row():
@@ -92,45 +108,58 @@ def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings:
             gr.Textbox(label=label, lines=8, max_lines=24, min_width=320, interactive=False, buttons=["copy"])
             for label in (BEFORE, AFTER)
         ]
-    gr.Examples(examples, prompt, label="示例 Examples", examples_per_page=5)
-    ask([start.click, prompt.submit], stop, compare, [prompt, *settings], answers)
+    offered = gr.Examples(examples, prompt, label="示例 Examples", examples_per_page=5)
+    asked = ask([start.click, prompt.submit], stop, compare, [prompt, *settings], answers, streams)
+    offered.dataset.click(lambda: ("", ""), None, answers, cancels=asked)
 
 
-def chat_tab(chat: Callable[..., Iterator], settings: list[Component]):
+def chat_tab(chat: Callable[..., Iterator], settings: list[Component], streams: Streams):
     """The tab with a conversation, with or without the adapter."""
-    history = gr.State([])
-    # Prompts of product attributes contain # and *, which are not Markdown.
-    conversation = gr.Chatbot(label="对话 Conversation", render_markdown=False, buttons=["copy_all"])
+    rounds = gr.State([])
+    # gradio's Chatbot draws HTML, also images of other servers, and Markdown.
+    conversation = gr.HTML(
+        label="对话 Conversation", show_label=True, container=True, min_height=240, max_height=600, autoscroll=True
+    )
     with gr.Row():
         message = gr.Textbox(label="消息 Message", scale=4)
         tuned = gr.Radio([(AFTER, True), (BEFORE, False)], value=True, label="模型 Model", min_width=320)
     with gr.Row():
         send, stop = gr.Button("发送 Send", variant="primary"), gr.Button("停止 Stop")
         clear = gr.Button("清空 Clear")
-    inputs, outputs = [message, history, tuned, *settings], [message, history, conversation]
-    asked = ask([send.click, message.submit], stop, chat, inputs, outputs)
-    gr.on([clear.click, conversation.clear], lambda: ([], []), None, [history, conversation], cancels=asked)
+    inputs, outputs = [message, rounds, tuned, *settings], [message, rounds, conversation]
+    asked = ask([send.click, message.submit], stop, chat, inputs, outputs, streams)
+    clear.click(lambda: ([], ""), None, [rounds, conversation], cancels=asked)
 
 
 def ask(
-    triggers: list[Callable], stop: gr.Button, function: Callable[..., Iterator], inputs: list, outputs: list
+    triggers: list[Callable],
+    stop: gr.Button,
+    function: Callable[..., Iterator],
+    inputs: list,
+    outputs: list,
+    streams: Streams,
 ) -> Dependency:
     """Connects buttons with a generator function.
 
     Args:
         triggers: events that start it; of all visitors' calls one runs at a time.
         stop: button that stops it.
-        function: its ValueErrors are shown as warnings.
+        function: its ValueErrors are shown as notes; of other errors it is shown that there was one.
         inputs, outputs: components whose values it takes and yields.
+        streams: end an answer that nobody receives.
     Returns:
         The event, by which another can cancel it.
     """
 
-    def with_notes(*values) -> Iterator:
+    def with_notes(request: gr.Request, *values) -> Iterator:
         try:
-            yield from function(*values)
+            yield from streams.while_received(function(*values), request.session_hash)
         except ValueError as error:
             gr.Warning(str(error))
+            yield gr.skip()
+        except Exception:
+            logger.exception("An answer failed.")
+            gr.Warning(FAILURE)
             yield gr.skip()
 
     name = function.__name__

@@ -149,20 +149,19 @@ class LoRALinearFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         x = hidden_states.flatten(0, -2)  # [T, C_in]
         operations = lora_operations(x)
-        lora_B_T = lora_B.T.contiguous()  # [r, C_out]
         low_rank = operations.lora_down(x, lora_A, 1.0, dropout, seed)  # [T, r]
         output = F.linear(x, layer.dequantized_weight(), layer.bias)  # [T, C_out]
-        operations.lora_up_add(output, low_rank, lora_B_T, scaling, 0.0, 0)
-        ctx.save_for_backward(x, low_rank, lora_A, lora_B_T)
+        operations.lora_up_add(output, low_rank, lora_B.T, scaling, 0.0, 0)
+        ctx.save_for_backward(x, low_rank, lora_A, lora_B)
         ctx.layer, ctx.scaling, ctx.dropout, ctx.seed = layer, scaling, dropout, seed
         return output.view(*hidden_states.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, low_rank, lora_A, lora_B_T = ctx.saved_tensors
+        x, low_rank, lora_A, lora_B = ctx.saved_tensors
         grad = grad_output.flatten(0, -2)  # [T, C_out]
         operations = lora_operations(grad)
-        low_rank_grad = operations.lora_down(grad, lora_B_T, ctx.scaling, 0.0, 0)  # [T, r] = scaling * G @ B
+        low_rank_grad = operations.lora_down(grad, lora_B.T, ctx.scaling, 0.0, 0)  # [T, r] = scaling * G @ B
         grad_A = operations.lora_weight_grad(low_rank_grad, x, 1.0, ctx.dropout, ctx.seed)  # [r, C_in]
         grad_B = operations.lora_weight_grad(low_rank, grad, ctx.scaling, 0.0, 0).T  # [C_out, r]
         grad_x = None

@@ -4,6 +4,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from chatglm.modeling_chatglm import ChatGLMAttention, ResidualNorm
 from glm_kernels import kernels_supported
@@ -12,13 +13,13 @@ from qlora.layers.linear import InferenceLoRANF4Linear, LoRANF4Linear, NF4Linear
 from qlora.layers.residual import FusedResidualNorm
 
 
-def replace_layers(model: PeftModel, for_training: bool):
+def replace_layers(model: PeftModel | PreTrainedModel, for_training: bool):
     """Replaces linear layers, norms and, for inference, attention, in place.
 
     Parameters are taken over, not copied, and keep their names: a state dict and an adapter stay the same.
 
     Args:
-        model: with one LoRA adapter; its linear layers are bitsandbytes' `Linear4bit`.
+        model: with one LoRA adapter, or for inference without; its linear layers are bitsandbytes' `Linear4bit`.
         for_training: whether gradients are needed. If not, the adapter's weights are read now and must not change.
     """
     for name, module in list(model.named_modules()):

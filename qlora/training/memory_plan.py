@@ -44,6 +44,8 @@ class Sizes:
         resident: bytes on the GPU before the first step: weights and adapter; see `model_sizes` in preflight.py.
         trainable: parameters of the adapter.
         targets: layers with an adapter, which save their input for the gradient of A.
+        rank: of the adapter.
+        processes: that train together, each with a copy of the gradients in the buckets of DDP.
         fused_attention: whether the attention kernel runs; otherwise queries and keys are saved before and after
             the rotation.
     """
@@ -53,6 +55,8 @@ class Sizes:
     resident: int
     trainable: int
     targets: frozenset[str] = frozenset()
+    rank: int = 0
+    processes: int = 1
     fused_attention: bool = True
 
     @property
@@ -71,19 +75,25 @@ class Sizes:
 
         With the kernel the norm's output, the projection (three times as wide), the output: 5 times the input's size;
         the log-sum-exp of each head in fp32, and the statistics of the norm. Without it also the rotated queries and
-        keys, and the values as SDPA saves them.
+        keys, and the values as SDPA saves them. `dropout(x) @ A.T` of the linear layers that have an adapter.
         """
-        return (5 if self.fused_attention else 8) * self.input_bytes + 4 * self.config.num_attention_heads + 16
+        saved = (5 if self.fused_attention else 8) * self.input_bytes + 4 * self.config.num_attention_heads + 16
+        return saved + self.low_rank_bytes("query_key_value", "dense")
 
     @property
     def mlp_bytes(self) -> int:
         """Bytes a token that an MLP sub-layer saves beside its input.
 
-        The input of the GELU, the statistics of the norm, and the inputs of the linear layers that have an adapter.
+        The input of the GELU, the statistics of the norm, and the inputs x and `dropout(x) @ A.T` of the linear layers
+        that have an adapter.
         """
         inner = self.bytes_per_number * self.config.inner_hidden_size
         adapters = self.input_bytes * ("dense_h_to_4h" in self.targets) + inner * ("dense_4h_to_h" in self.targets)
-        return inner + adapters + 16
+        return inner + adapters + self.low_rank_bytes("dense_h_to_4h", "dense_4h_to_h") + 16
+
+    def low_rank_bytes(self, *names: str) -> int:
+        """Bytes a token of `dropout(x) @ A.T` in those of the named layers that have an adapter."""
+        return self.bytes_per_number * self.rank * len(self.targets & {*names})
 
     @property
     def working_bytes(self) -> int:
@@ -137,7 +147,8 @@ class MemoryPlan:
 def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
     """Bytes allocated at the worst moment of a step."""
     T, layers = plan.max_tokens, sizes.layers
-    optimizer = 12 * sizes.trainable  # gradient and two moments, fp32
+    copies = 3 if sizes.processes == 1 else 4  # gradient, two moments, and the buckets in which DDP sums gradients
+    optimizer = 4 * copies * sizes.trainable  # all of them fp32
     dequantized = plan.dequantized_layers * sizes.config.weights_per_layer * sizes.bytes_per_number
     saved = (layers - plan.recompute_mlp) * sizes.mlp_bytes + (
         layers - plan.recompute_attention

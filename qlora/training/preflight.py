@@ -222,6 +222,8 @@ def model_sizes(preflight: Preflight, config: ChatGLMConfig, unquantized: int) -
         resident,
         preflight.trainable or 0,
         frozenset(preflight.args.lora_target_modules),
+        preflight.args.lora_rank,
+        preflight.setup.training_args.world_size if preflight.setup else 1,
         attention_kernels_supported(dtype),
     )
 

@@ -225,8 +225,8 @@ class QLoRATrainer(Trainer):
         return count
 
     def floating_point_ops(self, inputs: StepBatch) -> int:
-        """Operations of a step: forward pass and gradient of the activations, 4 for each token and weight."""
-        return 4 * self.model.config.multiplied_weights * inputs.num_tokens
+        """Operations of a step."""
+        return self.model.config.training_flops(inputs.num_tokens, count_labels(inputs.samples))
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         """Checks the steps since the last log; adds the tokens per second since then and the peak of GPU memory.

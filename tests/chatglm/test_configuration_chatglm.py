@@ -91,3 +91,12 @@ def test_another_architecture_or_variant_is_refused(tmp_path, changes, key):
 @pytest.mark.parametrize("changes", [{"quantization_bit": 0}, {"pre_seq_len": None, "prefix_projection": False}])
 def test_keys_of_disabled_variants_are_accepted(tmp_path, changes):
     read(tmp_path, OFFICIAL | changes)
+
+
+def test_training_flops_are_those_of_the_weights_that_are_multiplied():
+    config = ChatGLMConfig()
+    weights = config.num_layers * config.weights_per_layer
+    last_mlp = 2 * config.hidden_size * config.inner_hidden_size
+    assert config.training_flops(tokens=100, labels=100) == 4 * 100 * config.multiplied_weights
+    # Without labels neither the head nor the last layer's MLP computes anything.
+    assert config.training_flops(tokens=100, labels=0) == 4 * 100 * (weights - last_mlp)

@@ -57,6 +57,18 @@ def test_half_precision_is_summed_in_fp32(inputs):
     assert hidden_states.grad.dtype == torch.bfloat16
 
 
+def test_factor_of_the_loss_is_not_rounded_to_half_precision(inputs):
+    hidden_states, weight, labels = (t.bfloat16().detach() if t.is_floating_point() else t for t in inputs)
+    hidden_states.requires_grad_()
+    factor = 1 + 3 * 2**-10  # in bf16 this is 1
+    gradients = []
+    for scale in (1, factor):
+        loss = scale * linear_cross_entropy(hidden_states, weight, labels, 1)
+        gradients += torch.autograd.grad(loss, hidden_states)
+    torch.testing.assert_close(gradients[1], (gradients[0].float() * factor).bfloat16(), atol=0, rtol=0)
+    assert not torch.equal(*gradients)
+
+
 def test_without_gradients(inputs):
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(*inputs), expected_loss(inputs), atol=1e-5, rtol=1e-5)

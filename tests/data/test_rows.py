@@ -148,26 +148,48 @@ def test_prompts_of_a_text(tmp_path):
     path = write_lines(
         tmp_path / "prompts.txt", b"\xef\xbb\xbf" + "类型#裙".encode(), b"", " 类型#裤 ".encode(), end=b"\r\n"
     )
-    assert read_prompts(path) == ["类型#裙", "类型#裤"]
+    assert read_prompts(path) == {f"{path}, line 1": "类型#裙", f"{path}, line 3": "类型#裤"}
 
 
-def test_prompts_of_rows_need_no_answer(rows_file):
-    rows = [{"instruction": "甲", "input": "乙"}, {"content": "丙", "history": [["问", "答"]]}, GOOD]
-    assert read_prompts(str(write_rows(rows_file, rows))) == [
-        "甲\n乙",
-        build_prompt("丙", [("问", "答")]),
-        GOOD["instruction"],
-    ]
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.json"])
+def test_prompts_are_rows_without_answers_or_strings(tmp_path, name):
+    rows = [{"instruction": "甲", "input": "乙"}, {"content": "丙", "history": [["问", "答"]]}, GOOD, " 丁\n"]
+    path = tmp_path / name
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8-sig")
+    else:
+        write_rows(path, rows)
+    prompts = ["甲\n乙", build_prompt("丙", [("问", "答")]), GOOD["instruction"], " 丁\n"]
+    unit = "entry" if path.suffix == ".json" else "line"
+    assert read_prompts(str(path)) == {f"{path}, {unit} {n}": prompt for n, prompt in enumerate(prompts, 1)}
 
 
-@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
-def test_prompt_file_without_prompts_is_refused(tmp_path, name):
+@pytest.mark.parametrize(("name", "text"), [("prompts.txt", b""), ("prompts.jsonl", b""), ("prompts.json", b"[]")])
+def test_prompt_file_without_prompts_is_refused(tmp_path, name, text):
     with pytest.raises(ValueError, match=r"prompts\.\w+ has no prompts"):
-        read_prompts(write_lines(tmp_path / name, b"", b"  "))
+        read_prompts(write_lines(tmp_path / name, text, b"  "))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([b"[", b'"a",', b'{"output": "b"}]'], ", entry 2: field 'instruction' is missing"),
+        ([b"[3]"], ", entry 1: expected an object"),
+        ([b"[", b"", b'"a" "b"]'], r", line 3: not valid JSON .* column 5\)\. A .json file holds one array"),
+        ([b'{"instruction": "a"}'], ": expected an array, found a dict"),
+        ([GOOD_LINE, GOOD_LINE], r", line 2: not valid JSON .*\.jsonl\.$"),
+        ([b""], ", line 1: not valid JSON"),
+        ([b"[" * 100_000], ": nested too deeply"),
+    ],
+)
+def test_broken_array_of_prompts_is_refused_with_its_place(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=rf"prompts\.json{message}"):
+        read_prompts(write_lines(tmp_path / "prompts.json", *lines))
 
 
 def test_line_of_full_width_spaces_is_no_prompt(tmp_path):
-    assert read_prompts(write_lines(tmp_path / "prompts.txt", "\u3000".encode(), "类型#裙".encode())) == ["类型#裙"]
+    path = write_lines(tmp_path / "prompts.txt", "\u3000".encode(), "类型#裙".encode())
+    assert list(read_prompts(path).values()) == ["类型#裙"]
 
 
 def test_broken_prompt_row_is_refused(rows_file):

@@ -1,6 +1,8 @@
-"""Compiles the Triton kernels for a compute capability and prints the shared memory of each in bytes; needs no GPU.
+"""Compiles the Triton kernels for compute capabilities and prints the shared memory of each in bytes; needs no GPU.
 
-python tests/glm_kernels/compile_kernels.py 86        # compute capability 8.6; without TRITON_INTERPRET
+Without TRITON_INTERPRET:
+    python tests/glm_kernels/compile_kernels.py all 86          # every kernel, for compute capability 8.6
+    python tests/glm_kernels/compile_kernels.py lora 75 120     # the LoRA kernels, for 7.5 and 12.0
 """
 
 import json
@@ -46,6 +48,8 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
         if parameter.name in VARYING and not parameter.do_not_specialize:
             raise ValueError(f"{kernel.__name__} is compiled anew when `{parameter.name}` becomes a multiple of 16.")
     types = TYPES | types
+    if capability < 80:  # without bf16
+        types = {name: kind.replace("bf16", "fp16") for name, kind in types.items()}
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
@@ -71,17 +75,25 @@ def all_kernels(capability: int) -> dict[str, int]:
         "loss": (cross_entropy.cross_entropy_kernel, {"GRADIENT": True, "BLOCK": cross_entropy.BLOCK}, 3),
         "dequantize": (nf4.dequantize_kernel, {"BLOCKS": nf4.BLOCKS}, 3),
     }
-    found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
-    for rank in (16, 64):
-        constants = {"DROPOUT": True, "R": rank, "TOKENS": lora.TOKENS}
-        down = constants | {"FEATURES": lora.DOWN_TILE // rank}
-        up = constants | {"FEATURES": lora.UP_FEATURES}
-        grad = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.SPLITS}
-        found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4, weight="*fp32")
+    return {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
+
+
+def lora_kernels(capability: int) -> dict[str, int]:
+    """The same for the LoRA kernels, with a small rank, the largest in one tile, and one of several tiles."""
+    found = {}
+    for rank in (16, lora.MOST_R, 256):
+        R = min(rank, lora.MOST_R)
+        constants = {"DROPOUT": True, "R": R, "TOKENS": lora.TOKENS}
+        up = constants | {"TILES_R": rank // R, "FEATURES": lora.UP_FEATURES}
         found[f"up, rank {rank}"] = shared_memory(lora.lora_up_add_kernel, capability, up, weight="*fp32")
-        found[f"weight gradient, rank {rank}"] = shared_memory(lora.lora_weight_grad_kernel, capability, grad, 4)
+        if rank == R:  # with a larger rank only the grid of these two grows
+            down = constants | {"FEATURES": lora.DOWN_TILE // R}
+            grad = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.SPLITS}
+            found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4, weight="*fp32")
+            found[f"weight gradient, rank {rank}"] = shared_memory(lora.lora_weight_grad_kernel, capability, grad, 4)
     return found
 
 
 if __name__ == "__main__":
-    print(json.dumps(all_kernels(int(sys.argv[1])), indent=2))
+    which = {"all": lambda capability: all_kernels(capability) | lora_kernels(capability), "lora": lora_kernels}
+    print(json.dumps({capability: which[sys.argv[1]](int(capability)) for capability in sys.argv[2:]}, indent=2))

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from chatglm import ChatGLMForConditionalGeneration
 from chatglm.chat import OFFICIAL_SAMPLING
+from qlora.arguments import LOWEST_TEMPERATURE
 from qlora.inference.decoding import Decoder, Sampler, decode, make_sampler
 from qlora.layers import replacement
 from qlora.layers.replacement import replace_layers
@@ -79,9 +80,11 @@ def test_sampling_depends_on_the_seed(model):
     assert sample(1) != sample(2)
 
 
-def test_sampling_with_a_tiny_top_p_is_greedy():
+@pytest.mark.parametrize("setting", [{"top_p": 1e-6}, {"top_p": 1e-30}, {"temperature": LOWEST_TEMPERATURE}])
+def test_sampling_at_the_lowest_settings_is_greedy(setting):
     logits = torch.tensor([[0.1, 2.0, 0.3], [3.0, 0.0, 0.0]])
-    assert make_sampler(True, top_p=1e-6)(logits)[:, 0].tolist() == [1, 0]
+    assert make_sampler(True, **setting)(logits)[:, 0].tolist() == [1, 0]
+    assert make_sampler(True, **setting)(logits * 1e4)[:, 0].tolist() == [1, 0]
     assert make_sampler(False)(logits)[:, 0].tolist() == [1, 0]
 
 

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from qlora.data.rows import read_prompts
 from qlora.export.official_folder import write_checkpoint
 from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import generate_answers
-from qlora.inference.web import Answerer, Page, check_web, with_settings
+from qlora.inference.web import Answerer, Page, check_web, conversation_html, with_settings
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_adapter, load_quantized_model
 
@@ -156,7 +157,7 @@ def test_sampling_follows_the_seed(answerer):
 
 @pytest.mark.parametrize("prompt", ["", " \n　"])
 def test_empty_prompt_is_refused(answerer, prompt):
-    with pytest.raises(ValueError, match="Type a prompt"):
+    with pytest.raises(ValueError, match="The prompt is empty"):
         next(answerer.stream(prompt, (True,), ARGS))
 
 
@@ -164,6 +165,8 @@ def test_prompt_without_room_for_an_answer_is_refused(answerer):
     limit = answerer.model.config.max_sequence_length
     with pytest.raises(ValueError, match=f"over the model's {limit}"):
         next(answerer.stream("裙" * limit, (True,), ARGS))
+    with pytest.raises(ValueError, match="has 10,000,000 characters"):  # not tokenized, which would take seconds
+        next(answerer.stream("裙" * 10_000_000, (True,), ARGS))
     length = len(answerer.tokenizer(PROMPT)["input_ids"])
     answerer.check_prompt(PROMPT, dataclasses.replace(ARGS, max_new_tokens=limit - length))
     with pytest.raises(ValueError, match=f"has {length} tokens"):
@@ -193,29 +196,41 @@ def test_compare_uses_the_settings(answerer):
 
 @pytest.mark.parametrize("tuned", [True, False])
 def test_chat_continues_the_history(answerer, tuned):
-    page, history = Page(answerer, ARGS), []
+    page, rounds = Page(answerer, ARGS), []
     for message in (PROMPT, "类型#裙"):
+        history = [(question, reply) for question, reply, _ in rounds]
         expected = expected_answers(answerer, build_prompt(message, history))[tuned]
-        *_, (box, history, shown) = page.chat(message, history, tuned, *GREEDY)
-        assert (box, history[-1]) == ("", (message, expected))
-    assert len(history) == 2
-    assert [entry["content"] for entry in shown] == [text for pair in history for text in pair]
-    assert [entry["role"] for entry in shown] == ["user", "assistant"] * 2
+        *_, (box, rounds, shown) = page.chat(message, rounds, tuned, *GREEDY)
+        assert (box, rounds[-1]) == ("", (message, expected, tuned))
+    assert len(rounds) == 2
+    assert shown == conversation_html(rounds)
+
+
+def test_conversation_is_escaped_and_names_the_models():
+    shown = conversation_html([("<b>", "<img src='x'>", True), ("a & b", "c", False)])
+    assert re.findall("<small>(.*?)</small>", shown) == ["你 You", "微调后 After", "你 You", "微调前 Before"]
+    assert re.findall(r'class="text">(.*?)</div>', shown) == [
+        "&lt;b&gt;",
+        "&lt;img src=&#x27;x&#x27;&gt;",
+        "a &amp; b",
+        "c",
+    ]
 
 
 def test_empty_message_in_a_conversation_is_refused(answerer):
-    with pytest.raises(ValueError, match="Type a prompt"):
-        next(Page(answerer, ARGS).chat("", [("问", "答")], True, *GREEDY))
+    with pytest.raises(ValueError, match="The prompt is empty"):
+        next(Page(answerer, ARGS).chat("", [("问", "答", True)], True, *GREEDY))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ((True, 50, 0.7, 0.95, 24, None), "setting is empty"),
-        ((True, 50, 1.5, 0.95, 24, 1), "--top_p is 1.5"),
-        ((True, 50, 0.7, 0, 24, 1), "--temperature is 0"),
-        ((True, 50, 0.7, 0.95, 0, 1), "--max_new_tokens is 0"),
-        ((True, 50, 0.7, 0.95, 24, 2**64), "--seed is"),
+        ((True, 50, 1.5, 0.95, 24, 1), "out of range: top_p is 1.5"),
+        ((True, 50, 0.7, 0, 24, 1), "temperature is 0"),
+        ((True, 50, 0.7, 1e-30, 24, 1), "temperature is 1e-30"),
+        ((True, 50, 0.7, 0.95, 0, 1), "max_new_tokens is 0"),
+        ((True, 50, 0.7, 0.95, 24, 2**64), "seed is"),
     ],
 )
 def test_settings_out_of_range_are_refused(answerer, settings, message):
@@ -297,6 +312,30 @@ def test_address_of_another_machine_is_refused(gradio_version):
 def test_invalid_flags_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         InferenceArguments(web=True, **values)
+
+
+# The layout.
+
+
+def test_answers_cannot_be_had_beside_the_queue(answerer):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from qlora.inference.web_guard import Streams
+    from qlora.inference.web_page import build_page
+
+    assert not build_page(Page(answerer, ARGS), [PROMPT], Streams()).api_open
+
+
+def test_reason_of_a_failure_is_logged_and_not_shown(answerer, monkeypatch, caplog):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from qlora.inference.web_guard import Streams
+    from qlora.inference.web_page import build_page
+
+    monkeypatch.setattr(answerer, "stream", lambda *_: 1 / 0)
+    blocks = build_page(Page(answerer, ARGS), [PROMPT], Streams())
+    compare = next(function.fn for function in blocks.fns.values() if function.api_name == "compare")
+    with pytest.warns(UserWarning, match=r"The answer failed; the server's output says why\.$"):
+        list(compare(SimpleNamespace(session_hash="abc"), PROMPT, *GREEDY))
+    assert "ZeroDivisionError" in caplog.text
 
 
 # The page in a browser.
@@ -409,9 +448,12 @@ def test_generate_button_shows_both_answers(page, answerer):
 
 
 def test_example_can_be_clicked(page):
-    (example,) = read_prompts(str(inference_qlora.EXAMPLES))[:1]
+    compare(page, PROMPT)
+    expect(answer_box(page, "微调后 After")).not_to_have_value("")
+    example = next(iter(read_prompts(str(inference_qlora.EXAMPLES)).values()))
     page.get_by_role("button", name=example).click()
     expect(page.get_by_label("输入 Prompt")).to_have_value(example)
+    expect_answers(page, ["", ""])
 
 
 def test_stop_button_ends_the_answers_and_later_answers_are_right(page, answerer):
@@ -432,18 +474,32 @@ def test_stop_button_ends_the_answers_and_later_answers_are_right(page, answerer
 
 def test_conversation_shows_what_was_typed_and_the_reply(page, answerer):
     page.get_by_role("tab", name="Chat").click()
-    typed = f"{PROMPT} <sop> **a** # $b$"
-    bubbles, history = page.locator("[data-testid=user], [data-testid=bot]"), []
+    # The fixture checks that the image is not requested.
+    typed = "# 裙 <sop> <img src=http://127.0.0.1:9/x> <b>b</b> **a** `c` $d$ ${1 + 1} {{value}} &amp;   e"
+    bubbles, history = page.locator(".bubble .text"), []
     for message in (typed, PROMPT):
         history.append((message, expected_answers(answerer, build_prompt(message, history))[1]))
         page.get_by_label("消息 Message").fill(message)
         page.get_by_label("消息 Message").press("Enter")
         expect(bubbles).to_have_text([text for pair in history for text in pair], timeout=20000)
     page.get_by_role("button", name="Send").click()
-    expect(page.get_by_text("Type a prompt first.")).to_be_visible()
+    expect(page.get_by_text("The prompt is empty.")).to_be_visible()
     expect(bubbles).to_have_count(4)
-    page.get_by_role("button", name="Clear").last.click()
+    expect(page.locator(".bubble small")).to_have_text(["你 You", "微调后 After"] * 2)
+    page.get_by_role("button", name="Clear").click()
     expect(bubbles).to_have_count(0)
+
+
+def test_texts_are_shown_as_they_are(page):
+    # Drawn by the browser from what the server sends; a random model cannot be made to answer this.
+    text = "\n  <form action=/x><input></form>\n\n\t# head\n"
+    page.get_by_role("tab", name="Chat").click()
+    page.get_by_label("消息 Message").fill(PROMPT)
+    page.get_by_role("button", name="Send").click()
+    page.locator(".bubble").nth(1).wait_for()
+    page.evaluate("html => document.querySelector('.bubble').outerHTML = html", conversation_html([(text, "", True)]))
+    bubble = page.locator(".bubble .text").first
+    assert bubble.inner_text() == text and bubble.locator("*").count() == 0
 
 
 def test_errors_are_shown_and_answers_stay(page, answerer):
@@ -451,8 +507,10 @@ def test_errors_are_shown_and_answers_stay(page, answerer):
     answers = expected_answers(answerer, PROMPT)
     expect_answers(page, answers)
     compare(page, " ")
-    expect(page.get_by_text("Type a prompt first.")).to_be_visible()
+    expect(page.get_by_text("The prompt is empty.")).to_be_visible()
     page.get_by_label("top_p").fill("3")
     compare(page, PROMPT)
-    expect(page.get_by_text("--top_p is 3.0; it must be above 0 and at most 1.")).to_be_visible()
+    expect(
+        page.get_by_text("A decoding setting is out of range: top_p is 3.0; it must be above 0 and at most 1.")
+    ).to_be_visible()
     expect_answers(page, answers)

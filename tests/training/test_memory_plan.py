@@ -57,8 +57,10 @@ def test_longest_step():
 def test_peak_counts_the_optimizer_and_everything_resident():
     plan = MemoryPlan(3000, 28, 28)
     more = dataclasses.replace(SIZES, trainable=SIZES.trainable + 1000, resident=SIZES.resident + 7)
-    # Gradient and two moments of Adam, fp32.
+    # Gradient and two moments of Adam, fp32; with several processes the gradient's copy in the buckets of DDP, too.
     assert predict_peak(more, plan) - predict_peak(SIZES, plan) == 12 * 1000 + 7
+    two_processes = dataclasses.replace(SIZES, processes=2)
+    assert predict_peak(two_processes, plan) - predict_peak(SIZES, plan) == 4 * SIZES.trainable
 
 
 def test_peak_counts_what_a_layer_saves():
@@ -72,6 +74,12 @@ def test_peak_counts_what_a_layer_saves():
     adapters = dataclasses.replace(SIZES, targets=frozenset(["dense_h_to_4h", "dense_4h_to_h"]))
     saved_more = predict_peak(adapters, less_mlp) - predict_peak(adapters, plan)
     assert saved_more == T * (2 * 16384 + 16 + 2 * 4096 + 2 * 16384)
+    # dropout(x) @ A.T in bf16: of one of the two layers of an attention sub-layer, of both of an MLP.
+    ranked = dataclasses.replace(adapters, targets=adapters.targets | {"dense"}, rank=128)
+    without = dataclasses.replace(ranked, rank=0)
+    for less, layers in ((less_attention, 1), (less_mlp, 2)):
+        saved = [predict_peak(sizes, less) - predict_peak(sizes, plan) for sizes in (ranked, without)]
+        assert saved[0] - saved[1] == T * 2 * 128 * layers
 
 
 def test_peak_counts_offloading_and_cached_weights():

@@ -1,0 +1,287 @@
+"""What only a GPU shows: kernels in half precision, CUDA graphs, offloading, planned memory, and a training step.
+
+    pytest -m gpu
+
+The references are computed from the same half-precision inputs in fp32, whose products PyTorch does not round to TF32.
+Errors are relative to the norm of the reference.
+"""
+
+import gc
+
+import bitsandbytes
+import pytest
+import torch
+from conftest import add_random_lora, copy_tokenizer, flags_of, history, run_main, write_json
+from torch.nn import functional as F
+
+import train_qlora
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, PackedSequences
+from chatglm.loss import linear_cross_entropy
+from chatglm.packed_attention import attention_by_sample, packed_attention
+from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
+from qlora.export.official_folder import write_checkpoint
+from qlora.layers.replacement import replace_layers
+from qlora.loading import load_quantized_model
+from qlora.training import memory_plan
+from qlora.training.memory_plan import MemoryPlan, apply_plan
+from qlora.units import GIB
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half the distance of two neighbours, relative
+DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=["bf16", "fp16"])
+LENGTHS = [1, 2, 31, 64, 65, 500, 4096]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.float() - expected).norm() / expected.norm()).item()
+
+
+@DTYPES
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("prompt_share", [0.0, 0.4, 1.0])
+def test_attention_and_its_gradient(dtype, length, prompt_share):
+    heads, head_dim = 4, 128
+    prompt = round(length * prompt_share)
+    row = PackedSequences.from_lengths([(prompt, length - prompt), (3, 60)]).to("cuda")
+    tokens = length + 63
+    rotary = ChatGLMRotaryEmbedding(ChatGLMConfig(hidden_size=heads * head_dim, num_attention_heads=heads)).to("cuda")
+    positions = torch.randint(0, 2048, (1, 2, tokens), device="cuda")
+    projected = randn(1, tokens, 3 * heads * head_dim, dtype=dtype)
+    direction = randn(1, tokens, heads * head_dim, dtype=dtype)
+
+    exact = projected.float().requires_grad_()
+    expected = attention_by_sample(exact, rotary(positions, torch.float32), row, head_dim)
+    (expected_grad,) = torch.autograd.grad(expected, exact, direction.float())
+    leaf = projected.clone().requires_grad_()
+    found = packed_attention(leaf * 1.0, rotary(positions, dtype), row, head_dim)
+    (grad,) = torch.autograd.grad(found, leaf, direction)
+    assert relative_error(found, expected) < 2 * ROUNDING[dtype]
+    assert relative_error(grad, expected_grad) < 3 * ROUNDING[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("rank", [1, 4, 16, 64, 65, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 33, 4096])
+def test_lora_products(dtype, rank, tokens):
+    from glm_kernels import lora
+
+    features = 4096
+    x, low_rank = randn(tokens, features, dtype=dtype), randn(tokens, rank, dtype=dtype)
+    for weight in (randn(rank, features), randn(features, rank).T):  # A, and B.T
+        rounded = weight.to(dtype).float()
+        down = lora.lora_down(x, weight, 2.0, 0.0, 0)
+        assert relative_error(down, 2 * x.float() @ rounded.T) < ROUNDING[dtype]
+        added = x.clone()
+        lora.lora_up_add(added, low_rank, weight, 2.0, 0.0, 0)
+        assert relative_error(added, x.float() + 2 * low_rank.float() @ rounded) < ROUNDING[dtype]
+    grad = lora.lora_weight_grad(low_rank, x, 2.0, 0.0, 0)
+    assert relative_error(grad, 2 * low_rank.float().T @ x.float()) < 1e-5  # fp32, with exact products
+
+
+@DTYPES
+def test_dropout_has_one_mask_in_every_lora_product(dtype):
+    from glm_kernels import lora
+
+    tokens, features, rank, dropout, seed = 1000, 4096, 128, 0.25, 7
+    mask = torch.zeros(tokens, features, device="cuda", dtype=dtype)
+    one = torch.ones(tokens, 1, device="cuda", dtype=dtype)
+    lora.lora_up_add(mask, one, torch.ones(1, features, device="cuda"), 0.75, dropout, seed)
+    assert mask.unique().tolist() == [0, 1]
+    assert mask.float().mean().item() == pytest.approx(1 - dropout, abs=0.01)
+    x, low_rank, weight = randn(tokens, features, dtype=dtype), randn(tokens, rank, dtype=dtype), randn(rank, features)
+    kept = (x * mask).float() / (1 - dropout)
+    down = lora.lora_down(x, weight, 1.0, dropout, seed)
+    assert relative_error(down, kept @ weight.to(dtype).float().T) < ROUNDING[dtype]
+    assert relative_error(lora.lora_weight_grad(low_rank, x, 1.0, dropout, seed), low_rank.float().T @ kept) < 1e-5
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 700])
+def test_loss_and_its_gradient(dtype, rows):
+    hidden_states, weight = randn(rows, 256, dtype=dtype), randn(130528, 256, dtype=dtype) / 8
+    labels = torch.randint(130528, (rows,), device="cuda")
+    exact = hidden_states.float().requires_grad_()
+    expected = F.cross_entropy(exact @ weight.float().T, labels)
+    (expected_grad,) = torch.autograd.grad(expected, exact)
+    loss = linear_cross_entropy(hidden_states.requires_grad_(), weight, labels)
+    (grad,) = torch.autograd.grad(loss, hidden_states)
+    assert loss.item() == pytest.approx(expected.item(), rel=ROUNDING[dtype])
+    assert relative_error(grad, expected_grad) < 4 * ROUNDING[dtype]
+
+
+def test_factor_of_the_loss_is_not_rounded_to_half_precision():
+    hidden_states, weight = randn(64, 64, dtype=torch.bfloat16).requires_grad_(), randn(100, 64, dtype=torch.bfloat16)
+    labels = torch.randint(100, (64,), device="cuda")
+    factor = 1 + 3 * 2**-10  # in bf16 this is 1
+    once, scaled = (
+        torch.autograd.grad(scale * linear_cross_entropy(hidden_states, weight, labels, 1), hidden_states)[0]
+        for scale in (1, factor)
+    )
+    assert torch.equal(scaled, (once.float() * factor).bfloat16())
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", LENGTHS)
+def test_norm_and_its_gradient(dtype, tokens):
+    from glm_kernels.layer_norm import layer_norm, residual_norm_grad
+
+    norm = torch.nn.LayerNorm(4096, device="cuda", dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    x, sublayer_grad, residual_grad = (randn(tokens, 4096, dtype=dtype) for _ in range(3))
+    exact = x.float().requires_grad_()
+    expected = F.layer_norm(exact, (4096,), norm.weight.float(), norm.bias.float(), norm.eps)
+    (expected_grad,) = torch.autograd.grad(expected, exact, sublayer_grad.float() + 7.5 * residual_grad.float())
+    assert relative_error(layer_norm(x, norm), expected) < ROUNDING[dtype]
+    found = residual_norm_grad(x, norm, sublayer_grad, residual_grad, 7.5)
+    assert relative_error(found, expected_grad) < ROUNDING[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(12288, 4096), (4096, 16384), (10, 1088)])
+def test_dequantized_weights_equal_those_of_bitsandbytes(dtype, shape):
+    from glm_kernels import nf4
+
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        randn(*shape, dtype=dtype), quant_type="nf4", compress_statistics=True
+    )
+    assert torch.equal(nf4.dequantize(packed, state), bitsandbytes.functional.dequantize_4bit(packed, state))
+
+
+@DTYPES
+@pytest.mark.parametrize("past", [0, 1, 300, 2000])
+def test_decoding_step_of_attention(dtype, past):
+    from glm_kernels.decode_attention import decode_attention
+
+    B, H, S, D = 3, 4, 2048, 128
+    rotary = ChatGLMRotaryEmbedding(ChatGLMConfig(hidden_size=H * D, num_attention_heads=H)).to("cuda")
+    tables = rotary(torch.randint(0, 2048, (B, 2, 1), device="cuda"), dtype)
+    projected, (keys, values) = randn(B, 1, 3 * H * D, dtype=dtype), randn(2, B, H, S, D, dtype=dtype)
+    visible = torch.rand(B, S, device="cuda") < 0.8
+    query, key, value = split_and_rotate(projected, *tables, D)
+    all_keys, all_values = keys.float(), values.float()
+    all_keys[:, :, past], all_values[:, :, past] = key[:, 0], value[:, 0]
+    mask = visible & (torch.arange(S, device="cuda") < past) | (torch.arange(S, device="cuda") == past)
+    expected = F.scaled_dot_product_attention(
+        query.transpose(1, 2).float(), all_keys, all_values, attn_mask=mask[:, None, None]
+    )
+    flat = (table.reshape(-1, D) for table in tables)
+    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor([past], device="cuda"))
+    assert relative_error(found, expected[:, :, 0].flatten(1)) < 2 * ROUNDING[dtype]
+    assert relative_error(keys, all_keys) < ROUNDING[dtype]
+
+
+# The model: 8 layers of width 1024, large enough for memory to be predicted, with the tiny tokenizer.
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tiny_config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu") / "checkpoint"
+    sizes = {"hidden_size": 1024, "inner_hidden_size": 4096, "num_layers": 8, "num_attention_heads": 8}
+    config = ChatGLMConfig(**tiny_config.to_dict() | sizes | {"initializer_range": 0.02})
+    torch.manual_seed(0)
+    state = ChatGLMForConditionalGeneration(config).state_dict()
+    write_checkpoint(folder, config, lambda name, shape: state[name])
+    copy_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def model(checkpoint):
+    return add_random_lora(load_quantized_model(str(checkpoint), torch.bfloat16))
+
+
+def packed_batch(config: ChatGLMConfig, lengths: list[tuple[int, int]]) -> dict:
+    """Random tokens of samples of (prompt, answer) tokens, in one row."""
+    from qlora.data.collator import PaddingFreeCollator
+
+    samples = []
+    for prompt, answer in lengths:
+        ids = torch.randint(10, 500, (prompt + answer,))
+        ids[prompt - 1] = config.gmask_token_id
+        ids[prompt] = config.bos_token_id
+        samples.append({"input_ids": ids, "labels": ids.where(torch.arange(len(ids)) > prompt, -100)})
+    return {name: value.to("cuda") for name, value in PaddingFreeCollator(config)(samples).items()}
+
+
+def gradients(model, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def test_offloading_and_recomputing_give_the_same_gradients_while_memory_is_reused(model):
+    replace_layers(model.train(), for_training=True)
+    batch = packed_batch(model.config, [(100, 400), (300, 20), (2, 900)])
+    found = {}
+    for name, layers, offload in (("kept", 0, False), ("recomputed", 8, False), ("offloaded", 8, True)):
+        apply_plan(model, MemoryPlan(4096, layers, layers, offload=offload))
+        for _ in range(5):
+            loss, grads = gradients(model, batch)
+            # Whatever is freed too early is overwritten by tensors of the same sizes.
+            spoilt = [torch.full((1, 1722, width), float("nan"), device="cuda", dtype=torch.bfloat16)
+                      for width in (1024, 3072, 4096)]  # fmt: skip
+            del spoilt
+        found[name] = loss, grads
+    for name in ("recomputed", "offloaded"):
+        torch.testing.assert_close(found[name][0], found["kept"][0], atol=1e-3, rtol=0)
+        for grad, expected in zip(found[name][1], found["kept"][1], strict=True):
+            assert relative_error(grad, expected) < 1e-2
+
+
+def test_graph_generates_the_tokens_of_plain_steps(model, tokenizer):
+    from qlora.inference.decoding import Decoder, make_sampler
+
+    replace_layers(model.eval(), for_training=False)
+    prompts = ["类型#裙", "类型#裤*风格#简约", "白色的上衣"]
+    batch = tokenizer(prompts, padding=True, split_special_tokens=True, return_tensors="pt").to("cuda")
+    tokens = []
+    with torch.no_grad():
+        for graphed in (False, True):
+            decoder = Decoder(model.get_base_model(), **batch, max_new_tokens=60, sampler=make_sampler(False))
+            # The first token is there; a graph takes the second step before it is recorded.
+            step, steps = (decoder.graphed_step(), 58) if graphed else (decoder.step, 59)
+            for _ in range(steps):
+                step()
+            tokens.append(decoder.new_tokens.cpu())
+    assert torch.equal(*tokens)
+
+
+@pytest.fixture(scope="module")
+def plain_losses(checkpoint, train_file, tmp_path_factory) -> list[float]:
+    return trained(checkpoint, train_file, tmp_path_factory.mktemp("plain"), "--plain")["loss"]
+
+
+def trained(checkpoint, train_file, folder, *flags: str) -> dict[str, list[float]]:
+    """Two steps of 32 samples without dropout: what was logged."""
+    path = write_json(folder / "args.json", folder / "out", max_steps=2, per_device_train_batch_size=16)
+    flags = ("--lora_rank", "128", "--lora_dropout", "0", *flags)
+    run_main(train_qlora, *flags_of(path, checkpoint, train_file, "none", *flags))
+    return {key: history(folder / "out", key) for key in ("loss", "peak_memory_gib")}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--recompute_mlp", "8", "--recompute_attention", "8", "--offload", "true"), ("--max_tokens", "1000")],
+    ids=["planned", "offloaded", "split"],
+)
+def test_training_steps_and_their_memory(checkpoint, train_file, plain_losses, tmp_path, monkeypatch, flags):
+    plans = []
+    monkeypatch.setattr(memory_plan, "apply_plan", lambda model, plan: (plans.append(plan), apply_plan(model, plan)))
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated() / GIB
+    found = trained(checkpoint, train_file, tmp_path, *flags)
+    assert found["loss"] == pytest.approx(plain_losses, rel=0.01)
+    predicted, measured = plans[0].predicted_peak / GIB, max(found["peak_memory_gib"]) - before
+    assert 0.8 * predicted < measured < 1.02 * predicted
