@@ -45,7 +45,7 @@ class TinyCheckpointArguments:
         default_factory=lambda: in_repository("THUDM/chatglm-tiny"), metadata={"help": "Folder to write."}
     )
     vocab_size: int = field(default=3000, metadata={"help": "Number of SentencePiece pieces."})
-    max_steps: int = field(default=600, metadata={"help": "Pre-training steps of 32 rows."})
+    max_steps: int = field(default=600, metadata={"help": "Pre-training steps of 16 rows."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
@@ -131,7 +131,7 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
     with tempfile.TemporaryDirectory() as scratch:
         training_args = TrainingArguments(
             output_dir=scratch,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             max_steps=max_steps,
             learning_rate=3e-3,
             lr_scheduler_type="cosine",
@@ -142,7 +142,7 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
             dataloader_pin_memory=False,
             seed=seed,
         )
-        QLoRATrainer(model, training_args, max_tokens=1024, train_dataset=samples).train()
+        QLoRATrainer(model, training_args, max_tokens=2048, train_dataset=samples).train()
     model.config.use_cache = True  # the Trainer sets it to False
     return model
 
