@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora.arguments import DEFAULT_MODEL, DEFAULT_PROMPT, InferenceArguments
+from qlora.arguments import DEFAULT_MODEL, DEFAULT_PROMPT, InferenceArguments, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
@@ -45,7 +45,7 @@ def main():
     from qlora.loading import check_hardware, choose_compute_dtype, load_quantized_model, load_tokenizer
 
     with message_instead_of_traceback():
-        base_path = args.model_name_or_path or DEFAULT_MODEL
+        base_path = args.model_name_or_path or in_repository(DEFAULT_MODEL)
         if args.adapter_path:
             read_adapter(args.adapter_path)  # a mistake in it is reported before anything is loaded
             base_path = args.model_name_or_path or base_model_path(args.adapter_path)

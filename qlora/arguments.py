@@ -1,14 +1,18 @@
-"""The flags of training and inference: everything but transformers' TrainingArguments, which the JSON holds.
+"""The flags of training and inference, and which fields of transformers' TrainingArguments are flags besides.
 
 Imports nothing that takes time, so that `--help` and a misspelt flag are answered at once.
 """
 
+import ast
+import importlib.util
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from qlora.units import parse_size
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 COMPUTE_DTYPES = ("fp32", "fp16", "bf16")
 COMPUTE_DTYPE = {
     "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
@@ -20,6 +24,16 @@ DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#�
 LAYER_COUNTS = ("recompute_mlp", "recompute_attention", "dequantized_layers")
 PLAN_FLAGS = ("max_tokens", *LAYER_COUNTS, "offload")
 LOWEST_TEMPERATURE = 0.01  # at lower ones sampling is greedy but for overflows
+# Keys of older transformers and their present names.
+RENAMED_KEYS = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",  # a value below 1 is a fraction of all steps
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+}
 OLD_LAYER_COUNTS = {"kept_mlp": "recompute_mlp", "kept_attention": "recompute_attention"}  # they count the others
 
 
@@ -32,25 +46,42 @@ class LoraSettings(NamedTuple):
     target_modules: list[str] = ["query_key_value"]
 
 
+def in_repository(path: str) -> str:
+    """A path that counts from the repository; relative if it is below the current folder, absolute elsewhere."""
+    full, here = REPOSITORY / path, Path.cwd()
+    return str(full.relative_to(here)) if full.is_relative_to(here) else str(full)
+
+
+def training_argument_names() -> list[str]:
+    """The fields of TrainingArguments in the installed transformers, from its source: its import takes seconds."""
+    transformers = importlib.util.find_spec("transformers")
+    if transformers is None or transformers.origin is None:
+        return []
+    source = Path(transformers.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    fields = [node.target for node in classes["TrainingArguments"].body if isinstance(node, ast.AnnAssign)]
+    return [*(target.id for target in fields if isinstance(target, ast.Name)), *RENAMED_KEYS, "group_by_length"]
+
+
 @dataclass
 class FinetuneArguments:
     """What to fine-tune, on what, and the size of the adapter."""
 
     train_args_json: str = field(
-        default="chatGLM_6B_QLoRA.json", metadata={"help": "JSON file with transformers' TrainingArguments."}
+        default_factory=lambda: in_repository("chatGLM_6B_QLoRA.json"),
+        metadata={"help": "JSON file with transformers' TrainingArguments."},
     )
     model_name_or_path: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "Folder with the files of THUDM/chatglm-6b."}
+        default_factory=lambda: in_repository(DEFAULT_MODEL),
+        metadata={"help": "Folder with the files of THUDM/chatglm-6b."},
     )
     train_data_path: list[str] = field(
-        default_factory=lambda: ["data/train.jsonl"],
+        default_factory=lambda: [in_repository("data/train.jsonl")],
         metadata={"help": "Training rows, one JSON a line; several files, with weights, as a.jsonl b.jsonl:0.5."},
     )
     eval_data_path: str | None = field(
-        default="data/dev.jsonl", metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."}
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "Random seed; takes the place of the JSON's.", "expert": True}
+        default_factory=lambda: in_repository("data/dev.jsonl"),
+        metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."},
     )
     max_input_length: int = field(
         default=512, metadata={"help": "Longest prompt in tokens, [gMASK] and <sop> included; the rest is cut."}
@@ -145,6 +176,14 @@ class FinetuneArguments:
     )
     kept_attention: int | None = field(
         default=None, metadata={"help": "Use --recompute_attention, which counts the other layers.", "hidden": True}
+    )
+    training_args: dict[str, list[str]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Any field of TrainingArguments is a flag, too, and takes the place of the JSON's: "
+            "--learning_rate 1e-4 --num_train_epochs 2 --output_dir my_adapter.",
+            "others": training_argument_names,
+        },
     )
 
     def lora_settings(self, of_adapter: LoraSettings | None = None) -> LoraSettings:
@@ -267,7 +306,7 @@ class InferenceArguments:
     """What to answer, with which adapter, and how."""
 
     adapter_path: str | None = field(
-        default="saved_files/chatGLM_6B_QLoRA_t32",
+        default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
         metadata={"help": "Folder of the trained adapter; 'none' to ask a base or merged model alone."},
     )
     model_name_or_path: str | None = field(

@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qlora.arguments import DEFAULT_MODEL, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 from qlora.units import GIB
@@ -47,8 +48,12 @@ class BenchmarkArguments:
     """What to measure, on what."""
 
     what: str = field(metadata={"help": "train, decode or load.", "choices": ["train", "decode", "load"]})
-    model_name_or_path: str = field(default="THUDM/chatglm-6b", metadata={"help": "Folder with the weights."})
-    data_path: str = field(default="data/train.jsonl", metadata={"help": "Rows to train on or to answer."})
+    model_name_or_path: str = field(
+        default_factory=lambda: in_repository(DEFAULT_MODEL), metadata={"help": "Folder with the weights."}
+    )
+    data_path: str = field(
+        default_factory=lambda: in_repository("data/train.jsonl"), metadata={"help": "Rows to train on or to answer."}
+    )
     steps: int = field(default=40, metadata={"help": "Training steps to count, after the warm-up."})
     samples_per_step: int = field(default=32, metadata={"help": "Effective batch; 32 is that of the shipped JSON."})
     memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})

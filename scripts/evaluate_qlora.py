@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora.arguments import COMPUTE_DTYPE, check_positive
+from qlora.arguments import COMPUTE_DTYPE, check_positive, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
@@ -26,12 +26,15 @@ class EvaluationArguments:
     """What to evaluate, on what, and by which protocol."""
 
     adapter_path: str = field(
-        default="saved_files/chatGLM_6B_QLoRA_t32", metadata={"help": "Folder of the trained adapter."}
+        default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
+        metadata={"help": "Folder of the trained adapter."},
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}
     )
-    data_path: str = field(default="data/dev.jsonl", metadata={"help": "Rows to answer, one JSON a line."})
+    data_path: str = field(
+        default_factory=lambda: in_repository("data/dev.jsonl"), metadata={"help": "Rows to answer, one JSON a line."}
+    )
     protocol: str = field(
         default="greedy",
         metadata={

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import COMPUTE_DTYPES
+from qlora.arguments import COMPUTE_DTYPES, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
@@ -29,7 +29,8 @@ class MergeArguments:
 
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
     adapter_path: str = field(
-        default="saved_files/chatGLM_6B_QLoRA_t32", metadata={"help": "Folder of the trained adapter."}
+        default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
+        metadata={"help": "Folder of the trained adapter."},
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}

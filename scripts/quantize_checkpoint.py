@@ -9,7 +9,7 @@ Quantizes on the GPU if there is one.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import COMPUTE_DTYPES
+from qlora.arguments import COMPUTE_DTYPES, DEFAULT_MODEL, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
@@ -20,7 +20,8 @@ class QuantizeArguments:
 
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
     model_name_or_path: str = field(
-        default="THUDM/chatglm-6b", metadata={"help": "Folder with the files of THUDM/chatglm-6b."}
+        default_factory=lambda: in_repository(DEFAULT_MODEL),
+        metadata={"help": "Folder with the files of THUDM/chatglm-6b."},
     )
     compute_dtype: str = field(
         default="bf16",

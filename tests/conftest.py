@@ -87,13 +87,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """No network access, and a new cache for the datasets library, in this process and in those that tests start."""
+    """No network, a new cache for the datasets library, one thread: here and in processes that tests start."""
     cache = tmp_path_factory.mktemp("datasets_cache")
+    torch.set_num_threads(1)  # pytest runs a process on every core
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         patch.setenv("HF_DATASETS_CACHE", str(cache))
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield cache
 
 

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
+from transformers import TrainingArguments
 
 from chatglm.chat import OFFICIAL_SAMPLING
-from qlora.arguments import FinetuneArguments, InferenceArguments, LoraSettings
-from qlora.command_line import parse_command_line
+from qlora.arguments import FinetuneArguments, InferenceArguments, LoraSettings, training_argument_names
+from qlora.command_line import fields_of, parse_command_line
 from qlora.training.training_args import set_precision
 
 # All flags of train_qlora.py of shuxueslpi/chatGLM-6B-QLoRA, the upstream project, with values that are not defaults.
@@ -17,7 +19,6 @@ UPSTREAM_FLAGS = {
     "model_name_or_path": "models/chatglm-6b",
     "train_data_path": ["my_train.jsonl"],
     "eval_data_path": "my_dev.jsonl",
-    "seed": 7,
     "max_input_length": 100,
     "max_output_length": 200,
     "lora_rank": 8,
@@ -45,6 +46,7 @@ def test_every_flag_of_the_upstream_command_line():
         )
     )
     assert {name: getattr(args, name) for name in UPSTREAM_FLAGS} == UPSTREAM_FLAGS
+    assert parse("--seed", 7).training_args == {"seed": ["7"]}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,19 @@ def test_defaults_are_those_of_the_upstream():
     args = parse()
     assert args.lora_settings() == (4, 32, 0.05, ["query_key_value"])
     assert args.train_args_json == "chatGLM_6B_QLoRA.json" and args.model_name_or_path == "THUDM/chatglm-6b"
-    assert args.seed is None and args.resume_from_checkpoint is None and args.prompt_text == ""
+    assert args.training_args == {} and args.resume_from_checkpoint is None and args.prompt_text == ""
+
+
+def test_defaults_count_from_the_repository_and_given_paths_from_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args = parse("--eval_data_path", "my.jsonl")
+    assert args.train_args_json == str(ROOT / "chatGLM_6B_QLoRA.json")
+    assert args.model_name_or_path == str(ROOT / "THUDM" / "chatglm-6b")
+    assert args.train_data_path == [str(ROOT / "data" / "train.jsonl")] and args.eval_data_path == "my.jsonl"
+    monkeypatch.chdir(ROOT)
+    assert parse().train_data_path == ["data/train.jsonl"]
+    monkeypatch.chdir(ROOT.parent)
+    assert parse().train_data_path == [f"{ROOT.name}/data/train.jsonl"]
 
 
 @pytest.mark.parametrize("value", ["none", ""])
@@ -145,7 +159,7 @@ def test_no_evaluation(value):
     ("flag", "suggestion"),
     [
         ("--lora_rnak", "--lora_rank"),
-        ("--learning_rte", None),
+        ("--learning_rte", "--learning_rate"),
         ("--max_input_lenght", "--max_input_length"),
         ("--xyz", None),
     ],
@@ -161,6 +175,45 @@ def test_unknown_flag_is_refused_with_the_nearest(flag, suggestion):
 def test_flags_are_not_abbreviated(flag):
     with pytest.raises(ValueError, match=f"unknown argument {flag}"):
         parse(flag, 8)
+
+
+def test_names_of_training_arguments_are_those_of_transformers():
+    assert {field.name for field in dataclasses.fields(TrainingArguments)} <= set(training_argument_names())
+
+
+def test_training_arguments_are_flags():
+    words = (
+        "--lora_rank",
+        8,
+        "--learning-rate",
+        "1e-4",
+        "--bf16",
+        "--save_steps=50",
+        "--report_to",
+        "wandb",
+        "swanlab",
+    )
+    args = parse(*words, "--check", "--max_grad_norm", -1)
+    expected = {"learning_rate": ["1e-4"], "bf16": [], "save_steps": ["50"], "report_to": ["wandb", "swanlab"]}
+    assert args.training_args == expected | {"max_grad_norm": ["-1"]} and (args.lora_rank, args.check) == (8, 1)
+
+
+def test_training_arguments_are_no_flags_of_inference():
+    with pytest.raises(ValueError, match=r"unknown argument --learning_rate\.$"):
+        parse("--learning_rate", 1, kind=InferenceArguments)
+
+
+def test_word_without_a_flag_is_refused():
+    with pytest.raises(ValueError, match=r"unknown argument x\.$"):
+        parse("x", "--learning_rate", 1)
+    with pytest.raises(ValueError, match=r"unknown argument 9\.$"):
+        parse("--learning_rate", 1, "--lora_rank", 8, 9)
+
+
+def test_help_says_that_training_arguments_are_flags(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "--learning_rate 1e-4" in capsys.readouterr().out
 
 
 def test_misspelled_flag_with_equals_sign():
@@ -240,7 +293,7 @@ def test_inference_value_out_of_range(name, value):
         parse(f"--{name}", value, kind=InferenceArguments)
 
 
-@pytest.mark.parametrize(("name", "value"), [("compute_dtype", "fp8"), ("lora_rank", "four"), ("seed", "1.5")])
+@pytest.mark.parametrize(("name", "value"), [("compute_dtype", "fp8"), ("lora_rank", "four"), ("max_tokens", "1.5")])
 def test_value_of_another_type_is_reported_in_one_line(name, value):
     with pytest.raises(ValueError, match=rf"^argument --{name}: [^\n]*'{value}'[^\n]*\.$"):
         parse(f"--{name}", value)
@@ -273,7 +326,7 @@ def test_every_flag_has_a_help_text(kind, capsys):
     with pytest.raises(SystemExit):
         parse("--help_all" if kind is FinetuneArguments else "--help", kind=kind)
     text = " ".join(capsys.readouterr().out.split())
-    for field in kind.__dataclass_fields__.values():
+    for field in fields_of(kind):
         assert (f"--{field.name} " in text) is not field.metadata.get("hidden", False)
         assert len(field.metadata["help"]) > 10
 

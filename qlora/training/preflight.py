@@ -161,7 +161,7 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
         return preflight
     with preflight.collect_problems():
         preflight.setup = read_training_args(
-            args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
+            args.train_args_json, args.training_args, args.compute_dtype, evaluate=args.eval_data_path is not None
         )
     if preflight.setup and is_main_process():  # of several processes the main one may hold the lock by now
         with preflight.collect_problems():
@@ -215,7 +215,7 @@ def check_rows(preflight: Preflight):
                     load_rows(path)
     if all(path in loaded for path, _ in files):
         with preflight.collect_problems():
-            seed = setup.training_args.seed if setup else args.seed or 0
+            seed = setup.training_args.seed if setup else 0
             preflight.train_samples = mix_samples([(path, loaded[path], weight) for path, weight in files], seed)
     if args.eval_data_path:
         preflight.eval_samples = loaded.get(args.eval_data_path)

@@ -105,7 +105,14 @@ def train(flags: list[str], log: Path, kind: str, kill_at: int | None, counts: P
 def processes() -> multiprocessing.context.BaseContext:
     """Starts processes by forking one that has done the imports, which saves seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_qlora", "test_saving"])
+    training = ("preflight_report", "trainer", "memory_plan", "curves")  # train_qlora imports them when it needs them
+    modules = [
+        "pytest",
+        "qlora.layers.replacement",
+        "matplotlib.figure",
+        *(f"qlora.training.{name}" for name in training),
+    ]
+    context.set_forkserver_preload(modules)
     first = context.Process(target=time.perf_counter)
     first.start()
     first.join()

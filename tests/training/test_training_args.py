@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT
 from transformers import TrainingArguments
 
+from qlora.arguments import FinetuneArguments
+from qlora.command_line import parse_command_line
 from qlora.training.training_args import NOT_FOR_THIS_TRAINER, read_training_args
 
 # The content of the shipped JSON. It must not change, since users know it.
@@ -363,7 +365,77 @@ def test_use_cpu_is_refused_if_there_is_a_gpu(write_json, monkeypatch):
 
 def test_seed_of_the_command_line_overrides_the_json(write_json):
     assert read_training_args(write_json(seed=1)).training_args.seed == 1
-    assert read_training_args(write_json(seed=1), seed=0).training_args.seed == 0
+    assert read_training_args(write_json(seed=1), {"seed": ["0"]}).training_args.seed == 0
+
+
+# Settings of the command line.
+
+
+@pytest.mark.parametrize(
+    ("flag", "key", "value"),
+    [
+        ("--learning_rate 1e-4", "learning_rate", 1e-4),
+        ("--warmup_ratio .25", "warmup_steps", 0.25),
+        ("--num_train_epochs 2", "num_train_epochs", 2),
+        ("--save_total_limit null", "save_total_limit", None),
+        ("--eval_strategy no", "eval_strategy", "no"),
+        ("--save_only_model", "save_only_model", True),
+        ("--disable_tqdm False", "disable_tqdm", False),
+        ("--group_by_length false", "train_sampling_strategy", "random"),
+        ("--lr_scheduler_type cosine", "lr_scheduler_type", "cosine"),
+        ('--lr_scheduler_kwargs {"num_cycles":2}', "lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("--run_name 5", "run_name", "5"),
+        ("--label_names labels", "label_names", ["labels"]),
+    ],
+)
+def test_flag_takes_the_place_of_the_json(write_json, caplog, flag, key, value):
+    caplog.set_level(logging.INFO)
+    others = {"learning_rate": 1, "warmup_ratio": 0.1, "num_train_epochs": 1, "group_by_length": True}
+    path = write_json(**others, save_total_limit=2, eval_strategy="steps", disable_tqdm=True)
+    args = read_training_args(path, parse_command_line(FinetuneArguments, flag.split()).training_args).training_args
+    assert getattr(args, key) == value
+    assert f"From the command line: {flag[2:]}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--learning_rate abc", '--learning_rate is "abc"; expected a number'),
+        ("--learning_rate nan", '--learning_rate is "nan"; expected a number'),
+        ("--max_steps 1.5 --bf16 maybe", "--max_steps is 1.5; expected a whole number"),
+        ("--logging_steps 0", "--logging_steps is 0; it must be positive"),
+        ("--learning_rate 1 2", '--learning_rate is ["1", "2"]; expected a number'),
+        ("--neftune_noise_alpha 5", "this training does not use --neftune_noise_alpha; remove it"),
+        ("--num_train_epochs 2", "--num_train_epochs has no effect while max_steps is 8; add --max_steps -1"),
+    ],
+)
+def test_wrong_flag_is_reported_like_the_json(write_json, flags, message):
+    path = write_json(max_steps=8)
+    with pytest.raises(ValueError) as raised:
+        read_training_args(path, parse_command_line(FinetuneArguments, flags.split()).training_args)
+    assert str(raised.value).startswith(f"{path} and the command line: ") and message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_output_dir_of_the_json_counts_from_the_repository_and_that_of_a_flag_from_the_current_folder(
+    write_json, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    path = write_json(output_dir="saved_files/x")
+    assert read_training_args(path).training_args.output_dir == str(ROOT / "saved_files" / "x")
+    assert read_training_args(path, {"output_dir": ["x"]}).training_args.output_dir == "x"
+
+
+def test_flag_replaces_the_keys_that_say_the_same_otherwise(write_json):
+    path = write_json(bf16=True, gradient_checkpointing=True)
+    setup = read_training_args(path, {"fp16": [], "activation_checkpointing": ["false"]})
+    assert setup.compute_dtype == torch.float16 and setup.recompute is False
+
+
+@pytest.mark.parametrize("name", ["lora_rank", "train_data_path", "dry_run", "resume_from_checkpoint"])
+def test_flag_in_the_json_is_told_where_it_belongs(write_json, name):
+    with pytest.raises(ValueError, match=rf": {name} is a flag: --{name}\.$"):
+        read_training_args(write_json(**{name: "x"}))
 
 
 def test_without_evaluation_nothing_is_evaluated(write_json):
