@@ -7,7 +7,7 @@
 #   bash train.sh --check                  every check that needs no loaded model, and a sample
 #   bash train.sh --dry_run 3              three samples as the model sees them; needs no weights and no GPU
 #   NPROC_PER_NODE=2 bash train.sh         one process per GPU
-#   bash train.sh --demo                   training and inference of a tiny model, on a CPU, in two minutes
+#   bash train.sh --demo                   training and inference of a tiny model, on a CPU, in a few minutes
 #
 # Paths that you type count from where you stand; defaults, and the output_dir in a JSON, from this repository.
 [ -n "${BASH_VERSION:-}" ] || { echo "error: use bash train.sh; this shell is another one." >&2; exit 1; }
