@@ -96,7 +96,9 @@ class FinetuneArguments:
         default=None,
         metadata={"help": "The output is scaled by lora_alpha / r; by default 32, or that of --init_adapter."},
     )
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter's matrices, 0 to 1."})
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "Dropout before the adapter's matrices, 0 to 1.", "expert": True}
+    )
     lora_target_modules: list[str] = field(
         default_factory=list,
         metadata={
@@ -147,7 +149,7 @@ class FinetuneArguments:
             "expert": True,
         },
     )
-    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
+    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE | {"expert": True})
     plain: bool = field(
         default=False,
         metadata={

@@ -102,7 +102,7 @@ def test_tables_of_flags_are_those_of_the_code(monkeypatch):
 def test_help_shows_few_flags(capsys):
     with pytest.raises(SystemExit):
         parse_command_line(FinetuneArguments, ["--help"])
-    assert len(re.findall(r"^  -", capsys.readouterr().out, re.M)) <= 17
+    assert len(re.findall(r"^  -", capsys.readouterr().out, re.M)) <= 16
 
 
 @pytest.mark.parametrize("page", READMES)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    ROOT,
     SAVE_STEPS,
     STEPS,
     adapter,
@@ -22,7 +21,7 @@ from conftest import (
     write_json,
     write_rows,
 )
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizer
 
@@ -32,7 +31,7 @@ import train_qlora
 from qlora.arguments import DEFAULT_PROMPT, InferenceArguments
 from qlora.data.dataset import SampleEncoder
 from qlora.inference import generation
-from qlora.loading import base_model_path, load_quantized_model
+from qlora.loading import load_quantized_model
 
 PROMPTS = ("类型#裙*颜色#白色", "类型#裤*风格#简约")
 
@@ -305,15 +304,6 @@ def test_missing_adapter_beside_a_named_model_ends_in_one_line(tiny_checkpoint, 
 def test_missing_base_model_ends_in_one_line(trained, tmp_path):
     flags = ("--adapter_path", trained, "--model_name_or_path", tmp_path / "chatglm-6b")
     assert "there is no folder" in error_of(inference_qlora, *flags)
-
-
-def test_base_model_of_an_adapter_counts_from_the_current_folder_or_the_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    LoraConfig(base_model_name_or_path="THUDM/README.md").save_pretrained("adapter")
-    assert base_model_path("adapter") == str(ROOT / "THUDM" / "README.md")
-    write_rows(tmp_path / "THUDM", [])  # a file will do
-    LoraConfig(base_model_name_or_path="THUDM").save_pretrained("adapter")
-    assert base_model_path("adapter") == "THUDM"
 
 
 def test_prompts_of_the_command_line_and_of_a_file_are_all_answered(tmp_path):

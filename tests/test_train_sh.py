@@ -50,7 +50,8 @@ def test_paths_count_from_where_the_user_stands(repository, tmp_path):
 
 def test_one_process_per_gpu(repository):
     result = run(repository / "train.sh", cwd=repository, NPROC_PER_NODE="2")
-    assert "--standalone --nproc_per_node 2 train_qlora.py" in result.stdout
+    assert "--standalone --nproc_per_node 2 --signals_to_handle" in result.stdout
+    assert "SIGUSR1 train_qlora.py" in result.stdout
 
 
 def test_another_shell_is_told_in_one_line(repository):

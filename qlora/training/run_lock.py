@@ -52,7 +52,8 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
 
 def check_not_locked(output_dir: str):
     """ValueError if another run holds the lock of a folder; takes no lock and creates nothing."""
-    with contextlib.suppress(FileNotFoundError), open(Path(output_dir) / LOCK_FILE, encoding="utf-8") as file:
+    no_such_file = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+    with no_such_file, open(Path(output_dir) / LOCK_FILE, encoding="utf-8") as file:
         if problem := lock_problem(file, fcntl.LOCK_SH):
             raise ValueError(problem)
 

@@ -73,7 +73,8 @@ class FindBestCheckpoint(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         state.best_model_checkpoint = str(self.best) if self.best and self.best.is_dir() else None
-        logger.info("The best checkpoint so far: %s", state.best_model_checkpoint)
+        if state.best_model_checkpoint:
+            logger.info("The best checkpoint so far: %s", state.best_model_checkpoint)
 
 
 class QLoRATrainer(Trainer):

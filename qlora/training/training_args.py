@@ -52,7 +52,6 @@ NOT_FOR_THIS_TRAINER = (
     "neftune_noise_alpha",
     "parallelism_config",
     "restore_callback_states_from_checkpoint",
-    "resume_from_checkpoint",  # a flag of the command line here
     "save_on_each_node",
     "torch_compile",
     "torch_compile_backend",

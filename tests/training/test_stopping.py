@@ -154,6 +154,7 @@ def send(monkeypatch, number: int, step: int):
 )
 def test_stopped_run_resumes_to_identical_results(whole, flags, tmp_path, monkeypatch, caplog, name, step):
     number = getattr(signal, name)
+    signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as raised:
         send(patch, number, step)
         run_main(train_qlora, *flags(**BY_EPOCH))
