@@ -49,7 +49,7 @@ def interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
     """The Ctrl-C that an error is or came from: libraries that are interrupted may raise errors of their own."""
     while error and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
-    return error
+    return error if isinstance(error, KeyboardInterrupt) else None
 
 
 @contextlib.contextmanager
