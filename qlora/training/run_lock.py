@@ -28,21 +28,18 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
     Args:
         output_dir: of the run.
     Raises:
-        TrainingStopped: another run holds the lock.
+        TrainingStopped: another run holds the lock, or the file cannot be written.
     """
     if not is_main_process():
         yield
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / LOCK_FILE
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open(path, "a+", encoding="utf-8"))
-        problem = lock_problem(file, fcntl.LOCK_EX)
-        while not problem and not is_at(path, file):  # the run that held the lock has deleted its file
-            file = stack.enter_context(open(path, "a+", encoding="utf-8"))
-            problem = lock_problem(file, fcntl.LOCK_EX)
-        if problem:
-            raise TrainingStopped(problem)
+        file = None
+        while not file or not is_at(path, file):  # the run that held the lock may have deleted its file
+            file = stack.enter_context(open_lock_file(path))
+            if problem := lock_problem(file, fcntl.LOCK_EX):
+                raise TrainingStopped(problem)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -50,10 +47,21 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
         yield
 
 
+def open_lock_file(path: Path) -> TextIO:
+    """Opens a lock file and creates it and its folder; TrainingStopped if they cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise TrainingStopped(f"{path} cannot be written ({error.strerror}): name another output_dir.") from error
+
+
 def check_not_locked(output_dir: str):
     """ValueError if another run holds the lock of a folder; takes no lock and creates nothing."""
-    no_such_file = contextlib.suppress(FileNotFoundError, NotADirectoryError)
-    with no_such_file, open(Path(output_dir) / LOCK_FILE, encoding="utf-8") as file:
+    path = Path(output_dir) / LOCK_FILE
+    if not os.access(path, os.R_OK):
+        return
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
         if problem := lock_problem(file, fcntl.LOCK_SH):
             raise ValueError(problem)
 

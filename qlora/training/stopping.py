@@ -16,8 +16,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # of schedulers,
 class StopOnSignal(TrainerCallback):
     """Ends training after the step in which the first of `STOP_SIGNALS` arrives, in all processes after the same one.
 
-    A checkpoint is written, unless the JSON's save_strategy is "no". Where this is the last step of an epoch, what
-    belongs to the end of the epoch comes first, so that a resumed run lacks nothing.
+    A checkpoint is written, unless the JSON's save_strategy is "no". After the last step of an epoch, it is written
+    again with what belongs to the end of the epoch, so that a resumed run lacks nothing.
 
     Attributes:
         received: the signal that this process has received; 0 for none.
@@ -58,8 +58,7 @@ class StopOnSignal(TrainerCallback):
             highest = torch.tensor(self.received)
             torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, self.group)
             self.stopping = int(highest)
-        if state.epoch % 1:
-            self.stop(args, state, control)
+        self.stop(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.epoch % 1 == 0:

@@ -107,6 +107,12 @@ def test_file_that_its_holder_deletes_while_it_is_opened_gives_no_lock(tmp_path,
         pass
 
 
+def test_lock_file_that_cannot_be_written_is_reported(tmp_path):
+    (tmp_path / LOCK_FILE).mkdir()
+    with pytest.raises(TrainingStopped, match="cannot be written"), lock_output_dir(tmp_path):
+        pass
+
+
 def test_only_the_main_process_holds_the_lock(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with lock_output_dir(tmp_path):
@@ -321,7 +327,7 @@ def test_run_goes_on_when_its_output_goes_away(tmp_path, lost):
     os.close(read)
     full = os.open("/dev/full", os.O_WRONLY)
     output = write if lost == "reader" else full
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     command = [sys.executable, "-X", "dev", "-c", PRINT, str(tmp_path / "end")]
     for streams in ({"stdout": output, "stderr": output}, {"stdout": output, "stderr": subprocess.PIPE}):
         run = subprocess.run(command, env=environment, text=True, **streams)
