@@ -353,9 +353,7 @@ USED = """
 def test_every_field_of_training_arguments_is_used_or_refused():
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     flags = {field.name for field in dataclasses.fields(FinetuneArguments)}  # which are refused in the JSON
-    assert (
-        fields - {*USED, *NOT_FOR_THIS_TRAINER, *flags} == set()
-    )  # find out what a new one does, and add it
+    assert fields - {*USED, *NOT_FOR_THIS_TRAINER, *flags} == set()  # find out what a new one does, and add it
     assert not set(USED) & set(NOT_FOR_THIS_TRAINER)
 
 
