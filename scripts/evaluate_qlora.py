@@ -1,7 +1,9 @@
 """Score the answers of the base model and of the adapter to a file of data rows: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L.
+Or see with --general how far training moved the answers to prompts of other kinds.
 
     python scripts/evaluate_qlora.py                            # greedy, on data/dev.jsonl
     python scripts/evaluate_qlora.py --protocol published       # sampling and length limits of the official evaluation
+    python scripts/evaluate_qlora.py --general                  # 60 general prompts: what the model may have forgotten
 
 Writes predictions.jsonl, metrics.json and summary.html. After an interruption the same command continues.
 """
@@ -20,6 +22,8 @@ from qlora.evaluation.protocols import PROTOCOLS, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizer
 
+    from qlora.evaluation.general import Task
+
 
 @dataclass
 class EvaluationArguments:
@@ -31,7 +35,13 @@ class EvaluationArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}
     )
-    data_path: str = field(default="data/dev.jsonl", metadata={"help": "Rows to answer, one JSON a line."})
+    data_path: str = field(
+        default="data/dev.jsonl",
+        metadata={"help": "Rows to answer, one JSON a line; with --general those that show the task's outputs."},
+    )
+    general: bool = field(
+        default=False, metadata={"help": "Answer the prompts of data/general.jsonl, and compare the answers."}
+    )
     protocol: str = field(
         default="greedy",
         metadata={
@@ -40,7 +50,10 @@ class EvaluationArguments:
         },
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the results; by default evaluation_<protocol> beside the adapter."}
+        default=None,
+        metadata={
+            "help": "Folder for the results; by default evaluation_<protocol> or general_<protocol> in the adapter's."
+        },
     )
     prompt_text: str = field(default="", metadata={"help": "Text put before every instruction, as in training."})
     max_prompts: int | None = field(default=None, metadata={"help": "Answer only the first so many rows."})
@@ -58,16 +71,18 @@ def main():
     set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(EvaluationArguments)
-        check_metric_libraries()
+        if not args.general:
+            check_metric_libraries()
     evaluate(args)
 
 
 def evaluate(args: EvaluationArguments):
-    """Generates the missing answers, scores all answers and writes the results."""
+    """Generates the missing answers, compares all answers and writes the results."""
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     import torch
 
     from qlora.checkpoint import check_checkpoint
+    from qlora.evaluation.general import GENERAL_PROMPTS, read_task
     from qlora.evaluation.predictions import digest, resume_predictions
     from qlora.loading import (
         adapter_config,
@@ -79,13 +94,15 @@ def evaluate(args: EvaluationArguments):
     )
 
     with message_instead_of_traceback():
-        folder = Path(args.output_dir or f"{args.adapter_path}/evaluation_{args.protocol}")
+        kind = "general" if args.general else "evaluation"
+        folder = Path(args.output_dir or f"{args.adapter_path}/{kind}_{args.protocol}")
         adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
         trained_on = adapter_config(args.adapter_path).base_model_name_or_path
         base_path = args.model_name_or_path or trained_on
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         tokenizer = load_tokenizer(base_path)
-        rows = read_samples(args, tokenizer, PROTOCOLS[args.protocol].max_reference_tokens)
+        task = read_task(args.data_path) if args.general else None
+        rows = read_general(args) if args.general else read_samples(args, tokenizer)
         settings = {  # everything that the answers depend on
             "protocol": args.protocol,
             **asdict(PROTOCOLS[args.protocol]),
@@ -93,7 +110,7 @@ def evaluate(args: EvaluationArguments):
             "batch_size": args.batch_size,
             "compute_dtype": str(compute_dtype).removeprefix("torch."),
             "model_name_or_path": base_path,
-            "data_path": args.data_path,
+            "data_path": f"data/{GENERAL_PROMPTS.name}" if args.general else args.data_path,
             "adapter_digest": digest(*adapter),
             "rows_digest": digest(json.dumps(rows).encode()),
         }
@@ -108,13 +125,22 @@ def evaluate(args: EvaluationArguments):
         except torch.OutOfMemoryError as error:
             reason = f"{args.batch_size} prompts at once are too many, lower --batch_size: {error}"
             raise SystemExit(f"error: {reason}") from None
-    summarize(folder, settings, predictions)
+    if task:
+        summarize_general(folder, settings, predictions, args.data_path, task)
+    else:
+        summarize(folder, settings, predictions)
 
 
-def read_samples(
-    args: EvaluationArguments, tokenizer: "PreTrainedTokenizer", max_reference_tokens: int | None
-) -> list[dict]:
-    """Prompt and reference of each row; `max_reference_tokens` is the limit of a reference, None for no limit."""
+def read_general(args: EvaluationArguments) -> list[dict]:
+    """The general prompts: `category`, `prompt` and, where there is one right answer, `expected`."""
+    from qlora.evaluation.general import read_general_prompts
+
+    rows = read_general_prompts()[: args.max_prompts]
+    return [row | {"prompt": args.prompt_text + row.pop("instruction")} for row in rows]
+
+
+def read_samples(args: EvaluationArguments, tokenizer: "PreTrainedTokenizer") -> list[dict]:
+    """Prompt and reference of each row."""
     from chatglm.chat import build_prompt
     from qlora.data.rows import read_rows
     from qlora.evaluation.predictions import reference_text
@@ -122,7 +148,7 @@ def read_samples(
     return [
         {
             "prompt": args.prompt_text + build_prompt(row["query"], row["history"]),
-            "reference": reference_text(tokenizer, row["answer"], max_reference_tokens),
+            "reference": reference_text(tokenizer, row["answer"], PROTOCOLS[args.protocol].max_reference_tokens),
         }
         for row in list(read_rows(args.data_path))[: args.max_prompts]
     ]
@@ -170,6 +196,27 @@ def summarize(folder: Path, settings: dict, predictions: dict[int, dict]):
     print(f"{f'{len(rows)} samples':<15}" + "".join(f"{name.upper():>10}" for name in METRICS))
     for model, label in MODELS.items():
         print(f"{label:<12}" + "".join(f"{means[model][name]:10.2f}" for name in METRICS))
+    print(f"Wrote {folder}/summary.html, metrics.json and predictions.jsonl")
+
+
+def summarize_general(folder: Path, settings: dict, predictions: dict[int, dict], data_path: str, task: "Task"):
+    """Measures how far the answers moved, writes the three files and prints the table."""
+    from qlora.atomic import write_json
+    from qlora.evaluation.general import compare, format_table, summarize_categories
+    from qlora.evaluation.page import render_general_page
+    from qlora.evaluation.predictions import METRICS_FILE, write_predictions
+
+    for row in predictions.values():
+        row["measures"] = compare(row, task)
+    write_predictions(folder, predictions)
+    rows = [predictions[index] for index in sorted(predictions)]
+    table = summarize_categories(rows)
+    found = {"data_path": data_path, "threshold": task.threshold}
+    write_json(folder / METRICS_FILE, {"settings": settings, "task": found, "categories": table})
+    title = f"{settings['data_path']} · {settings['protocol']}"
+    page = render_general_page(title, settings | {"task": data_path}, table, rows)
+    (folder / "summary.html").write_text(page, encoding="utf-8")
+    print(format_table(table))
     print(f"Wrote {folder}/summary.html, metrics.json and predictions.jsonl")
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, add_random_lora, import_script, write_rows
 
 from qlora import loading
+from qlora.evaluation.general import compare, format_table, read_general_prompts, read_task, summarize_categories
 from qlora.evaluation.metrics import METRICS, mean_scores, score
 from qlora.evaluation.page import render_page
 from qlora.evaluation.predictions import reference_text
@@ -174,6 +175,27 @@ def test_greedy_answers_are_those_of_inference(run, tmp_path, script, adapter, t
         with model.disable_adapter() if off else torch.no_grad():
             ids = model.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1] :]
         assert tokenizer.decode(ids, skip_special_tokens=True) == row[name]
+
+
+def test_general_prompts_are_answered_compared_and_resumed(run, tmp_path, monkeypatch, script, data, capsys):
+    monkeypatch.setattr(script, "check_metric_libraries", None)  # not needed here, and so not called
+    monkeypatch.setattr(script, "score", None)
+    run(tmp_path, "--general", "--max_prompts", 6)
+    predictions, metrics = read_predictions(tmp_path), read_metrics(tmp_path)
+    prompts = read_general_prompts()[:6]
+    assert [row["prompt"] for row in predictions] == [row["instruction"] for row in prompts]
+    assert all(row["measures"] == compare(row, read_task(str(data))) for row in predictions)
+    assert metrics["categories"] == summarize_categories(predictions) and metrics["categories"]["all"]["prompts"] == 6
+    assert format_table(summarize_categories(predictions)) in capsys.readouterr().out
+    assert (tmp_path / "summary.html").read_text(encoding="utf-8").count('<div class="sample">') == 6
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])  # its last batch is answered again
+    run(tmp_path, "--general", "--max_prompts", 6)
+    assert (read_predictions(tmp_path), read_metrics(tmp_path)) == (predictions, metrics)
+    monkeypatch.setattr(loading, "load_quantized_model", None)  # everything is answered: another task only compares
+    run(tmp_path, "--general", "--max_prompts", 6, "--data_path", ROOT / "data" / "dev.jsonl")
+    with pytest.raises(SystemExit, match="the rows are not the same"):
+        run(tmp_path, "--general", "--max_prompts", 5)
 
 
 def test_references_are_cut_like_those_of_the_official_evaluation(genuine_tokenizer):
