@@ -40,6 +40,7 @@ def train(args: FinetuneArguments):
     """Checks, loads, trains, saves."""
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     from qlora.training.curves import draw_losses
+    from qlora.training.model_card import PICTURE, data_files, write_model_card
     from qlora.training.preflight import run_preflight
     from qlora.training.preflight_report import describe
 
@@ -50,14 +51,18 @@ def train(args: FinetuneArguments):
         preflight.raise_problems()
         if args.check is not None:
             return
+        files = data_files(args, preflight.train_samples, preflight.eval_samples) if is_main_process() else []
         trainer = prepare(preflight)
     with message_instead_of_traceback(TrainingStopped):
         trainer.train(resume_from_checkpoint=preflight.resume_from)
         trainer.save_model()
     if trainer.is_world_process_zero():
         output_dir = Path(trainer.args.output_dir)
-        with message_instead_of_traceback():
-            draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
+        with message_instead_of_traceback(ValueError, OSError, TrainingStopped):
+            draw_losses({output_dir.name: trainer.state.log_history}, output_dir / PICTURE)
+            write_model_card(output_dir, args, preflight.setup, files, trainer.state.log_history)
+            if trainer.args.push_to_hub:
+                trainer.push_to_hub()
         logger.info("The adapter is in %s", output_dir)
 
 

@@ -92,6 +92,7 @@ def evaluate(args: EvaluationArguments):
         load_quantized_model,
         load_tokenizer,
     )
+    from qlora.training.model_card import add_section
 
     with message_instead_of_traceback():
         kind = "general" if args.general else "evaluation"
@@ -126,9 +127,12 @@ def evaluate(args: EvaluationArguments):
             reason = f"{args.batch_size} prompts at once are too many, lower --batch_size: {error}"
             raise SystemExit(f"error: {reason}") from None
     if task:
-        summarize_general(folder, settings, predictions, args.data_path, task)
+        section = summarize_general(folder, settings, predictions, args.data_path, task)
     else:
-        summarize(folder, settings, predictions)
+        section = summarize(folder, settings, predictions)
+    if folder.resolve().parent == Path(args.adapter_path).resolve():
+        with message_instead_of_traceback():
+            add_section(Path(args.adapter_path), *section)
 
 
 def read_general(args: EvaluationArguments) -> list[dict]:
@@ -179,11 +183,16 @@ def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predic
             predictions.update({row["index"]: row for row in batch})
 
 
-def summarize(folder: Path, settings: dict, predictions: dict[int, dict]):
-    """Scores all answers, writes the three files and prints the mean scores."""
+def summarize(folder: Path, settings: dict, predictions: dict[int, dict]) -> tuple[str, str, dict[str, float]]:
+    """Scores all answers, writes the three files and prints the mean scores.
+
+    Returns:
+        Name, text and scores of a section for the adapter's card.
+    """
     from qlora.atomic import write_json
     from qlora.evaluation.page import MODELS, render_page
     from qlora.evaluation.predictions import METRICS_FILE, write_predictions
+    from qlora.training.model_card import shown_path
 
     for row in predictions.values():
         row["scores"] = {model: score(row[model], row["reference"]) for model in MODELS}
@@ -197,10 +206,21 @@ def summarize(folder: Path, settings: dict, predictions: dict[int, dict]):
     for model, label in MODELS.items():
         print(f"{label:<12}" + "".join(f"{means[model][name]:10.2f}" for name in METRICS))
     print(f"Wrote {folder}/summary.html, metrics.json and predictions.jsonl")
+    lines = [["", *(name.upper() for name in METRICS)], ["---", *["---:"] * len(METRICS)]]
+    lines += [[label, *(f"{means[model][name]:.2f}" for name in METRICS)] for model, label in MODELS.items()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    name = f"Evaluation on {shown_path(settings['data_path'])}, {settings['protocol']} protocol"
+    return name, f"{len(rows)} samples, scores in percent.\n\n{table}", means["adapter"]
 
 
-def summarize_general(folder: Path, settings: dict, predictions: dict[int, dict], data_path: str, task: "Task"):
-    """Measures how far the answers moved, writes the three files and prints the table."""
+def summarize_general(
+    folder: Path, settings: dict, predictions: dict[int, dict], data_path: str, task: "Task"
+) -> tuple[str, str]:
+    """Measures how far the answers moved, writes the three files and prints the table.
+
+    Returns:
+        Name and text of a section for the adapter's card.
+    """
     from qlora.atomic import write_json
     from qlora.evaluation.general import compare, format_table, summarize_categories
     from qlora.evaluation.page import render_general_page
@@ -218,6 +238,7 @@ def summarize_general(folder: Path, settings: dict, predictions: dict[int, dict]
     (folder / "summary.html").write_text(page, encoding="utf-8")
     print(format_table(table))
     print(f"Wrote {folder}/summary.html, metrics.json and predictions.jsonl")
+    return f"Answers to general prompts, {settings['protocol']} protocol", format_table(table)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import torch
 from accelerate.utils import AutocastKwargs
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -26,6 +27,7 @@ from qlora.data.batching import Sample, StepBatch, count_labels, count_tokens, o
 from qlora.data.collator import PaddingCollator, PaddingFreeCollator
 from qlora.errors import TrainingStopped, stop_all_processes
 from qlora.training.checkpoints import check_saved_adapter, delete_old_checkpoints, resume_advice, staging_dir
+from qlora.training.model_card import UPLOADED
 from qlora.training.step_check import Step, StepCheck, name_rows
 from qlora.training.training_args import samples_per_step
 from qlora.units import GIB
@@ -322,5 +324,24 @@ class QLoRATrainer(Trainer):
         # No process may exit before the adapter is published. Also, gloo's threads release tensors after a collective
         # operation, and abort if the interpreter is being finalized.
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save")
+
+    def push_to_hub(self, commit_message: str = "The adapter") -> None:
+        """Uploads the adapter as `save_model` wrote it, with tokenizer, model card and loss curves.
+
+        Nothing else in the folder is uploaded: training_args.bin holds the token, and checkpoints are large.
+
+        Raises:
+            TrainingStopped: the upload failed.
+        """
+        try:
+            HfApi(token=self.args.hub_token).upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=self.args.output_dir,
+                allow_patterns=list(UPLOADED),
+                commit_message=commit_message,
+                revision=self.args.hub_revision,
+            )
+        except Exception as error:  # of the network, in the classes of another library: the adapter is saved anyway
+            raise TrainingStopped(
+                f"the adapter is in {self.args.output_dir}, but its upload to {self.hub_model_id} failed: {error}"
+            ) from error

@@ -119,6 +119,7 @@ def read_training_args(
     values.setdefault("ddp_broadcast_buffers", False)  # buffers never change
     values.setdefault("dataloader_pin_memory", False)  # the trainer pins micro-batches itself
     values.setdefault("logging_nan_inf_filter", False)  # it synchronizes with the GPU in every step
+    values.setdefault("hub_strategy", "end")
     recompute = [values.pop(key) for key in RECOMPUTE_KEYS if key in values]
     try:
         training_args = TrainingArguments(**values)
@@ -173,8 +174,8 @@ def check_keys(values: dict) -> list[str]:
         problems.append(f"optim is {values['optim']}, which needs a training step of its own; choose another one")
     if values.get("metric_for_best_model") not in (None, "loss", "eval_loss"):
         problems.append(f"metric_for_best_model is {values['metric_for_best_model']}; only eval_loss is computed")
-    if values.get("hub_strategy") in ("checkpoint", "all_checkpoints"):
-        problems.append(f"hub_strategy is {values['hub_strategy']}; checkpoints are not uploaded, only the adapter is")
+    if values.get("hub_strategy", "end") != "end":
+        problems.append(f"hub_strategy is {values['hub_strategy']}; only end can be had: the adapter is uploaded then")
     if values.get("use_cpu") and torch.cuda.is_available():
         problems.append("use_cpu is true and there is a GPU; hide it with CUDA_VISIBLE_DEVICES= instead")
     return problems

@@ -1,12 +1,14 @@
 """scripts/evaluate_qlora.py and its modules: an interrupted evaluation gives the results of an uninterrupted one."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, add_random_lora, import_script, write_rows
+from huggingface_hub import ModelCard
 
 from qlora import loading
 from qlora.evaluation.general import compare, format_table, read_general_prompts, read_task, summarize_categories
@@ -80,6 +82,20 @@ def test_every_row_is_answered_twice_and_scored(run, tmp_path, sample_rows, prot
     assert f"{metrics['adapter']['rouge-l']:.2f}" in capsys.readouterr().out
     page = (tmp_path / "summary.html").read_text(encoding="utf-8")
     assert page.count('<div class="sample">') == 10 and "<svg" in page and f"{metrics['base']['rouge-1']:.2f}" in page
+
+
+def test_scores_beside_an_adapter_are_added_to_its_card(run, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    run(copy / "evaluation_greedy", "--adapter_path", copy, "--max_prompts", 2)
+    run(copy / "general_greedy", "--adapter_path", copy, "--max_prompts", 2, "--general")
+    card, metrics = ModelCard.load(copy / "README.md"), read_metrics(copy / "evaluation_greedy")
+    scores = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert scores == {name.upper(): round(value, 2) for name, value in metrics["adapter"].items()}
+    assert f"| {metrics['base']['rouge-l']:.2f} |" in card.text
+    assert "## Answers to general prompts, greedy protocol" in card.text
+    unchanged = (adapter / "README.md").read_bytes()
+    run(tmp_path / "elsewhere", "--max_prompts", 2)
+    assert (adapter / "README.md").read_bytes() == unchanged
 
 
 def test_rerun_answers_only_the_missing_rows(run, tmp_path, monkeypatch):

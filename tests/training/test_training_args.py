@@ -167,7 +167,8 @@ def test_refused_settings_exist_in_transformers(name):
         ("metric_for_best_model", "rouge", "is rouge; only eval_loss is computed"),
         ("save_steps", 0, "is 0; it must be positive"),
         ("eval_steps", -5, "is -5; it must be positive"),
-        ("hub_strategy", "checkpoint", "is checkpoint; checkpoints are not uploaded"),
+        ("hub_strategy", "checkpoint", "is checkpoint; only end can be had"),
+        ("hub_strategy", "every_save", "is every_save; only end can be had"),
     ],
 )
 def test_value_of_another_type_or_range_is_refused(write_json, key, value, expected):
