@@ -3,6 +3,7 @@
 Texts are compared in units: a run of Latin letters and digits, or any other character that is not a space.
 """
 
+import json
 import re
 import unicodedata
 from collections import Counter, defaultdict
@@ -11,7 +12,6 @@ from pathlib import Path
 from statistics import fmean, quantiles
 
 from qlora.data.rows import read_rows
-from qlora.data.strict_json import parse_json
 
 GENERAL_PROMPTS = Path(__file__).parents[2] / "data" / "general.jsonl"
 TASK_OUTPUTS = 200  # at most so many of the task's outputs are compared with
@@ -29,7 +29,7 @@ MEASURES = [name for names in COLUMNS.values() for name in names]
 
 def read_general_prompts() -> list[dict]:
     """The rows of data/general.jsonl: `category`, `instruction`, and `expected` where there is one right answer."""
-    return [parse_json(line) for line in GENERAL_PROMPTS.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in GENERAL_PROMPTS.read_text(encoding="utf-8").splitlines()]
 
 
 def normalized(text: str) -> str:

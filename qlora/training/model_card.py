@@ -212,7 +212,7 @@ def describe_settings(flags: "FinetuneArguments", setup: TrainingSetup) -> dict[
     """Flags and TrainingArguments that are not at their defaults, and those that every reader asks for."""
     training_args = setup.training_args
     usual = TrainingArguments(output_dir=training_args.output_dir)
-    shown = {"compute_dtype": str(setup.compute_dtype).removeprefix("torch.")}
+    shown: dict[str, object] = {"compute_dtype": str(setup.compute_dtype).removeprefix("torch.")}
     for values, defaults in (
         (vars(flags), vars(type(flags)())),
         (training_args.to_dict(), usual.to_dict()),

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import flags_of, run_main, write_json
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
 
 import train_qlora
@@ -34,20 +35,18 @@ def folder(tiny_checkpoint, train_file, dev_file, tmp_path_factory, uploaded) ->
     (folder / "evaluation_greedy").mkdir(parents=True)
     (folder / "evaluation_greedy" / "predictions.jsonl").write_text("{}", encoding="utf-8")
 
-    def create_commit(self, repo_id: str, operations, **kwargs):
+    def upload_folder(self, *, repo_id: str, folder_path: str, allow_patterns: list[str], **kwargs):
         assert repo_id == "me/adapter" and self.token == TOKEN
-        assert all(isinstance(operation, CommitOperationAdd) for operation in operations)
-        uploaded.extend(operation.path_in_repo for operation in operations)
+        paths = [str(path.relative_to(folder)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        uploaded.extend(filter_repo_objects(paths, allow_patterns=allow_patterns))
 
     values = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "hub_token": TOKEN, "hub_model_id": "me/adapter"}
     args_json = write_json(folder.parent / "args.json", folder, push_to_hub=True, weight_decay=0.25, **values)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HfApi, "create_commit", create_commit)
+        patch.setattr(HfApi, "upload_folder", upload_folder)
         patch.setattr(Trainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/adapter"))
-        data = (f"{train_file}:2", dev_file)
-        flags = flags_of(args_json, tiny_checkpoint, data[0], dev_file, "--lora_rank", 2)
-        place = flags.index(data[0])
-        run_main(train_qlora, *flags[: place + 1], dev_file, *flags[place + 1 :])
+        flags = flags_of(args_json, tiny_checkpoint, f"{train_file}:2", dev_file, "--lora_rank", 2)
+        run_main(train_qlora, *flags, "--train_data_path", f"{train_file}:2", dev_file)
     return folder
 
 
