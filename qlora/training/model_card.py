@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
+from qlora.arguments import REPOSITORY, FinetuneArguments, LoraSettings
 from qlora.checkpoint import TOKENIZER_FILES
+from qlora.training.same_run import MAY_CHANGE
 from qlora.training.training_args import TrainingSetup
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from qlora.arguments import FinetuneArguments
-
 CARD, PICTURE = "README.md", "loss.png"
 UPLOADED = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES, CARD, PICTURE)
-REPOSITORY = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 ALWAYS_SHOWN = (
     "learning_rate",
@@ -30,33 +29,21 @@ ALWAYS_SHOWN = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "seed",
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
 )
-NOT_SHOWN = (  # names that begin so: paths, tokens, and what has no effect on the result
+NOT_SHOWN = (  # names that begin so: paths, and what has no effect on the result or is shown otherwise
+    *MAY_CHANGE,
     "bf16",
     "check",
-    "compute_dtype",  # shown as what it came to
-    "dataloader_",
-    "ddp_",
+    "compute_dtype",
     "eval_data_path",
     "fp16",
-    "hub_",
-    "logging_",
+    "init_adapter",
+    "lora_",
     "model_name_or_path",
-    "output_dir",
-    "push_to_hub",
-    "remove_unused_columns",
-    "report_to",
     "resume_from_checkpoint",
-    "run_name",
-    "save_",
     "train_args_json",
     "train_data_path",
     "training_args",
-    "use_cpu",
 )
 TEMPLATE = """---
 {{ card_data }}
@@ -127,7 +114,12 @@ class DataFile:
 
 
 def write_model_card(
-    folder: Path, args: "FinetuneArguments", setup: TrainingSetup, files: list[DataFile], log_history: list[dict]
+    folder: Path,
+    args: FinetuneArguments,
+    setup: TrainingSetup,
+    lora: LoraSettings,
+    files: list[DataFile],
+    log_history: list[dict],
 ):
     """Writes the card of a run that has ended into the folder of its adapter.
 
@@ -135,6 +127,7 @@ def write_model_card(
         folder: of the adapter; the picture of the losses is shown if it is there.
         args: the flags of the run.
         setup: its settings from the JSON.
+        lora: those of its adapter.
         files: its data, see `data_files`.
         log_history: of the Trainer.
     """
@@ -156,7 +149,7 @@ def write_model_card(
         files=files,
         losses=describe_losses(log_history),
         picture=PICTURE if (folder / PICTURE).is_file() else None,
-        settings=describe_settings(args, setup),
+        settings=describe_settings(args, setup, lora),
         software=", ".join(f"{name} {version(name)}" for name in LIBRARIES),
     ).save(folder / CARD)
 
@@ -169,7 +162,7 @@ def shown_path(path: str) -> str:
     return Path(path).name
 
 
-def data_files(args: "FinetuneArguments", train: "Dataset", evaluation: "Dataset | None") -> list[DataFile]:
+def data_files(args: FinetuneArguments, train: "Dataset", evaluation: "Dataset | None") -> list[DataFile]:
     """The files of a run, to be called before it: they may change while it trains."""
     paths = [path for path, _ in args.train_files()]
     samples = Counter(train["file"]) if "file" in train.column_names else {paths[0]: len(train)}
@@ -208,21 +201,29 @@ def describe_losses(log_history: list[dict]) -> list[str]:
     return lines
 
 
-def describe_settings(flags: "FinetuneArguments", setup: TrainingSetup) -> dict[str, object]:
-    """Flags and TrainingArguments that are not at their defaults, and those that every reader asks for."""
+def describe_settings(flags: FinetuneArguments, setup: TrainingSetup, lora: LoraSettings) -> dict[str, object]:
+    """The adapter's settings, flags and TrainingArguments not at their defaults, and those that everyone asks for."""
     training_args = setup.training_args
     usual = TrainingArguments(output_dir=training_args.output_dir)
     shown: dict[str, object] = {"compute_dtype": str(setup.compute_dtype).removeprefix("torch.")}
+    shown |= {f"lora_{name}": readable(value) for name, value in lora._asdict().items()}
+    if flags.init_adapter:
+        shown["init_adapter"] = shown_path(flags.init_adapter)
     for values, defaults in (
         (vars(flags), vars(type(flags)())),
         (training_args.to_dict(), usual.to_dict()),
     ):
         shown |= {
-            name: ", ".join(map(str, value)) if isinstance(value, list) else value
+            name: readable(value)
             for name, value in values.items()
             if name in ALWAYS_SHOWN or (not name.startswith(NOT_SHOWN) and value != defaults.get(name))
         }
     return shown
+
+
+def readable(value: object) -> object:
+    """A list as its elements with commas; anything else as it is."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def add_section(folder: Path, name: str, text: str, scores: dict[str, float] | None = None):

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import flags_of, run_main, write_json
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, get_token
 from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
 
 import train_qlora
-from qlora.arguments import FinetuneArguments
+from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.errors import TrainingStopped
 from qlora.training.model_card import UPLOADED, add_section, describe_losses, shown_path, write_model_card
+from qlora.training.run_lock import LOCK_FILE
+from qlora.training.same_run import RUN_FILE
 from qlora.training.trainer import QLoRATrainer
 from qlora.training.training_args import read_training_args
 
@@ -30,19 +32,21 @@ def uploaded() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint, train_file, dev_file, tmp_path_factory, uploaded) -> Path:
-    """The adapter of a short run that uploads it; an evaluation and a checkpoint lie in the same folder."""
+    """The adapter of a short run that uploads it; an evaluation, a checkpoint and, for now, the lock lie beside it."""
     folder = tmp_path_factory.mktemp("run") / "adapter"
     (folder / "evaluation_greedy").mkdir(parents=True)
     (folder / "evaluation_greedy" / "predictions.jsonl").write_text("{}", encoding="utf-8")
 
     def upload_folder(self, *, repo_id: str, folder_path: str, allow_patterns: list[str], **kwargs):
-        assert repo_id == "me/adapter" and self.token == TOKEN
+        assert repo_id == "me/adapter" and get_token() == TOKEN
+        assert self.token is None and (folder / LOCK_FILE).is_file()
         paths = [str(path.relative_to(folder)) for path in Path(folder_path).rglob("*") if path.is_file()]
         uploaded.extend(filter_repo_objects(paths, allow_patterns=allow_patterns))
 
-    values = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "hub_token": TOKEN, "hub_model_id": "me/adapter"}
+    values = {"max_steps": 4, "save_steps": 2, "eval_steps": 2, "hub_model_id": "me/adapter"}
     args_json = write_json(folder.parent / "args.json", folder, push_to_hub=True, weight_decay=0.25, **values)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
         patch.setattr(HfApi, "upload_folder", upload_folder)
         patch.setattr(Trainer, "init_hf_repo", lambda self, **_: setattr(self, "hub_model_id", "me/adapter"))
         flags = flags_of(args_json, tiny_checkpoint, f"{train_file}:2", dev_file, "--lora_rank", 2)
@@ -52,9 +56,10 @@ def folder(tiny_checkpoint, train_file, dev_file, tmp_path_factory, uploaded) ->
 
 def test_exactly_the_adapter_is_uploaded(folder, uploaded):
     assert sorted(uploaded) == sorted(UPLOADED)
-    assert (folder / "checkpoint-2").is_dir() and (folder / "training_args.bin").is_file()
-    assert TOKEN.encode() in (folder / "training_args.bin").read_bytes()  # why it must stay here
-    assert not [name for name in uploaded if TOKEN.encode() in (folder / name).read_bytes()]
+    assert (folder / "checkpoint-2" / RUN_FILE).is_file() and not (folder / LOCK_FILE).exists()
+    assert str(folder).encode() in (folder / "training_args.bin").read_bytes()  # why it must stay here
+    files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert not [content for content in files if TOKEN.encode() in content]
 
 
 def test_head_of_the_card_is_what_the_hub_reads(folder):
@@ -107,12 +112,13 @@ def test_an_adapter_without_a_card_gets_none(tmp_path):
 def test_base_model_is_named_if_its_path_is_a_name_on_the_hub(tmp_path, monkeypatch, path, base_model):
     monkeypatch.chdir(tmp_path)
     setup = read_training_args(str(write_json(tmp_path / "args.json", tmp_path / "out")))
-    args = FinetuneArguments(model_name_or_path=path, prompt_text="写广告：")
-    write_model_card(tmp_path, args, setup, [], [])
+    args = FinetuneArguments(model_name_or_path=path, prompt_text="写广告：", init_adapter="/models/of/me/first")
+    write_model_card(tmp_path, args, setup, LoraSettings(rank=8), [], [])
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == base_model and "/of/me" not in str(card)
     assert (f"base_model:adapter:{path}" in card.data.tags) == (base_model is not None)
     assert "--prompt_text '写广告：'" in card.text and "loss.png" not in card.text
+    assert "| init_adapter | first |\n" in card.text and "| lora_rank | 8 |\n" in card.text
 
 
 def test_paths_are_shown_without_the_folders_above(tmp_path, monkeypatch):
@@ -135,6 +141,6 @@ def test_failed_upload_says_where_the_adapter_is(monkeypatch):
         raise RuntimeError("no route to host")
 
     monkeypatch.setattr(HfApi, "upload_folder", fail)
-    args = SimpleNamespace(hub_token=None, hub_revision=None, output_dir="saved_files/x")
+    args = SimpleNamespace(hub_revision=None, output_dir="saved_files/x")
     with pytest.raises(TrainingStopped, match=r"is in saved_files/x, but its upload to me/x failed: no route"):
         QLoRATrainer.push_to_hub(SimpleNamespace(args=args, hub_model_id="me/x"))
