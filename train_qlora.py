@@ -52,6 +52,7 @@ def train(args: FinetuneArguments):
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     from qlora.training.checkpoints import check_output_dir
     from qlora.training.curves import draw_losses
+    from qlora.training.model_card import PICTURE, data_files, write_model_card
     from qlora.training.preflight import run_preflight
     from qlora.training.preflight_report import describe
     from qlora.training.run_lock import lock_output_dir
@@ -68,12 +69,16 @@ def train(args: FinetuneArguments):
     with message_instead_of_traceback(TrainingStopped), lock_output_dir(output_dir):
         with message_instead_of_traceback():
             check_output_dir(output_dir, preflight.resume_from)  # a run may have ended there since the first check
+            files = data_files(args, preflight.train_samples, preflight.eval_samples) if is_main_process() else []
             trainer = prepare(preflight)
         trainer.train(resume_from_checkpoint=preflight.resume_from)
         trainer.save_model()
         if trainer.is_world_process_zero():
             with message_instead_of_traceback():
-                draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
+                draw_losses({output_dir.name: trainer.state.log_history}, output_dir / PICTURE)
+                write_model_card(output_dir, args, preflight.setup, preflight.lora, files, trainer.state.log_history)
+                if trainer.args.push_to_hub:
+                    trainer.push_to_hub()
             logger.info("The adapter is in %s", output_dir)
 
 

@@ -1,7 +1,9 @@
 """Score the answers of the base model and of the adapter to a file of data rows: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L.
+Or see with --general how far training moved the answers to prompts of other kinds.
 
     python scripts/evaluate_qlora.py                            # greedy, on data/dev.jsonl
     python scripts/evaluate_qlora.py --protocol published       # sampling and length limits of the official evaluation
+    python scripts/evaluate_qlora.py --general                  # 60 general prompts: what the model may have forgotten
 
 Writes predictions.jsonl, metrics.json and summary.html. After an interruption the same command continues.
 """
@@ -20,6 +22,8 @@ from qlora.evaluation.protocols import PROTOCOLS, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizer
 
+    from qlora.evaluation.general import Task
+
 
 @dataclass
 class EvaluationArguments:
@@ -33,7 +37,11 @@ class EvaluationArguments:
         default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}
     )
     data_path: str = field(
-        default_factory=lambda: in_repository("data/dev.jsonl"), metadata={"help": "Rows to answer, one JSON a line."}
+        default_factory=lambda: in_repository("data/dev.jsonl"),
+        metadata={"help": "Rows to answer, one JSON a line; with --general those that show the task's outputs."},
+    )
+    general: bool = field(
+        default=False, metadata={"help": "Answer the prompts of data/general.jsonl, and compare the answers."}
     )
     protocol: str = field(
         default="greedy",
@@ -43,7 +51,10 @@ class EvaluationArguments:
         },
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the results; by default evaluation_<protocol> beside the adapter."}
+        default=None,
+        metadata={
+            "help": "Folder for the results; by default evaluation_<protocol> or general_<protocol> in the adapter's."
+        },
     )
     prompt_text: str = field(default="", metadata={"help": "Text put before every instruction, as in training."})
     max_prompts: int | None = field(default=None, metadata={"help": "Answer only the first so many rows."})
@@ -62,17 +73,19 @@ def main():
     set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(EvaluationArguments)
-        check_metric_libraries()
+        if not args.general:
+            check_metric_libraries()
     evaluate(args)
 
 
 def evaluate(args: EvaluationArguments):
-    """Generates the missing answers, scores all answers and writes the results."""
+    """Generates the missing answers, compares all answers and writes the results."""
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     import torch
 
     from qlora.adapter import base_model_path, load_adapter, read_adapter
     from qlora.checkpoint import check_checkpoint
+    from qlora.evaluation.general import GENERAL_PROMPTS, read_task
     from qlora.evaluation.predictions import digest, resume_predictions
     from qlora.loading import (
         check_hardware,
@@ -80,15 +93,18 @@ def evaluate(args: EvaluationArguments):
         load_quantized_model,
         load_tokenizer,
     )
+    from qlora.training.model_card import add_section
 
     with message_instead_of_traceback():
-        folder = Path(args.output_dir or f"{args.adapter_path}/evaluation_{args.protocol}")
+        kind = "general" if args.general else "evaluation"
+        folder = Path(args.output_dir or f"{args.adapter_path}/{kind}_{args.protocol}")
         adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
         read_adapter(args.adapter_path)  # a mistake in it is reported before anything is loaded
         base_path = args.model_name_or_path or base_model_path(args.adapter_path)
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         tokenizer = load_tokenizer(base_path)
-        rows = read_samples(args, tokenizer, PROTOCOLS[args.protocol].max_reference_tokens)
+        task = read_task(args.data_path) if args.general else None
+        rows = read_general(args) if args.general else read_samples(args, tokenizer)
         settings = {  # everything that the answers depend on
             "protocol": args.protocol,
             **asdict(PROTOCOLS[args.protocol]),
@@ -96,7 +112,7 @@ def evaluate(args: EvaluationArguments):
             "batch_size": args.batch_size,
             "compute_dtype": str(compute_dtype).removeprefix("torch."),
             "model_name_or_path": base_path,
-            "data_path": args.data_path,
+            "data_path": f"data/{GENERAL_PROMPTS.name}" if args.general else args.data_path,
             "adapter_digest": digest(*adapter),
             "rows_digest": digest(json.dumps(rows).encode()),
         }
@@ -111,13 +127,25 @@ def evaluate(args: EvaluationArguments):
         except torch.OutOfMemoryError as error:
             reason = f"{args.batch_size} prompts at once are too many, lower --batch_size: {error}"
             raise SystemExit(f"error: {reason}") from None
-    summarize(folder, settings, predictions)
+    if task:
+        section = summarize_general(folder, settings, predictions, args.data_path, task)
+    else:
+        section = summarize(folder, settings, predictions)
+    if folder.resolve().parent == Path(args.adapter_path).resolve():
+        with message_instead_of_traceback():
+            add_section(Path(args.adapter_path), *section)
 
 
-def read_samples(
-    args: EvaluationArguments, tokenizer: "PreTrainedTokenizer", max_reference_tokens: int | None
-) -> list[dict]:
-    """Prompt and reference of each row; `max_reference_tokens` is the limit of a reference, None for no limit."""
+def read_general(args: EvaluationArguments) -> list[dict]:
+    """The general prompts: `category`, `prompt` and, where there is one right answer, `expected`."""
+    from qlora.evaluation.general import read_general_prompts
+
+    rows = read_general_prompts()[: args.max_prompts]
+    return [row | {"prompt": args.prompt_text + row.pop("instruction")} for row in rows]
+
+
+def read_samples(args: EvaluationArguments, tokenizer: "PreTrainedTokenizer") -> list[dict]:
+    """Prompt and reference of each row."""
     from chatglm.chat import build_prompt
     from qlora.data.rows import read_rows
     from qlora.evaluation.predictions import reference_text
@@ -125,7 +153,7 @@ def read_samples(
     return [
         {
             "prompt": args.prompt_text + build_prompt(row["query"], row["history"]),
-            "reference": reference_text(tokenizer, row["answer"], max_reference_tokens),
+            "reference": reference_text(tokenizer, row["answer"], PROTOCOLS[args.protocol].max_reference_tokens),
         }
         for row in list(read_rows(args.data_path))[: args.max_prompts]
     ]
@@ -156,11 +184,16 @@ def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predic
             predictions.update({row["index"]: row for row in batch})
 
 
-def summarize(folder: Path, settings: dict, predictions: dict[int, dict]):
-    """Scores all answers, writes the three files and prints the mean scores."""
+def summarize(folder: Path, settings: dict, predictions: dict[int, dict]) -> tuple[str, str, dict[str, float]]:
+    """Scores all answers, writes the three files and prints the mean scores.
+
+    Returns:
+        Name, text and scores of a section for the adapter's card.
+    """
     from qlora.atomic import write_json
     from qlora.evaluation.page import MODELS, render_page
     from qlora.evaluation.predictions import METRICS_FILE, write_predictions
+    from qlora.training.model_card import shown_path
 
     for row in predictions.values():
         row["scores"] = {model: score(row[model], row["reference"]) for model in MODELS}
@@ -174,6 +207,39 @@ def summarize(folder: Path, settings: dict, predictions: dict[int, dict]):
     for model, label in MODELS.items():
         print(f"{label:<12}" + "".join(f"{means[model][name]:10.2f}" for name in METRICS))
     print(f"Wrote {folder}/summary.html, metrics.json and predictions.jsonl")
+    lines = [["", *(name.upper() for name in METRICS)], ["---", *["---:"] * len(METRICS)]]
+    lines += [[label, *(f"{means[model][name]:.2f}" for name in METRICS)] for model, label in MODELS.items()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    name = f"Evaluation on {shown_path(settings['data_path'])}, {settings['protocol']} protocol"
+    return name, f"{len(rows)} samples, scores in percent.\n\n{table}", means["adapter"]
+
+
+def summarize_general(
+    folder: Path, settings: dict, predictions: dict[int, dict], data_path: str, task: "Task"
+) -> tuple[str, str]:
+    """Measures how far the answers moved, writes the three files and prints the table.
+
+    Returns:
+        Name and text of a section for the adapter's card.
+    """
+    from qlora.atomic import write_json
+    from qlora.evaluation.general import compare, format_table, summarize_categories
+    from qlora.evaluation.page import render_general_page
+    from qlora.evaluation.predictions import METRICS_FILE, write_predictions
+
+    for row in predictions.values():
+        row["measures"] = compare(row, task)
+    write_predictions(folder, predictions)
+    rows = [predictions[index] for index in sorted(predictions)]
+    table = summarize_categories(rows)
+    found = {"data_path": data_path, "threshold": task.threshold}
+    write_json(folder / METRICS_FILE, {"settings": settings, "task": found, "categories": table})
+    title = f"{settings['data_path']} · {settings['protocol']}"
+    page = render_general_page(title, settings | {"task": data_path}, table, rows)
+    (folder / "summary.html").write_text(page, encoding="utf-8")
+    print(format_table(table))
+    print(f"Wrote {folder}/summary.html, metrics.json and predictions.jsonl")
+    return f"Answers to general prompts, {settings['protocol']} protocol", format_table(table)
 
 
 if __name__ == "__main__":

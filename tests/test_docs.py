@@ -21,6 +21,7 @@ from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.data.rows import read_rows
 from qlora.loading import load_quantized_model
 from qlora.training.preflight_report import show_sample
+from qlora.training.training_args import read_training_args
 
 READMES = ("README.md", "README_zh.md")
 PAGES = sorted(str(path.relative_to(ROOT)) for part in ("*.md", "docs/*.md", "data/*.md") for path in ROOT.glob(part))
@@ -114,6 +115,23 @@ def test_readme_is_short(page):
 def test_json_is_the_shipped_one(page):
     (shown,) = [body for body in blocks(page, "json") if "output_dir" in body]
     assert shown.strip() == (ROOT / "chatGLM_6B_QLoRA.json").read_text(encoding="utf-8").strip()
+
+
+@pytest.mark.parametrize("page", ["docs/guide.md", "docs/guide_zh.md"])
+def test_settings_and_snippets_of_the_guide_work(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (settings,) = [body for body in blocks(page, "json") if "output_dir" in body]
+    Path("my.json").write_text(settings, encoding="utf-8")
+    read_training_args("my.json")
+    Path("rows.jsonl").write_text(example_rows(page), encoding="utf-8")
+    assert len(list(read_rows("rows.jsonl"))) == 3
+    Path("answers.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c", "answer": " "}\n')
+    labels = Path("saved_files/my_adapter/evaluation_greedy/predictions.jsonl")
+    labels.parent.mkdir(parents=True)
+    labels.write_text('{"base": "a", "adapter": "b ", "reference": "b"}\n')
+    for snippet in blocks(page, "python"):
+        exec(compile(snippet, page, "exec"), {})
+    assert len(list(read_rows("self.jsonl"))) == 32 and len(list(read_rows("general.jsonl"))) == 1
 
 
 def example_rows(page: str) -> str:

@@ -1,18 +1,23 @@
-"""The results of an evaluation as an HTML page: mean scores, histograms, best and worst samples."""
+"""The results of an evaluation as an HTML page.
+
+Of a scored one: mean scores, histograms, best and worst samples. Of general prompts: the table, and all answers.
+"""
 
 import io
+from typing import Any
 
-from jinja2 import Environment
+from jinja2 import DictLoader, Environment
 from matplotlib.figure import Figure
 
 from chatglm.chat import clean_response
+from qlora.evaluation.general import COLUMNS, cells
 from qlora.evaluation.metrics import METRICS
 
 SORTED_BY = "rouge-l"
 MODELS = {"base": "微调前 Before", "adapter": "微调后 After"}
 COLOURS = {"base": "#8a8f98", "adapter": "#2563eb"}
 
-PAGE = """<!DOCTYPE html>
+LAYOUT = """<!DOCTYPE html>
 <html lang="zh-CN">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -27,10 +32,17 @@ PAGE = """<!DOCTYPE html>
   .sample { border: 1px solid #d0d7de; border-radius: .5rem; padding: .2rem 1rem; margin: 1rem 0; }
   dt { color: #59636e; font-size: .85rem; } dd { margin: 0 0 .6rem; white-space: pre-wrap; overflow-wrap: anywhere; }
   svg { max-width: 100%; height: auto; }
+  .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
 </style>
 <h1>{{ title }}</h1>
 <p class="settings">{% for name, value in settings.items() %}{{ name }} = {{ value }}{{ "" if loop.last else " · " }}
 {%- endfor %}</p>
+{% block results %}{% endblock %}
+</html>
+"""
+
+SCORES = """{% extends "layout" %}
+{% block results %}
 <table class="means">
 <tr><th>{{ count }} 个样本 samples</th>{% for name in metrics %}<th>{{ name | upper }}</th>{% endfor %}</tr>
 {% for model, label in models.items() -%}
@@ -52,7 +64,30 @@ PAGE = """<!DOCTYPE html>
 </dl></div>
 {% endfor %}
 {% endfor %}
-</html>
+{% endblock %}
+"""
+
+GENERAL = """{% extends "layout" %}
+{% block results %}
+<table class="means">
+<tr><th>category</th>{% for heading in columns %}<th>{{ heading }}</th>{% endfor %}</tr>
+{% for category, row in table.items() -%}
+<tr><th>{{ category }}</th>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor -%}
+</table>
+{% for sample in predictions %}
+<div class="sample"><dl>
+<dt>{{ sample.category }} · ROUGE-L {{ "%.0f" | format(sample.measures.rouge_l) }}
+{{- " · 变成训练任务 turned into the task" if sample.measures.turned }}</dt><dd>{{ sample.prompt }}</dd>
+{% if sample.expected %}<dt>应含 Expected</dt><dd>{{ sample.expected }}</dd>{% endif %}
+</dl><dl class="pair">
+{% for model, label in models.items() -%}
+<div><dt>{{ label }}{% if sample.expected %} {{ "✓" if sample.measures["right_" ~ model] else "✗" }}{% endif %}</dt>
+<dd>{{ (sample[model] | clean) or "（空 empty）" }}</dd></div>
+{% endfor -%}
+</dl></div>
+{% endfor %}
+{% endblock %}
 """
 
 
@@ -71,12 +106,31 @@ def render_page(title: str, settings: dict, means: dict, predictions: list[dict]
         f"最好的回答 Best answers after fine-tuning, by {SORTED_BY.upper()}": ranked[:shown],
         "最差的回答 Worst answers": ranked[shown:][: -shown - 1 : -1],
     }
-    environment = Environment(autoescape=True)
-    environment.filters["clean"] = clean_response
-    return environment.from_string(PAGE).render(
+    return render(
+        SCORES,
         **{"title": title, "settings": settings, "means": means, "count": len(predictions), "sections": sections},
-        **{"metrics": METRICS, "models": MODELS, "histograms": draw_histograms(predictions)},
+        **{"metrics": METRICS, "histograms": draw_histograms(predictions)},
     )
+
+
+def render_general_page(title: str, settings: dict, table: dict, predictions: list[dict]) -> str:
+    """The text of the HTML page of general prompts.
+
+    Args:
+        title: heading of the page.
+        settings: of the evaluation, name -> value.
+        table: as `summarize_categories` returns it.
+        predictions: dicts with `category`, `prompt`, `base`, `adapter`, `measures`, and `expected` where there is one.
+    """
+    texts = {category: cells(row) for category, row in table.items()}
+    return render(GENERAL, title=title, settings=settings, table=texts, predictions=predictions, columns=COLUMNS)
+
+
+def render(template: str, **values: Any) -> str:
+    """A template within the layout, with everything escaped."""
+    environment = Environment(autoescape=True, loader=DictLoader({"layout": LAYOUT}))
+    environment.filters["clean"] = clean_response
+    return environment.from_string(template).render(models=MODELS, **values)
 
 
 def draw_histograms(predictions: list[dict]) -> str:

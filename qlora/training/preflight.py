@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 ADAPTER_BYTES = 4  # of a trained parameter in a saved adapter, fp32
 OPTIMIZER_BYTES = 12  # of a trained parameter in a saved optimizer: at most three moments (AdEMAMix), fp32
-STATE_BYTES = 2**20  # of the other files of a checkpoint: schedule, states of the random generators, model card, ...
+STATE_BYTES = 2**20  # of other files, each time: schedule, random generators' states, model card, loss.png, ...
 OPTIMIZER_KEYS = ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
 LOG_BYTES = 2**10  # of an entry of the log, in trainer_state.json and for TensorBoard
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 from accelerate.utils import AutocastKwargs
+from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -34,6 +35,7 @@ from qlora.training.checkpoints import (
     resume_advice,
     staging_dir,
 )
+from qlora.training.model_card import UPLOADED
 from qlora.training.same_run import RUN_FILE
 from qlora.training.step_check import Step, StepCheck, name_rows
 from qlora.training.stopping import StopOnSignal
@@ -374,5 +376,24 @@ class QLoRATrainer(Trainer):
         # No process may exit before the adapter is published. Also, gloo's threads release tensors after a collective
         # operation, and abort if the interpreter is being finalized.
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save")
+
+    def push_to_hub(self, commit_message: str = "The adapter") -> None:
+        """Uploads the adapter as `save_model` wrote it, with tokenizer, model card and loss curves.
+
+        Nothing else in the folder is uploaded: checkpoints are large, and training_args.bin has this machine's paths.
+
+        Raises:
+            TrainingStopped: the upload failed.
+        """
+        try:
+            HfApi().upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=self.args.output_dir,
+                allow_patterns=list(UPLOADED),
+                commit_message=commit_message,
+                revision=self.args.hub_revision,
+            )
+        except Exception as error:  # of the network, in the classes of another library: the adapter is saved anyway
+            raise TrainingStopped(
+                f"the adapter is in {self.args.output_dir}, but its upload to {self.hub_model_id} failed: {error}"
+            ) from error

@@ -1,15 +1,18 @@
 """scripts/evaluate_qlora.py and its modules: an interrupted evaluation gives the results of an uninterrupted one."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, add_random_lora, import_script, write_rows
+from huggingface_hub import ModelCard
 
 from qlora import loading
 from qlora.adapter import load_adapter
+from qlora.evaluation.general import compare, format_table, read_general_prompts, read_task, summarize_categories
 from qlora.evaluation.metrics import METRICS, mean_scores, score
 from qlora.evaluation.page import render_page
 from qlora.evaluation.predictions import reference_text
@@ -80,6 +83,20 @@ def test_every_row_is_answered_twice_and_scored(run, tmp_path, sample_rows, prot
     assert f"{metrics['adapter']['rouge-l']:.2f}" in capsys.readouterr().out
     page = (tmp_path / "summary.html").read_text(encoding="utf-8")
     assert page.count('<div class="sample">') == 10 and "<svg" in page and f"{metrics['base']['rouge-1']:.2f}" in page
+
+
+def test_scores_beside_an_adapter_are_added_to_its_card(run, adapter, tmp_path):
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    run(copy / "evaluation_greedy", "--adapter_path", copy, "--max_prompts", 2)
+    run(copy / "general_greedy", "--adapter_path", copy, "--max_prompts", 2, "--general")
+    card, metrics = ModelCard.load(copy / "README.md"), read_metrics(copy / "evaluation_greedy")
+    scores = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert scores == {name.upper(): round(value, 2) for name, value in metrics["adapter"].items()}
+    assert f"| {metrics['base']['rouge-l']:.2f} |" in card.text
+    assert "## Answers to general prompts, greedy protocol" in card.text
+    unchanged = (adapter / "README.md").read_bytes()
+    run(tmp_path / "elsewhere", "--max_prompts", 2)
+    assert (adapter / "README.md").read_bytes() == unchanged
 
 
 def test_rerun_answers_only_the_missing_rows(run, tmp_path, monkeypatch):
@@ -175,6 +192,27 @@ def test_greedy_answers_are_those_of_inference(run, tmp_path, script, adapter, t
         with model.disable_adapter() if off else torch.no_grad():
             ids = model.generate(**batch, max_new_tokens=12, do_sample=False)[0, batch["input_ids"].shape[1] :]
         assert tokenizer.decode(ids, skip_special_tokens=True) == row[name]
+
+
+def test_general_prompts_are_answered_compared_and_resumed(run, tmp_path, monkeypatch, script, data, capsys):
+    monkeypatch.setattr(script, "check_metric_libraries", None)  # not needed here, and so not called
+    monkeypatch.setattr(script, "score", None)
+    run(tmp_path, "--general", "--max_prompts", 6)
+    predictions, metrics = read_predictions(tmp_path), read_metrics(tmp_path)
+    prompts = read_general_prompts()[:6]
+    assert [row["prompt"] for row in predictions] == [row["instruction"] for row in prompts]
+    assert all(row["measures"] == compare(row, read_task(str(data))) for row in predictions)
+    assert metrics["categories"] == summarize_categories(predictions) and metrics["categories"]["all"]["prompts"] == 6
+    assert format_table(summarize_categories(predictions)) in capsys.readouterr().out
+    assert (tmp_path / "summary.html").read_text(encoding="utf-8").count('<div class="sample">') == 6
+    path = tmp_path / "predictions.jsonl"
+    path.write_bytes(path.read_bytes()[:-30])  # its last batch is answered again
+    run(tmp_path, "--general", "--max_prompts", 6)
+    assert (read_predictions(tmp_path), read_metrics(tmp_path)) == (predictions, metrics)
+    monkeypatch.setattr(loading, "load_quantized_model", None)  # everything is answered: another task only compares
+    run(tmp_path, "--general", "--max_prompts", 6, "--data_path", ROOT / "data" / "dev.jsonl")
+    with pytest.raises(SystemExit, match="the rows are not the same"):
+        run(tmp_path, "--general", "--max_prompts", 5)
 
 
 def test_references_are_cut_like_those_of_the_official_evaluation(genuine_tokenizer):
