@@ -41,6 +41,7 @@ NOT_SHOWN = (  # names that begin so: paths, tokens, and what has no effect on t
     "compute_dtype",  # shown as what it came to
     "dataloader_",
     "ddp_",
+    "do_",
     "eval_data_path",
     "fp16",
     "hub_",
@@ -85,8 +86,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("THUDM/chatglm-6b")
-model = AutoModelForCausalLM.from_pretrained("THUDM/chatglm-6b", dtype=torch.bfloat16, device_map="cuda")
+tokenizer = AutoTokenizer.from_pretrained("{{ base }}")
+model = AutoModelForCausalLM.from_pretrained("{{ base }}", dtype=torch.bfloat16, device_map="cuda")
 model = PeftModel.from_pretrained(model, "saved_files/{{ name }}").eval()
 reply, history = model.chat(tokenizer, "你好")
 ```
