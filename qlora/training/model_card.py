@@ -34,7 +34,8 @@ NOT_SHOWN = (  # names that begin so: paths, and what has no effect on the resul
     *MAY_CHANGE,
     "bf16",
     "check",
-    "compute_dtype",
+    "compute_dtype",  # shown as what it came to
+    "dry_run",
     "eval_data_path",
     "fp16",
     "init_adapter",
@@ -72,8 +73,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("THUDM/chatglm-6b")
-model = AutoModelForCausalLM.from_pretrained("THUDM/chatglm-6b", dtype=torch.bfloat16, device_map="cuda")
+tokenizer = AutoTokenizer.from_pretrained("{{ base }}")
+model = AutoModelForCausalLM.from_pretrained("{{ base }}", dtype=torch.bfloat16, device_map="cuda")
 model = PeftModel.from_pretrained(model, "saved_files/{{ name }}").eval()
 reply, history = model.chat(tokenizer, "你好")
 ```

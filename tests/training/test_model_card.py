@@ -107,7 +107,12 @@ def test_an_adapter_without_a_card_gets_none(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "base_model"),
-    [("THUDM/chatglm-6b", "THUDM/chatglm-6b"), ("../THUDM/chatglm-6b", None), ("/models/of/me/chatglm", None)],
+    [
+        ("THUDM/chatglm-6b", "THUDM/chatglm-6b"),
+        ("my/merged", "my/merged"),
+        ("../THUDM/chatglm-6b", None),
+        ("/models/of/me/chatglm", None),
+    ],
 )
 def test_base_model_is_named_if_its_path_is_a_name_on_the_hub(tmp_path, monkeypatch, path, base_model):
     monkeypatch.chdir(tmp_path)
@@ -117,6 +122,7 @@ def test_base_model_is_named_if_its_path_is_a_name_on_the_hub(tmp_path, monkeypa
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == base_model and "/of/me" not in str(card)
     assert (f"base_model:adapter:{path}" in card.data.tags) == (base_model is not None)
+    assert f'AutoModelForCausalLM.from_pretrained("{base_model or Path(path).name}"' in card.text
     assert "--prompt_text '写广告：'" in card.text and "loss.png" not in card.text
     assert "| init_adapter | first |\n" in card.text and "| lora_rank | 8 |\n" in card.text
 
