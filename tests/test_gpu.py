@@ -158,7 +158,7 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(dtype, shape):
 
 
 @DTYPES
-@pytest.mark.parametrize("past", [0, 1, 300, 2000])
+@pytest.mark.parametrize("past", [0, 1, 300, 2000, [2000, 0, 65]])  # for all rows, or one a row
 def test_decoding_step_of_attention(dtype, past):
     from glm_kernels.decode_attention import decode_attention
 
@@ -169,13 +169,14 @@ def test_decoding_step_of_attention(dtype, past):
     visible = torch.rand(B, S, device="cuda") < 0.8
     query, key, value = split_and_rotate(projected, *tables, D)
     all_keys, all_values = keys.float(), values.float()
-    all_keys[:, :, past], all_values[:, :, past] = key[:, 0], value[:, 0]
-    mask = visible & (torch.arange(S, device="cuda") < past) | (torch.arange(S, device="cuda") == past)
+    position, index = torch.tensor(past, device="cuda").expand(B), torch.arange(S, device="cuda")
+    all_keys[range(B), :, position], all_values[range(B), :, position] = key[:, 0].float(), value[:, 0].float()
+    mask = visible & (index < position[:, None]) | (index == position[:, None])
     expected = F.scaled_dot_product_attention(
         query.transpose(1, 2).float(), all_keys, all_values, attn_mask=mask[:, None, None]
     )
     flat = (table.reshape(-1, D) for table in tables)
-    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor([past], device="cuda"))
+    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor(past, device="cuda"))
     assert relative_error(found, expected[:, :, 0].flatten(1)) < 2 * ROUNDING[dtype]
     assert relative_error(keys, all_keys) < ROUNDING[dtype]
 
