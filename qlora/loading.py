@@ -225,12 +225,20 @@ def base_model_path(adapter_path: str) -> str:
     return adapter_config(adapter_path).base_model_name_or_path
 
 
-def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+def load_adapters(model: PreTrainedModel, paths: list[str]) -> PreTrainedModel | PeftModel:
+    """Adds trained adapters to the model, in this order; errors as for `load_adapter`."""
+    for number, path in enumerate(paths):
+        model = load_adapter(model, path, f"adapter_{number}")
+    return model
+
+
+def load_adapter(model: PreTrainedModel | PeftModel, path: str, name: str = "default") -> PeftModel:
     """Adds a trained adapter to the model.
 
     Args:
-        model: the base model.
+        model: the base model, or one with other adapters, of which the first stays the active one.
         path: of the adapter's folder.
+        name: by which peft knows the adapter.
     Raises:
         FileNotFoundError: there is no adapter.
         ValueError: it is damaged, does not fit the model's shapes, or is merged into the model already.
@@ -247,8 +255,11 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
             "twice. Give the model it was trained on with --model_name_or_path."
         )
     try:
-        model = PeftModel.from_pretrained(model, path)
-        fits = shapes(get_peft_model_state_dict(model)) == shapes(weights)
+        if isinstance(model, PeftModel):
+            model.load_adapter(path, name)
+        else:
+            model = PeftModel.from_pretrained(model, path, name)
+        fits = shapes(get_peft_model_state_dict(model, adapter_name=name)) == shapes(weights)
     except (RuntimeError, ValueError):
         fits = False
     if not fits:

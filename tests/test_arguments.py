@@ -232,7 +232,7 @@ def test_sampling_is_the_official_one_by_default():
 
 
 def test_adapter_none_is_no_adapter():
-    assert parse("--adapter_path", "none", kind=InferenceArguments).adapter_path is None
+    assert parse("--adapter_path", "none", kind=InferenceArguments).adapter_path == []
     with pytest.raises(ValueError, match=r"--web compares a model with and without an adapter; .*--chat"):
         parse("--adapter_path", "none", "--web", kind=InferenceArguments)
 
