@@ -258,6 +258,31 @@ def test_graph_generates_the_tokens_of_plain_steps(model, tokenizer):
     assert torch.equal(*tokens)
 
 
+def test_graphs_of_slots_generate_the_tokens_of_plain_steps(model, tokenizer):
+    from qlora.inference.slots import Slots, Task
+
+    replace_layers(model.eval(), for_training=False)
+    prompts = [tokenizer(text)["input_ids"] for text in ("类型#裙", "类型#裤*风格#简约", "白色的上衣")]
+    settings = [{}, {"temperature": 1.5, "seed": 3}, {"adapter": 0}]
+    tasks = [Task(prompt, 60, **setting) for prompt, setting in zip(prompts, settings, strict=True)]
+    tokens = []
+    for graphed in (False, True):
+        slots = Slots(model, count=4, top_k=50)
+        if not graphed:
+            slots.steps = {n: slots.step_of(n) for n in slots.steps}
+        slots.begin({0: tasks[0]})
+        found = [slots.generate(highest_slot=0)[0]]  # one row
+        slots.begin({1: tasks[1], 3: tasks[2]})
+        for _ in range(20):
+            found += slots.generate(highest_slot=3)[:2]
+        slots.end(0)
+        slots.begin({0: tasks[2]})
+        for _ in range(5):
+            found += slots.generate(highest_slot=3)
+        tokens.append(found)
+    assert tokens[0] == tokens[1]
+
+
 @pytest.fixture(scope="module")
 def plain_losses(checkpoint, train_file, tmp_path_factory) -> list[float]:
     return trained(checkpoint, train_file, tmp_path_factory.mktemp("plain"), "--plain")["loss"]

@@ -112,15 +112,14 @@ class Completer:
 
 
 async def events(progress: Progress, completion: Completion, include_usage: bool) -> AsyncIterator[str]:
-    """A streamed answer as server-sent events."""
-    shown = ""
+    """A streamed answer as server-sent events; the first comes with the first token, even if it shows no text yet."""
+    shown, first = "", True
     try:
-        yield event(completion.piece("", first=True))
         async for text, reason, usage in progress:
             longer = text.final() if reason else text.shown()
-            if len(longer) > len(shown):
-                yield event(completion.piece(longer[len(shown) :]))
-                shown = longer
+            if first or len(longer) > len(shown):
+                yield event(completion.piece(longer[len(shown) :], first=first))
+                shown, first = longer, False
             if reason:
                 yield event(completion.piece(None, reason))
                 if include_usage:

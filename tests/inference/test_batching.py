@@ -128,13 +128,18 @@ def test_tokens_in_slots_are_those_of_each_alone(model, monkeypatch, kernel):
     assert [tokens[:most] for tokens in found] == expected
 
 
-def test_slot_whose_end_is_reached_stays_there(tiny_model: ChatGLMForConditionalGeneration, monkeypatch):
+def test_slot_whose_end_is_reached_stays_there_until_it_is_free(
+    tiny_model: ChatGLMForConditionalGeneration, monkeypatch
+):
     monkeypatch.setattr(tiny_model.config, "max_sequence_length", 8)
     slots = Slots(tiny_model, count=2, top_k=0)
     slots.begin({1: Task([5, 6, 130, tiny_model.config.bos_token_id], 4)})
     for _ in range(4):
         slots.generate(highest_slot=1)
     assert slots.positions[:, 1].tolist() == [7, 7] and slots.positions[:, 0].tolist() == [0, 0]
+    slots.end(1)
+    slots.generate(highest_slot=1)
+    assert not slots.positions.any()
 
 
 # Drawing of tokens, each row with settings of its own.
