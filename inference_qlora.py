@@ -15,9 +15,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora.arguments import DEFAULT_MODEL, DEFAULT_PROMPT, InferenceArguments
+from qlora.arguments import DEFAULT_MODEL, DEFAULT_PROMPT, InferenceArguments, in_repository
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,39 +30,28 @@ EXAMPLES = Path(__file__).parent / "data" / "dev.jsonl"
 LABELS = {"prompt": "输入 Input: ", "base": "微调前 Before:", "adapter": "微调后 After: ", "answer": "回答 Answer:"}
 
 
+@one_line_on_interrupt()
 def main():
     set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(InferenceArguments)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        kept = f" The finished answers are in {args.output}." if args.output and Path(args.output).exists() else ""
-        raise SystemExit(f"\ninterrupted.{kept}") from None
-
-
-def run(args: InferenceArguments):
-    """Loads the model and answers, converses, or serves the page or the API."""
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     import torch
 
+    from qlora.adapter import base_model_path, load_adapters, read_adapter
     from qlora.checkpoint import check_checkpoint
     from qlora.inference.decoding import make_sampler
     from qlora.inference.serve_checks import check_serve
     from qlora.inference.web import Answerer, Page, check_web
     from qlora.layers.replacement import replace_layers
-    from qlora.loading import (
-        base_model_path,
-        check_hardware,
-        choose_compute_dtype,
-        load_adapters,
-        load_quantized_model,
-        load_tokenizer,
-    )
+    from qlora.loading import check_hardware, choose_compute_dtype, load_quantized_model, load_tokenizer
 
     with message_instead_of_traceback():
-        adapters_base = base_model_path(args.adapter_path[0]) if args.adapter_path else DEFAULT_MODEL
-        base_path = args.model_name_or_path or adapters_base
+        base_path = args.model_name_or_path or in_repository(DEFAULT_MODEL)
+        for path in args.adapter_path:
+            read_adapter(path)  # a mistake in it is reported before anything is loaded
+        if args.adapter_path:
+            base_path = args.model_name_or_path or base_model_path(args.adapter_path[0])
         prompts = read_all_prompts(args)
         check_output(args.output)
         if args.web:
@@ -143,11 +132,15 @@ def answer(
     prompts = [args.prompt_text + prompt for prompt in prompts]
     rows = compare_answers(model, tokenizer, prompts, args.max_new_tokens, sampler, args.batch_size)
     with open(args.output, "x", encoding="utf-8") if args.output else contextlib.nullcontext() as output:
-        for row in rows:
-            print("", *(f"{LABELS[name]} {text}" for name, text in row.items()), sep="\n", flush=True)
-            if output:
-                output.write(json.dumps(row, ensure_ascii=False) + "\n")
-                output.flush()
+        try:
+            for row in rows:
+                print("", *(f"{LABELS[name]} {text}" for name, text in row.items()), sep="\n", flush=True)
+                if output:
+                    output.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    output.flush()
+        except KeyboardInterrupt:
+            kept = f"; the finished answers are in {args.output}" if args.output else ""
+            raise KeyboardInterrupt(f"interrupted{kept}") from None
 
 
 def converse(

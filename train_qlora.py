@@ -3,6 +3,7 @@
     bash train.sh                                  # chatGLM_6B_QLoRA.json, data/train.jsonl, THUDM/chatglm-6b
     python train_qlora.py --train_args_json my.json --train_data_path my.jsonl --lora_rank 8
     bash train.sh --check                          # every check that needs no loaded model
+    bash train.sh --dry_run 3                      # three samples as the model will see them; needs no GPU
 
 The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` lists the rest.
 """
@@ -14,7 +15,14 @@ from typing import TYPE_CHECKING
 
 from qlora.arguments import FinetuneArguments
 from qlora.command_line import parse_command_line
-from qlora.errors import TrainingStopped, is_main_process, message_instead_of_traceback, set_up_logging
+from qlora.errors import (
+    TrainingStopped,
+    is_main_process,
+    message_instead_of_traceback,
+    one_line_on_interrupt,
+    set_up_logging,
+)
+from qlora.training.processes import end_with_parents, go_on_without_output
 
 if TYPE_CHECKING:
     from qlora.training.preflight import Preflight
@@ -23,7 +31,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("train_qlora")
 
 
+@one_line_on_interrupt()
 def main():
+    go_on_without_output()
+    end_with_parents()
     set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(FinetuneArguments)
@@ -39,41 +50,47 @@ def main():
 def train(args: FinetuneArguments):
     """Checks, loads, trains, saves."""
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
+    from qlora.training.checkpoints import check_output_dir
     from qlora.training.curves import draw_losses
     from qlora.training.preflight import run_preflight
     from qlora.training.preflight_report import describe
+    from qlora.training.run_lock import lock_output_dir
 
     with message_instead_of_traceback():
         preflight = run_preflight(args)
-        if args.check is not None and is_main_process():
+        is_report = args.check is not None or args.dry_run is not None
+        if is_report and is_main_process():
             print(describe(preflight))
         preflight.raise_problems()
-        if args.check is not None:
+        if is_report:
             return
-        trainer = prepare(preflight)
-    with message_instead_of_traceback(TrainingStopped):
+    output_dir = Path(preflight.setup.training_args.output_dir)
+    with message_instead_of_traceback(TrainingStopped), lock_output_dir(output_dir):
+        with message_instead_of_traceback():
+            check_output_dir(output_dir, preflight.resume_from)  # a run may have ended there since the first check
+            trainer = prepare(preflight)
         trainer.train(resume_from_checkpoint=preflight.resume_from)
         trainer.save_model()
-    if trainer.is_world_process_zero():
-        output_dir = Path(trainer.args.output_dir)
-        with message_instead_of_traceback():
-            draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
-        logger.info("The adapter is in %s", output_dir)
+        if trainer.is_world_process_zero():
+            with message_instead_of_traceback():
+                draw_losses({output_dir.name: trainer.state.log_history}, output_dir / "loss.png")
+            logger.info("The adapter is in %s", output_dir)
 
 
 def prepare(preflight: "Preflight") -> "QLoRATrainer":
     """From a checked run to the first step: 4-bit model, LoRA adapter, layers, memory plan."""
     import torch
 
+    from qlora.adapter import add_adapter
     from qlora.layers.replacement import replace_layers
-    from qlora.loading import add_lora, load_quantized_model
+    from qlora.loading import load_quantized_model
     from qlora.training.memory_plan import apply_plan, set_activation_checkpointing
     from qlora.training.trainer import QLoRATrainer
 
     args, (training_args, compute_dtype, recompute) = preflight.args, preflight.setup
     torch.manual_seed(training_args.seed)
     model = load_quantized_model(args.model_name_or_path, compute_dtype, preflight.config)
-    model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    model = add_adapter(model, preflight.lora, args.init_adapter)
     model.print_trainable_parameters()
 
     if args.plain:  # peft's and bitsandbytes' layers
@@ -88,6 +105,7 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
         model=model,
         args=training_args,
         max_tokens=None if args.plain else preflight.plan.max_tokens,
+        run=preflight.run,
         train_dataset=preflight.train_samples,
         eval_dataset=preflight.eval_samples,
         processing_class=preflight.tokenizer,

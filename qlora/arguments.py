@@ -1,13 +1,18 @@
-"""The flags of training and inference: everything but transformers' TrainingArguments, which the JSON holds.
+"""The flags of training and inference, and which fields of transformers' TrainingArguments are flags besides.
 
 Imports nothing that takes time, so that `--help` and a misspelt flag are answered at once.
 """
 
+import ast
+import importlib.util
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 from qlora.units import parse_size
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 COMPUTE_DTYPES = ("fp32", "fp16", "bf16")
 COMPUTE_DTYPE = {
     "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
@@ -19,7 +24,43 @@ DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#�
 LAYER_COUNTS = ("recompute_mlp", "recompute_attention", "dequantized_layers")
 PLAN_FLAGS = ("max_tokens", *LAYER_COUNTS, "offload")
 LOWEST_TEMPERATURE = 0.01  # at lower ones sampling is greedy but for overflows
+# Keys of older transformers and their present names.
+RENAMED_KEYS = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",  # a value below 1 is a fraction of all steps
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+}
 OLD_LAYER_COUNTS = {"kept_mlp": "recompute_mlp", "kept_attention": "recompute_attention"}  # they count the others
+
+
+class LoraSettings(NamedTuple):
+    """The settings of an adapter, in the order in which `add_lora` takes them."""
+
+    rank: int = 4
+    alpha: float = 32
+    dropout: float = 0.05
+    target_modules: list[str] = ["query_key_value"]
+
+
+def in_repository(path: str) -> str:
+    """A path that counts from the repository; relative if it is below the current folder, absolute elsewhere."""
+    full, here = REPOSITORY / path, Path.cwd()
+    return str(full.relative_to(here)) if full.is_relative_to(here) else str(full)
+
+
+def training_argument_names() -> list[str]:
+    """The fields of TrainingArguments in the installed transformers, from its source: its import takes seconds."""
+    transformers = importlib.util.find_spec("transformers")
+    if transformers is None or transformers.origin is None:
+        return []
+    source = Path(transformers.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    fields = [node.target for node in classes["TrainingArguments"].body if isinstance(node, ast.AnnAssign)]
+    return [*(target.id for target in fields if isinstance(target, ast.Name)), *RENAMED_KEYS, "group_by_length"]
 
 
 @dataclass
@@ -27,20 +68,20 @@ class FinetuneArguments:
     """What to fine-tune, on what, and the size of the adapter."""
 
     train_args_json: str = field(
-        default="chatGLM_6B_QLoRA.json", metadata={"help": "JSON file with transformers' TrainingArguments."}
+        default_factory=lambda: in_repository("chatGLM_6B_QLoRA.json"),
+        metadata={"help": "JSON file with transformers' TrainingArguments."},
     )
     model_name_or_path: str = field(
-        default=DEFAULT_MODEL, metadata={"help": "Folder with the files of THUDM/chatglm-6b."}
+        default_factory=lambda: in_repository(DEFAULT_MODEL),
+        metadata={"help": "Folder with the files of THUDM/chatglm-6b."},
     )
     train_data_path: list[str] = field(
-        default_factory=lambda: ["data/train.jsonl"],
+        default_factory=lambda: [in_repository("data/train.jsonl")],
         metadata={"help": "Training rows, one JSON a line; several files, with weights, as a.jsonl b.jsonl:0.5."},
     )
     eval_data_path: str | None = field(
-        default="data/dev.jsonl", metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."}
-    )
-    seed: int | None = field(
-        default=None, metadata={"help": "Random seed; takes the place of the JSON's.", "expert": True}
+        default_factory=lambda: in_repository("data/dev.jsonl"),
+        metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."},
     )
     max_input_length: int = field(
         default=512, metadata={"help": "Longest prompt in tokens, [gMASK] and <sop> included; the rest is cut."}
@@ -48,12 +89,26 @@ class FinetuneArguments:
     max_output_length: int = field(
         default=1536, metadata={"help": "Longest answer in tokens, <eop> included; the rest is cut."}
     )
-    lora_rank: int = field(default=4, metadata={"help": "Rank r of the adapter's matrices."})
-    lora_alpha: float = field(default=32, metadata={"help": "The adapter's output is scaled by lora_alpha / r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter's matrices, 0 to 1."})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Rank r of the adapter's matrices; by default 4, or that of --init_adapter."}
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "The output is scaled by lora_alpha / r; by default 32, or that of --init_adapter."},
+    )
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "Dropout before the adapter's matrices, 0 to 1.", "expert": True}
+    )
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["query_key_value"],
-        metadata={"help": "Linear layers with an adapter: query_key_value dense dense_h_to_4h dense_4h_to_h."},
+        default_factory=list,
+        metadata={
+            "help": "Layers with an adapter, of query_key_value dense dense_h_to_4h dense_4h_to_h; by default the "
+            "first, or those of --init_adapter."
+        },
+    )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Adapter folder to start from its values, with a new optimizer: to train on with new data."},
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder to continue from, or 'last' for the newest one."}
@@ -94,7 +149,7 @@ class FinetuneArguments:
             "expert": True,
         },
     )
-    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
+    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE | {"expert": True})
     plain: bool = field(
         default=False,
         metadata={
@@ -106,7 +161,14 @@ class FinetuneArguments:
         default=None,
         metadata={
             "help": "Check everything a run needs, show a sample, or as many as given, and stop.",
-            "aliases": ["--dry_run"],
+            "nargs": "?",
+            "const": 1,
+        },
+    )
+    dry_run: int | None = field(
+        default=None,
+        metadata={
+            "help": "Read the data, show a sample, or as many as given, and stop; needs a tokenizer, but no weights.",
             "nargs": "?",
             "const": 1,
         },
@@ -117,6 +179,41 @@ class FinetuneArguments:
     kept_attention: int | None = field(
         default=None, metadata={"help": "Use --recompute_attention, which counts the other layers.", "hidden": True}
     )
+    training_args: dict[str, list[str]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Any field of TrainingArguments is a flag, too, and takes the place of the JSON's: "
+            "--learning_rate 1e-4 --num_train_epochs 2 --output_dir my_adapter.",
+            "others": training_argument_names,
+        },
+    )
+
+    def lora_settings(self, of_adapter: LoraSettings | None = None) -> LoraSettings:
+        """The settings of the adapter to train: of the flags and, where they are not given, the defaults.
+
+        Args:
+            of_adapter: those of `--init_adapter`, which take the place of the defaults, except for the dropout.
+        Raises:
+            ValueError: a flag contradicts `--init_adapter`.
+        """
+        modules = sorted(set(self.lora_target_modules))
+        base = of_adapter or LoraSettings()
+        if of_adapter:
+            flags = {"rank": self.lora_rank, "alpha": self.lora_alpha, "target_modules": modules}
+            given = {name: value for name, value in flags.items() if value}
+            has = of_adapter._asdict()
+            different = [f"--lora_{name} is {v}, not {has[name]}" for name, v in given.items() if v != has[name]]
+            if different:
+                raise ValueError(
+                    f"{'; '.join(different)} as in --init_adapter {self.init_adapter}, which keeps its shape: leave "
+                    "these flags out."
+                )
+        return LoraSettings(
+            self.lora_rank or base.rank,
+            self.lora_alpha or base.alpha,
+            self.lora_dropout,
+            modules or base.target_modules,
+        )
 
     def fixed_plan(self, recompute: bool | None, num_layers: int) -> dict[str, int]:
         """The fields of the memory plan that were given, by flags or by the JSON's gradient checkpointing.
@@ -147,8 +244,11 @@ class FinetuneArguments:
 
     def __post_init__(self) -> None:
         problems = [*self.data_problems(), *self.adapter_problems(), *self.plan_problems()]
-        if self.check is not None and self.check < 0:
-            problems.append(f"--check is {self.check}; it must not be negative")
+        for name in ("check", "dry_run"):
+            if (getattr(self, name) or 0) < 0:
+                problems.append(f"--{name} is {getattr(self, name)}; it must not be negative")
+        if self.check is not None and self.dry_run is not None:
+            problems.append("--check shows what --dry_run shows, and more; give one of them")
         if problems:
             raise ValueError("; ".join(problems) + ".")
         if self.eval_data_path in ("none", ""):
@@ -170,10 +270,15 @@ class FinetuneArguments:
     def adapter_problems(self) -> list[str]:
         """What is wrong with the flags of the adapter."""
         problems = check_positive(self, "lora_rank")
-        if not 0 < self.lora_alpha < math.inf:
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             problems.append(f"--lora_alpha is {self.lora_alpha}; it must be a positive number")
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"--lora_dropout is {self.lora_dropout}; it must be at least 0 and below 1")
+        if self.init_adapter and self.resume_from_checkpoint:
+            problems.append(
+                "--init_adapter starts a new run from an adapter, --resume_from_checkpoint goes on with an earlier "
+                "run: give one of them"
+            )
         return problems
 
     def plan_problems(self) -> list[str]:
@@ -203,7 +308,7 @@ class InferenceArguments:
     """What to answer, with which adapter, and how."""
 
     adapter_path: list[str] = field(
-        default_factory=lambda: ["saved_files/chatGLM_6B_QLoRA_t32"],
+        default_factory=lambda: [in_repository("saved_files/chatGLM_6B_QLoRA_t32")],
         metadata={
             "help": "Folder of the trained adapter, or with --serve of several; 'none' to ask a base or merged model "
             "alone."

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -36,6 +36,7 @@ def publish_folder(source: Path, target: Path, replaced: Path | None = None):
         target: its final name, on the same file system.
         replaced: new name of an existing `target`; without it nothing may exist under this name.
     """
+    set_permissions(source.rglob("*"))
     flush(*source.rglob("*"), source)
     if replaced and target.exists():
         os.rename(target, replaced)
@@ -46,10 +47,20 @@ def publish_folder(source: Path, target: Path, replaced: Path | None = None):
 def publish_files(source: Path, target: Path):
     """Moves files into a folder, after they are on the disk; adapter_config.json, which marks an adapter, last."""
     files = sorted(source.iterdir(), key=lambda path: path.name == "adapter_config.json")
+    set_permissions(files)
     flush(*files)
     for path in files:
         os.replace(path, target / path.name)
     flush(target)
+
+
+def set_permissions(paths: Iterable[Path]):
+    """Gives files the permissions of any new file, since safetensors lets only the owner read; where there are any."""
+    umask = os.umask(0)  # can only be read by setting it
+    os.umask(umask)
+    for path in filter(Path.is_file, paths):
+        with contextlib.suppress(OSError):  # some file systems have no permissions
+            path.chmod(0o666 & ~umask)
 
 
 def flush(*paths: Path):

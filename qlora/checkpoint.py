@@ -1,6 +1,7 @@
 """Checks, before any weight is loaded, that a folder is a complete ChatGLM-6B checkpoint."""
 
 import json
+import math
 import zipfile
 from pathlib import Path
 
@@ -9,11 +10,14 @@ from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.trainer_pt_utils import safe_globals
 
-from chatglm import ChatGLMConfig
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
 HOW_TO_GET = 'Download all files of THUDM/chatglm-6b into it (README, "Weights"), or try `bash train.sh --demo`.'
 NF4 = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
+SIZES = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "max_sequence_length")
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id")
+Shape = tuple[int, ...]
 LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -24,7 +28,7 @@ WEIGHT_FILES = (
 
 
 def check_checkpoint(path: str) -> ChatGLMConfig:
-    """Checks that a folder has the configuration, the tokenizer and all weight files, each complete.
+    """Checks that a folder has the configuration, the tokenizer and all weight files, each complete and of its shape.
 
     Args:
         path: of a folder in the official format, with `.bin` or `.safetensors` weights, sharded or not.
@@ -33,21 +37,36 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
     Raises:
         FileNotFoundError: the folder, a file, or a shard named by the index is missing.
         ValueError: the folder has an adapter, another architecture, a damaged file, a Git LFS pointer in place of a
-            file, or a file that would run code when it is loaded.
+            file, a file that would run code when it is loaded, or weights that do not fit its configuration.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}. {HOW_TO_GET}")
+    folder = check_folder(path)
     check_no_adapter(folder)
     for name in ("config.json", *TOKENIZER_FILES):
         check_file(folder / name)
     config = read_config(folder)
+    shapes: dict[str, Shape] = {}
     for shard in weight_files(folder):
         check_file(shard)
         problem = file_problem(shard)
         if problem:
             raise ValueError(f"{shard} {problem}. Download it again, from a source that you trust.")
+        shapes |= stored_shapes(shard)
+    check_shapes(folder, config, shapes)
     return config
+
+
+def check_tokenizer(path: str):
+    """FileNotFoundError, ValueError: as `check_checkpoint`, for the files of the tokenizer alone."""
+    folder = check_folder(path)
+    for name in TOKENIZER_FILES:
+        check_file(folder / name)
+
+
+def check_folder(path: str) -> Path:
+    """The path of a folder; FileNotFoundError if there is none."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"there is no folder {path}. {HOW_TO_GET}")
+    return Path(path)
 
 
 def check_no_adapter(folder: Path):
@@ -73,9 +92,34 @@ def read_config(folder: Path) -> ChatGLMConfig:
             "these weights are already quantised, in another way. Use the 16-bit files of THUDM/chatglm-6b."
         )
     try:
-        return AutoConfig.from_pretrained(folder)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # values of other kinds make transformers raise many types
+        reason = str(error).strip().rpartition("\n")[2].strip().removeprefix("TypeError: ")
+        raise ValueError(f"{folder}/config.json: {reason}") from error
+    check_config_values(folder, config)
+    return config
+
+
+def check_config_values(folder: Path, config: ChatGLMConfig):
+    """ValueError for a size, a token id or another value of the configuration that no model has."""
+    sizes = {name: getattr(config, name) for name in SIZES}
+    problems = [f"{name} is {size}, expected 1 or more" for name, size in sizes.items() if size < 1]
+    if not problems and config.hidden_size % (4 * config.num_attention_heads):
+        heads = config.num_attention_heads
+        problems.append(f"hidden_size is {config.hidden_size}, expected a multiple of 4 x {heads} num_attention_heads")
+    if not 0 < config.layernorm_epsilon < math.inf:
+        problems.append(f"layernorm_epsilon is {config.layernorm_epsilon}, expected a positive number")
+    for name in TOKEN_IDS:
+        value = getattr(config, name)
+        if not (type(value) is int and 0 <= value < config.vocab_size):
+            problems.append(f"{name} is {value!r}, expected a token id below vocab_size, {config.vocab_size}")
+    if problems:
+        raise ValueError(f"{folder}/config.json: {'; '.join(problems)}. Download it again.")
+
+
+def is_quantized(config: ChatGLMConfig) -> bool:
+    """Whether the weights in the folder of this configuration are in 4 bits."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -92,9 +136,12 @@ def weight_files(folder: Path) -> list[Path]:
         return [found]
     check_file(found)
     try:
-        names = sorted(set(json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()))
+        index = json.loads(found.read_text(encoding="utf-8"))
+        names = sorted(set(index["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{found} is not a weight index (no JSON object with a weight_map). {HOW_TO_GET}") from error
+    if not isinstance(index.get("metadata"), dict):
+        raise ValueError(f'{found} has no object "metadata", which is read with it. {HOW_TO_GET}')
     if not names:
         raise ValueError(f"{found} names no weight files. {HOW_TO_GET}")
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
@@ -146,6 +193,82 @@ def file_problem(path: Path, check_sums: bool = False) -> str | None:
     if not complete:
         return f"is damaged or incomplete ({path.stat().st_size:,} bytes)"
     return f"holds more than numbers: loading it would run {', '.join(calls[:3])}" if calls else None
+
+
+def stored_shapes(path: Path) -> dict[str, Shape]:
+    """Name -> shape of every tensor of a weight file, read from its header without the values.
+
+    Args:
+        path: of a safetensors or torch.save file in which `file_problem` found nothing.
+    Raises:
+        ValueError: the file is damaged, or holds anything else than tensors under their names.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        state_dict = torch.load(path, map_location="meta", weights_only=True)
+        return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    except Exception as error:  # as in `file_problem`
+        raise ValueError(f"{path} is damaged or incomplete: it holds no dictionary of tensors.") from error
+
+
+def check_shapes(folder: Path, config: ChatGLMConfig, shapes: dict[str, Shape]):
+    """Compares the names and shapes in the weight files with those of the model that the configuration describes.
+
+    Args:
+        folder: of the checkpoint, for the messages.
+        config: of the model.
+        shapes: name -> shape of all tensors in the files.
+    Raises:
+        ValueError: a weight is missing, has another shape, or is unknown to the model.
+    """
+    layers = {name.split(".")[2] for name in shapes if name.startswith("transformer.layers.")}
+    if len(layers) != config.num_layers:
+        raise ValueError(
+            f"{folder}: config.json has num_layers {config.num_layers}, and the weight files hold {len(layers)} "
+            f"layers: they do not belong together. {HOW_TO_GET}"
+        )
+    expected = expected_shapes(config)
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    missing = sorted(expected.keys() - shapes.keys() - optional)
+    unknown = sorted(name for name in shapes.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
+    different = [name for name, shape in shapes.items() if expected.get(name) not in (None, shape)]
+    problems = [f"{name} is in none of its weight files" for name in missing]
+    problems += [f"{name} is not a weight of this model" for name in unknown]
+    problems += [f"{name} has shape {shapes[name]}, expected {expected[name]}" for name in different]
+    if problems:
+        more = f" (and {len(problems) - 1} others)" if len(problems) > 1 else ""
+        raise ValueError(f"{folder}: {problems[0]}{more}: config.json and weights do not fit. {HOW_TO_GET}")
+
+
+def expected_shapes(config: ChatGLMConfig) -> dict[str, Shape | None]:
+    """Name -> shape of each tensor in the files of a model, in 16 or in 4 bits; None for any shape."""
+    with torch.device("meta"):
+        model = ChatGLMForConditionalGeneration(config)
+    shapes: dict[str, Shape | None] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if is_quantized(config) and isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            shapes |= packed_shapes(f"{name}.weight", module.weight.numel())
+    return shapes
+
+
+def packed_shapes(name: str, numel: int) -> dict[str, Shape | None]:
+    """Name -> shape of the tensors in which bitsandbytes stores a weight of `numel` values in NF4."""
+    blocks = math.ceil(numel / 64)
+    return {
+        name: (math.ceil(numel / 2), 1),  # two 4-bit codes a byte
+        f"{name}.absmax": (blocks,),
+        f"{name}.nested_absmax": (math.ceil(blocks / 256),),
+        f"{name}.quant_map": (16,),
+        f"{name}.nested_quant_map": (256,),
+        f"{name}.quant_state.bitsandbytes__nf4": None,  # the bytes of a JSON
+    }
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no NaN and no infinity; one pass without a copy, unlike `tensor.isfinite().all()`."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
 def functions_called(path: Path) -> list[str]:

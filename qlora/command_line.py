@@ -3,10 +3,11 @@
 transformers' HfArgumentParser does the same after nearly a second of imports. A field's metadata has what argparse
 takes (`help`, `choices`, `nargs`, `const`, `action`), and besides
 
-    aliases     other names that `--help` shows
     old_names   names of an earlier release, still read but not shown
     expert      True for a flag that only `--help_all` shows
     hidden      True for a flag of an earlier release that has no present name, still read but not shown
+    others      for a `dict[str, list[str]]` that is no flag itself: a function that returns the names of further
+                flags, whose words the dict receives
 """
 
 import argparse
@@ -35,13 +36,14 @@ def parse_command_line(kind: type[Arguments], args: list[str] | None = None) -> 
     """
     names = flag_names(kind)
     args = [present_name(arg, names) for arg in (sys.argv[1:] if args is None else args)]
-    refuse_unknown([arg for arg in args if arg.startswith("--") and arg.partition("=")[0] not in names], kind)
+    args, unknown = split_unknown(args, names)
+    others = take_others(unknown, kind) if unknown else {}
     parsed, surplus = build_parser(kind, show_expert="--help_all" in args).parse_known_args(args)
-    refuse_unknown(surplus, kind)
+    refuse_unknown(surplus, shown_flags(kind))
     for field in fields_of(kind):
         if field.metadata.get("hidden") and getattr(parsed, field.name) is not None:
             logger.warning("--%s is of an earlier release. %s", field.name, field.metadata["help"])
-    return kind(**vars(parsed))
+    return kind(**vars(parsed), **others)
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,16 +53,51 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}.")
 
 
-def refuse_unknown(unknown: list[str], kind: type):
+def split_unknown(args: list[str], names: dict[str, str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Separates the flags with known names from the others.
+
+    Args:
+        args: flags, each followed by its words, or `--flag=word`.
+        names: as `flag_names` returns them.
+    Returns:
+        The arguments of the known flags; and every other flag -> its words.
+    """
+    known: list[str] = []
+    unknown: dict[str, list[str]] = {}
+    words = known
+    for arg in args:
+        flag, equals, value = arg.partition("=")
+        if flag.startswith("--") and flag not in names:
+            words = unknown[flag] = [value] if equals else []
+            continue
+        words = known if flag in names else words
+        words.append(arg)
+    return known, unknown
+
+
+def take_others(unknown: dict[str, list[str]], kind: type) -> dict[str, dict[str, list[str]]]:
+    """The words of the further flags that a dataclass takes, under the name of its field; ValueError for any more."""
+    field = others_field(kind)
+    names = {f"--{name}": name for name in field.metadata["others"]()} if field else {}
+    present = {flag: "--" + flag[2:].replace("-", "_") for flag in unknown}
+    refuse_unknown([flag for flag in unknown if present[flag] not in names], [*shown_flags(kind), *names])
+    return {field.name: {names[present[flag]]: words for flag, words in unknown.items()}} if field else {}
+
+
+def refuse_unknown(unknown: list[str], known: list[str]):
     """ValueError with the nearest known flag for each argument, if there are any."""
     if unknown:
-        known = shown_flags(kind)
         raise ValueError("; ".join(f"unknown argument {name}{nearest(name, known)}" for name in unknown) + ".")
 
 
-def fields_of(kind: Any) -> tuple[dataclasses.Field, ...]:
-    """The fields of a dataclass."""
-    return dataclasses.fields(kind)
+def fields_of(kind: Any) -> list[dataclasses.Field]:
+    """The fields of a dataclass that are flags."""
+    return [field for field in dataclasses.fields(kind) if "others" not in field.metadata]
+
+
+def others_field(kind: Any) -> dataclasses.Field | None:
+    """The field of a dataclass that receives further flags; None if it has none."""
+    return next((field for field in dataclasses.fields(kind) if "others" in field.metadata), None)
 
 
 def flag_names(kind: type) -> dict[str, str]:
@@ -68,8 +105,7 @@ def flag_names(kind: type) -> dict[str, str]:
     names = {"--help": "--help", "--help_all": "--help_all"}
     for field in fields_of(kind):
         flag = f"--{field.name}"
-        names |= dict.fromkeys([flag, *field.metadata.get("aliases", ())], flag)
-        names |= dict.fromkeys([f"--{old}" for old in field.metadata.get("old_names", ())], flag)
+        names |= dict.fromkeys([flag, *(f"--{old}" for old in field.metadata.get("old_names", ()))], flag)
     return names
 
 
@@ -83,7 +119,13 @@ def present_name(arg: str, names: dict[str, str]) -> str:
 def build_parser(kind: type, show_expert: bool) -> Parser:
     """The parser of a dataclass."""
     summary = (kind.__doc__ or "").splitlines()[0]
-    parser = Parser(description=summary, usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False)
+    others = others_field(kind)
+    parser = Parser(
+        description=summary,
+        usage="%(prog)s [--FLAG VALUE ...]",
+        epilog=others.metadata["help"] if others else None,
+        allow_abbrev=False,
+    )
     types = typing.get_type_hints(kind)
     if any(field.metadata.get("expert") for field in fields_of(kind)):
         parser.add_argument("--help_all", action="help", help="show the flags for experts, too, and exit")
@@ -92,8 +134,7 @@ def build_parser(kind: type, show_expert: bool) -> Parser:
         explicit = {name: given[name] for name in ("choices", "nargs", "const", "action") if name in given}
         is_shown = not given.get("hidden") and (show_expert or not given.get("expert"))
         help_or_not = help_text(field) if is_shown else argparse.SUPPRESS
-        names = [f"--{field.name}", *given.get("aliases", ())]
-        parser.add_argument(*names, **value_options(field, types[field.name]) | explicit, help=help_or_not)
+        parser.add_argument(f"--{field.name}", **value_options(field, types[field.name]) | explicit, help=help_or_not)
     return parser
 
 
@@ -140,9 +181,8 @@ def shown_default(field: dataclasses.Field) -> str:
 
 
 def shown_flags(kind: type) -> list[str]:
-    """Every flag that `--help_all` shows, under each of its names."""
-    shown = [field for field in fields_of(kind) if not field.metadata.get("hidden")]
-    return [name for field in shown for name in (f"--{field.name}", *field.metadata.get("aliases", ()))]
+    """Every flag that `--help_all` shows."""
+    return [f"--{field.name}" for field in fields_of(kind) if not field.metadata.get("hidden")]
 
 
 def nearest(name: str, known: list[str]) -> str:

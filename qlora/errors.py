@@ -28,6 +28,33 @@ def stop_all_processes(message: str) -> NoReturn:
 
 
 @contextlib.contextmanager
+def one_line_on_interrupt() -> Iterator[None]:
+    """Ends the program on Ctrl-C with one line: around imports that take seconds, and as the decorator of a main.
+
+    Raises:
+        SystemExit: with exit status 130, 128 + SIGINT, as shells have it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        interrupt = interrupt_behind(error)
+        if interrupt is None:
+            raise
+        if is_main_process():
+            print(f"\n{interrupt}" if interrupt.args else "\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C that an error is or came from: libraries that are interrupted may raise errors of their own."""
+    while error:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
 def message_instead_of_traceback(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the program with the message of an error.
 

@@ -1,20 +1,14 @@
-"""Loads the tokenizer, the base model in 4 bits, and adapters; checks the hardware."""
+"""Loads the tokenizer and the base model in 4 bits; checks the hardware."""
 
-import hashlib
 import os
-import pickle
 import shutil
-from pathlib import Path
 
 import bitsandbytes
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
 
 from chatglm import ChatGLMConfig
-from qlora.checkpoint import HOW_TO_GET, check_checkpoint
+from qlora.checkpoint import check_checkpoint, is_finite, is_quantized
 from qlora.units import GIB
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,12 +47,14 @@ def load_tokenizer(path: str) -> PreTrainedTokenizer:
     Args:
         path: of the folder, which `check_checkpoint` has checked.
     Raises:
-        ValueError: its SentencePiece model is damaged.
+        ValueError: one of its files is damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except RuntimeError as error:
-        raise ValueError(f"{path}/ice_text.model is damaged or incomplete: download it again ({error}).") from error
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # damaged files make transformers and SentencePiece raise many types
+        files = f"{path}: tokenizer_config.json or ice_text.model is damaged or incomplete"
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(f"{files}: download both again ({reason}).") from error
 
 
 def load_quantized_model(
@@ -72,7 +68,7 @@ def load_quantized_model(
         compute_dtype: of the arithmetic, and of embedding, head, norms and biases.
         config: as `check_checkpoint` returned it; None to check folder and hardware here.
     Raises:
-        FileNotFoundError, ValueError: see `check_checkpoint` and `check_hardware`; a weight is in none of the files.
+        FileNotFoundError, ValueError: see `check_checkpoint`, `check_hardware` and `check_values`.
     """
     if config is None:
         config = check_checkpoint(path)
@@ -80,20 +76,16 @@ def load_quantized_model(
     quantization = quantization_config(compute_dtype)
     if is_quantized(config):
         config.quantization_config, quantization = quantization.to_dict(), None
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
         dtype=compute_dtype,
         quantization_config=quantization,
         device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
-        output_loading_info=True,
+        local_files_only=True,
     )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(
-            f"{path}: {len(missing)} weights are in none of its files, such as {missing[0]}. {HOW_TO_GET}"
-        )
     use_compute_dtype(model, compute_dtype)
+    check_values(model, path, compute_dtype)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 bitsandbytes would repack the weights in evaluation mode, and could not train
@@ -118,11 +110,6 @@ def check_hardware(config: ChatGLMConfig, compute_dtype: torch.dtype):
         check_compiler()
 
 
-def is_quantized(config: ChatGLMConfig) -> bool:
-    """Whether the weights in the folder of this configuration are in 4 bits."""
-    return getattr(config, "quantization_config", None) is not None
-
-
 def use_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype):
     """Sets the dtype that 4-bit weights are dequantized to, and converts all other parameters to it."""
     for parameter in model.parameters():
@@ -130,6 +117,27 @@ def use_compute_dtype(model: PreTrainedModel, compute_dtype: torch.dtype):
             parameter.quant_state.dtype = compute_dtype
         else:
             parameter.data = parameter.to(compute_dtype)
+
+
+def check_values(model: PreTrainedModel, path: str, compute_dtype: torch.dtype):
+    """Checks that the loaded values are finite: of 4-bit weights the scales, of all others each value.
+
+    Args:
+        model: in 4 bits.
+        path: of its folder, for the message.
+        compute_dtype: that the other weights were converted to.
+    Raises:
+        ValueError: the files have a value that is not finite, or one that is out of the dtype's range.
+    """
+    for name, parameter in model.named_parameters():
+        tensors = [parameter]
+        if isinstance(parameter, bitsandbytes.nn.Params4bit):
+            tensors = [parameter.quant_state.offset, parameter.quant_state.state2.absmax]
+        if not all(map(is_finite, tensors)):
+            raise ValueError(
+                f"{path}: {name} is not finite (NaN or infinity) in {compute_dtype}. Download the weights again, or "
+                "choose bf16 with --compute_dtype if they are beyond the range of fp16."
+            )
 
 
 def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
@@ -179,107 +187,3 @@ def check_bitsandbytes():
             f"capability {major}.{minor}) with torch {torch.__version__}: {reason}. Install a bitsandbytes built for "
             f"CUDA {torch.version.cuda}; `python -m bitsandbytes` says more."
         )
-
-
-def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, target_modules: list[str]) -> PeftModel:
-    """Adds a new LoRA adapter to the model; its weights are fp32 and trained, all others are frozen.
-
-    Args:
-        model: without an adapter.
-        rank: of the matrices A and B.
-        alpha: their product is scaled by alpha / rank.
-        dropout: probability by which an input of A is dropped.
-        target_modules: names of the linear layers that get an adapter, such as `query_key_value`.
-    Raises:
-        ValueError: a target module that the model does not have.
-    """
-    layers = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    linear = sorted({name.rsplit(".", 1)[-1] for name in layers})
-    unknown = [name for name in target_modules if name not in linear]
-    if unknown:
-        raise ValueError(f"--lora_target_modules: the model has no {', '.join(unknown)}; it has {', '.join(linear)}.")
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules
-    )
-    return get_peft_model(model, config)
-
-
-def adapter_config(path: str) -> PeftConfig:
-    """The configuration of a trained adapter, with the path of its base model.
-
-    Args:
-        path: of the adapter's folder.
-    Raises:
-        FileNotFoundError: there is no adapter.
-    """
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise FileNotFoundError(
-            f"there is no adapter in {path} (no adapter_config.json). Train one with `bash train.sh`, or say where "
-            "it is with --adapter_path."
-        )
-    return PeftConfig.from_pretrained(path)
-
-
-def base_model_path(adapter_path: str) -> str:
-    """The path of the base model in an adapter's configuration; errors as for `adapter_config`."""
-    return adapter_config(adapter_path).base_model_name_or_path
-
-
-def load_adapters(model: PreTrainedModel, paths: list[str]) -> PreTrainedModel | PeftModel:
-    """Adds trained adapters to the model, in this order; errors as for `load_adapter`."""
-    for number, path in enumerate(paths):
-        model = load_adapter(model, path, f"adapter_{number}")
-    return model
-
-
-def load_adapter(model: PreTrainedModel | PeftModel, path: str, name: str = "default") -> PeftModel:
-    """Adds a trained adapter to the model.
-
-    Args:
-        model: the base model, or one with other adapters, of which the first stays the active one.
-        path: of the adapter's folder.
-        name: by which peft knows the adapter.
-    Raises:
-        FileNotFoundError: there is no adapter.
-        ValueError: it is damaged, does not fit the model's shapes, or is merged into the model already.
-    """
-    adapter_config(path)
-    try:
-        weights = load_peft_weights(path, device="cpu")
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"the adapter's weights in {path} are damaged: {error}") from error
-    merged = getattr(model.config, "merged_adapter", None)
-    if merged and digest_of(weights) == merged:
-        raise ValueError(
-            f"the adapter in {path} is already merged into {model.name_or_path}; with it once more, it would count "
-            "twice. Give the model it was trained on with --model_name_or_path."
-        )
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(path, name)
-        else:
-            model = PeftModel.from_pretrained(model, path, name)
-        fits = shapes(get_peft_model_state_dict(model, adapter_name=name)) == shapes(weights)
-    except (RuntimeError, ValueError):
-        fits = False
-    if not fits:
-        name, tensor = next(iter(weights.items()), ("nothing", torch.empty(0)))
-        raise ValueError(
-            f"the adapter in {path} does not fit the base model {model.name_or_path}: it has {len(weights)} tensors, "
-            f"the first is {name} {list(tensor.shape)}. Give the base model it was trained on with "
-            "--model_name_or_path."
-        )
-    return model
-
-
-def digest_of(weights: dict[str, torch.Tensor]) -> str:
-    """A hash of an adapter's weights; the configuration of a merged model has that of its adapter."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode() + weights[name].float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def shapes(state_dict: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape."""
-    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}

@@ -31,20 +31,24 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizer
-
-from chatglm import ChatGLMConfig
+from qlora.arguments import DEFAULT_MODEL, in_repository
 from qlora.command_line import parse_command_line
-from qlora.data.batching import StepBatch, count_labels, count_tokens
-from qlora.data.dataset import SampleEncoder, load_samples
-from qlora.data.rows import read_rows
-from qlora.errors import message_instead_of_traceback
-from qlora.inference.decoding import decode, make_sampler
-from qlora.layers.replacement import replace_layers
-from qlora.loading import add_lora, choose_compute_dtype, load_quantized_model, load_tokenizer
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 from qlora.units import GIB
+
+with one_line_on_interrupt():  # these imports take seconds
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizer
+
+    from chatglm import ChatGLMConfig
+    from qlora.adapter import add_lora
+    from qlora.data.batching import StepBatch, count_labels, count_tokens
+    from qlora.data.dataset import SampleEncoder, load_samples
+    from qlora.data.rows import read_rows
+    from qlora.inference.decoding import decode, make_sampler
+    from qlora.layers.replacement import replace_layers
+    from qlora.loading import choose_compute_dtype, load_quantized_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 10  # training steps that are not measured
@@ -56,8 +60,12 @@ class BenchmarkArguments:
     """What to measure, on what."""
 
     what: str = field(metadata={"help": "What to measure.", "choices": ["train", "decode", "load", "serve"]})
-    model_name_or_path: str = field(default="THUDM/chatglm-6b", metadata={"help": "Folder with the weights."})
-    data_path: str = field(default="data/train.jsonl", metadata={"help": "Rows to train on or to answer."})
+    model_name_or_path: str = field(
+        default_factory=lambda: in_repository(DEFAULT_MODEL), metadata={"help": "Folder with the weights."}
+    )
+    data_path: str = field(
+        default_factory=lambda: in_repository("data/train.jsonl"), metadata={"help": "Rows to train on or to answer."}
+    )
     steps: int = field(default=40, metadata={"help": "Training steps to count, after the warm-up."})
     samples_per_step: int = field(default=32, metadata={"help": "Effective batch; 32 is that of the shipped JSON."})
     memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})
@@ -73,6 +81,7 @@ class BenchmarkArguments:
             raise ValueError(f"--steps is {self.steps}; it must be at least 1.")
 
 
+@one_line_on_interrupt()
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(BenchmarkArguments)

@@ -17,8 +17,21 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
+from qlora.data.row_files import parse_lines
+from qlora.data.strict_json import parse_json
+from qlora.errors import one_line_on_interrupt
+
 SPLITS = ("train", "dev")
 FIELDS = {"content": "instruction", "summary": "output"}  # name in AdvertiseGen -> name in this project's rows
+
+
+def check_source(source: Path) -> None:
+    """FileNotFoundError for a folder or archive that does not exist, or a folder without one of the two files."""
+    if not source.exists():
+        raise FileNotFoundError(f"there is no folder or archive {source}; docs/data.md says where to download it")
+    missing = [f"{split}.json" for split in SPLITS if source.is_dir() and not (source / f"{split}.json").is_file()]
+    if missing:
+        raise FileNotFoundError(f"the folder {source} has no {' and no '.join(missing)}")
 
 
 @contextmanager
@@ -31,30 +44,26 @@ def open_split(source: Path, name: str) -> Iterator[Iterable[bytes]]:
     Yields:
         Its lines.
     Raises:
-        OSError: there is no such file.
-        ValueError: the archive has no file of this name, or several.
+        ValueError: the archive is damaged, or has no file of this name, or several.
     """
     with ExitStack() as stack:
-        if source.is_file():
-            archive = stack.enter_context(tarfile.open(source, "r:gz"))
-            members = [m for m in archive if m.isfile() and PurePosixPath(m.name).name == name]
-            if len(members) != 1:
-                raise ValueError(f"{source}: expected one file named {name} in the archive, found {len(members)}")
-            yield stack.enter_context(archive.extractfile(members[0]))
-        else:
+        if source.is_dir():
             yield stack.enter_context((source / name).open("rb"))
+            return
+        archive = stack.enter_context(tarfile.open(source, "r:gz"))
+        members = [m for m in archive if m.isfile() and PurePosixPath(m.name).name == name]
+        if len(members) != 1:
+            raise ValueError(f"{source}: expected one file named {name} in the archive, found {len(members)}")
+        yield stack.enter_context(archive.extractfile(members[0]))
 
 
-def convert_line(line: bytes) -> bytes:
+def convert_row(text: str) -> bytes:
     """Convert one line of AdvertiseGen to a row of this project.
 
     Raises:
-        ValueError: the line is not UTF-8, not a JSON object, or has no text in a field; the message gives the reason.
+        ValueError: the line is not a JSON object, or has no text in a field; the message gives the reason.
     """
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
+    row = parse_json(text)
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
     for field in FIELDS:
@@ -78,17 +87,13 @@ def convert_split(source: Path, name: str, target: Path) -> int:
     Returns:
         Number of rows.
     Raises:
-        ValueError: a line cannot be converted, with file, line number and reason; or the file has no rows.
+        ValueError: lines that cannot be converted, with file, line numbers and reasons; or the file has no rows.
     """
     rows = 0
     with open_split(source, name) as lines, target.open("wb") as output:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    output.write(convert_line(line))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{source / name}, line {number}: {error}") from None
-                rows += 1
+        for _, row in parse_lines(str(source / name), lines, convert_row):
+            output.write(row)
+            rows += 1
     if rows == 0:
         raise ValueError(f"{source / name} has no rows")
     return rows
@@ -102,8 +107,10 @@ def convert(source: Path, output_dir: Path, overwrite: bool) -> None:
         output_dir: folder to write into.
         overwrite: whether existing files are replaced.
     Raises:
+        FileNotFoundError: see `check_source`.
         ValueError: a file exists and `overwrite` is False, or see `convert_split`.
     """
+    check_source(source)
     targets = {split: output_dir / f"{split}.jsonl" for split in SPLITS}
     existing = [str(target) for target in targets.values() if target.exists()]
     if existing and not overwrite:
@@ -129,15 +136,18 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@one_line_on_interrupt()
 def main() -> None:
     """Convert, or end with one message and exit status 1."""
     args = parse_args()
     try:
         convert(args.source, args.output_dir, args.overwrite)
     except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
-        raise SystemExit(f"error: {args.source} is not a whole .tar.gz: {error}") from None
+        reason = f"is not a whole .tar.gz, nor the folder that it holds: {error}"
+        raise SystemExit(f"error: {args.source} {reason}") from None
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+        names_no_file = isinstance(error, OSError) and error.errno and not error.filename  # as on a full disk
+        raise SystemExit(f"error: {args.output_dir}: {error}" if names_no_file else f"error: {error}") from None
 
 
 if __name__ == "__main__":

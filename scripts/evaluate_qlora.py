@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora.arguments import COMPUTE_DTYPE, check_positive
+from qlora.arguments import COMPUTE_DTYPE, check_positive, in_repository
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
 from qlora.evaluation.protocols import PROTOCOLS, Protocol
 
@@ -26,12 +26,15 @@ class EvaluationArguments:
     """What to evaluate, on what, and by which protocol."""
 
     adapter_path: str = field(
-        default="saved_files/chatGLM_6B_QLoRA_t32", metadata={"help": "Folder of the trained adapter."}
+        default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
+        metadata={"help": "Folder of the trained adapter."},
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}
     )
-    data_path: str = field(default="data/dev.jsonl", metadata={"help": "Rows to answer, one JSON a line."})
+    data_path: str = field(
+        default_factory=lambda: in_repository("data/dev.jsonl"), metadata={"help": "Rows to answer, one JSON a line."}
+    )
     protocol: str = field(
         default="greedy",
         metadata={
@@ -54,6 +57,7 @@ class EvaluationArguments:
             raise ValueError("; ".join(problems) + ".")
 
 
+@one_line_on_interrupt()
 def main():
     set_up_logging()
     with message_instead_of_traceback():
@@ -67,13 +71,12 @@ def evaluate(args: EvaluationArguments):
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     import torch
 
+    from qlora.adapter import base_model_path, load_adapter, read_adapter
     from qlora.checkpoint import check_checkpoint
     from qlora.evaluation.predictions import digest, resume_predictions
     from qlora.loading import (
-        adapter_config,
         check_hardware,
         choose_compute_dtype,
-        load_adapter,
         load_quantized_model,
         load_tokenizer,
     )
@@ -81,8 +84,8 @@ def evaluate(args: EvaluationArguments):
     with message_instead_of_traceback():
         folder = Path(args.output_dir or f"{args.adapter_path}/evaluation_{args.protocol}")
         adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
-        trained_on = adapter_config(args.adapter_path).base_model_name_or_path
-        base_path = args.model_name_or_path or trained_on
+        read_adapter(args.adapter_path)  # a mistake in it is reported before anything is loaded
+        base_path = args.model_name_or_path or base_model_path(args.adapter_path)
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         tokenizer = load_tokenizer(base_path)
         rows = read_samples(args, tokenizer, PROTOCOLS[args.protocol].max_reference_tokens)

@@ -9,13 +9,15 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-from chatglm import ChatGLMConfig
-from qlora.checkpoint import TOKENIZER_FILES
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback
-from qlora.export.official_folder import write_checkpoint
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
+
+with one_line_on_interrupt():  # these imports take seconds
+    import torch
+
+    from chatglm import ChatGLMConfig
+    from qlora.checkpoint import TOKENIZER_FILES
+    from qlora.export.official_folder import write_checkpoint
 
 
 @dataclass
@@ -30,6 +32,7 @@ class RandomCheckpointArguments:
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
+@one_line_on_interrupt()
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(RandomCheckpointArguments)

@@ -13,6 +13,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora.errors import one_line_on_interrupt
+
 MIN_CHARS, MAX_CHARS = 60, 140  # characters of an output, the range of most of ADGEN's
 
 # The perks of each attribute group and value. A perk is a predicate whose subject is the attribute.
@@ -513,6 +515,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+@one_line_on_interrupt()
 def main() -> None:
     """Write train.jsonl and dev.jsonl."""
     args = parse_args()

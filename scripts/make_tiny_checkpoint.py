@@ -12,19 +12,22 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import sentencepiece
-import torch
-from sentencepiece import sentencepiece_model_pb2
-
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm.tokenization_chatglm import MAX_BLANKS
-from qlora.atomic import write_json
+from qlora.arguments import in_repository
 from qlora.command_line import parse_command_line
-from qlora.data.dataset import SampleEncoder
-from qlora.data.rows import read_rows
-from qlora.errors import TrainingStopped, message_instead_of_traceback
-from qlora.export.official_folder import write_checkpoint
-from qlora.training.trainer import QLoRATrainer, TrainingArguments
+from qlora.errors import TrainingStopped, message_instead_of_traceback, one_line_on_interrupt
+
+with one_line_on_interrupt():  # these imports take seconds
+    import sentencepiece
+    import torch
+    from sentencepiece import sentencepiece_model_pb2
+
+    from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+    from chatglm.tokenization_chatglm import MAX_BLANKS
+    from qlora.atomic import write_json
+    from qlora.data.dataset import SampleEncoder
+    from qlora.data.rows import read_rows
+    from qlora.export.official_folder import write_checkpoint
+    from qlora.training.trainer import QLoRATrainer, TrainingArguments
 
 ASK_FOR_AD = "写一段广告："
 CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
@@ -36,13 +39,19 @@ SHAPE = {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4, "inner_h
 class TinyCheckpointArguments:
     """From which rows, where to, how long."""
 
-    data_path: str = field(default="data/train.jsonl", metadata={"help": "Rows in ADGEN's format to learn from."})
-    output_dir: str = field(default="THUDM/chatglm-tiny", metadata={"help": "Folder to write."})
+    data_path: str = field(
+        default_factory=lambda: in_repository("data/train.jsonl"),
+        metadata={"help": "Rows in ADGEN's format to learn from."},
+    )
+    output_dir: str = field(
+        default_factory=lambda: in_repository("THUDM/chatglm-tiny"), metadata={"help": "Folder to write."}
+    )
     vocab_size: int = field(default=3000, metadata={"help": "Number of SentencePiece pieces."})
-    max_steps: int = field(default=600, metadata={"help": "Pre-training steps of 32 rows."})
+    max_steps: int = field(default=600, metadata={"help": "Pre-training steps of 16 rows."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
+@one_line_on_interrupt()
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(TinyCheckpointArguments)
@@ -79,6 +88,7 @@ def make_tokenizer(rows: list[dict], vocab_size: int, target: Path) -> ChatGLMTo
         pad_id=3,
         user_defined_symbols=["<n>"],
         minloglevel=2,
+        num_threads=1,
     )
     (target / "ice_text.model").write_bytes(official_layout(trained.getvalue()))
     special = {"bos_token": "<sop>", "eos_token": "<eop>", "end_token": "</s>", "gmask_token": "[gMASK]"}
@@ -124,7 +134,7 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
     with tempfile.TemporaryDirectory() as scratch:
         training_args = TrainingArguments(
             output_dir=scratch,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             max_steps=max_steps,
             learning_rate=3e-3,
             lr_scheduler_type="cosine",
@@ -135,7 +145,7 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
             dataloader_pin_memory=False,
             seed=seed,
         )
-        QLoRATrainer(model, training_args, max_tokens=1024, train_dataset=samples).train()
+        QLoRATrainer(model, training_args, max_tokens=2048, train_dataset=samples).train()
     model.config.use_cache = True  # the Trainer sets it to False
     return model
 

@@ -11,9 +11,9 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import COMPUTE_DTYPES
+from qlora.arguments import COMPUTE_DTYPES, in_repository
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
 # The tokenizer's files, and the official code, to which config.json refers if it is copied.
 COPIED = ("ice_text.model", "tokenizer_config.json", "generation_config.json", "*.py", "*LICENSE*")
@@ -29,7 +29,8 @@ class MergeArguments:
 
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
     adapter_path: str = field(
-        default="saved_files/chatGLM_6B_QLoRA_t32", metadata={"help": "Folder of the trained adapter."}
+        default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
+        metadata={"help": "Folder of the trained adapter."},
     )
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model folder; by default the one written in the adapter's config."}
@@ -51,6 +52,7 @@ class MergeArguments:
     dtype: str = field(default="fp16", metadata={"help": "Type of the merged weights.", "choices": ["fp16", "bf16"]})
 
 
+@one_line_on_interrupt()
 def main():
     set_up_logging()
     with message_instead_of_traceback():
@@ -61,10 +63,11 @@ def main():
 def merge(args: MergeArguments):
     """Writes the merged model, one tensor at a time."""
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
+    from qlora.adapter import base_model_path
     from qlora.atomic import atomic_folder
     from qlora.export.merging import merged_tensors
     from qlora.export.official_folder import write_checkpoint
-    from qlora.loading import DTYPES, base_model_path
+    from qlora.loading import DTYPES
 
     base_path = args.model_name_or_path or base_model_path(args.adapter_path)
     config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, DTYPES[args.compute_dtype])

@@ -6,10 +6,11 @@ python scripts/plot_loss.py saved_files/a saved_files/b --output loss.png
 import argparse
 from pathlib import Path
 
-from qlora.errors import message_instead_of_traceback
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 from qlora.training.curves import draw_losses, read_history
 
 
+@one_line_on_interrupt()
 def main():
     args = parse_args()
     with message_instead_of_traceback():

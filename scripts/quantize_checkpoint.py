@@ -9,9 +9,9 @@ Quantizes on the GPU if there is one.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import COMPUTE_DTYPES
+from qlora.arguments import COMPUTE_DTYPES, DEFAULT_MODEL, in_repository
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
 
 @dataclass
@@ -20,7 +20,8 @@ class QuantizeArguments:
 
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
     model_name_or_path: str = field(
-        default="THUDM/chatglm-6b", metadata={"help": "Folder with the files of THUDM/chatglm-6b."}
+        default_factory=lambda: in_repository(DEFAULT_MODEL),
+        metadata={"help": "Folder with the files of THUDM/chatglm-6b."},
     )
     compute_dtype: str = field(
         default="bf16",
@@ -28,6 +29,7 @@ class QuantizeArguments:
     )
 
 
+@one_line_on_interrupt()
 def main():
     set_up_logging()
     with message_instead_of_traceback():
@@ -39,15 +41,17 @@ def quantize(args: QuantizeArguments):
     """Loads the model in 4 bits and writes it."""
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     from qlora.atomic import atomic_folder
-    from qlora.checkpoint import check_checkpoint
+    from qlora.checkpoint import check_checkpoint, is_quantized
+    from qlora.export.merging import check_finite_weights
     from qlora.export.official_folder import write_quantized
-    from qlora.loading import DTYPES, is_quantized, load_quantized_model, load_tokenizer
+    from qlora.loading import DTYPES, load_quantized_model, load_tokenizer
 
     config = check_checkpoint(args.model_name_or_path)
     if is_quantized(config):
         raise ValueError(f"{args.model_name_or_path} is in 4 bits already: use it as it is.")
     tokenizer = load_tokenizer(args.model_name_or_path)
     with atomic_folder(args.output_dir) as folder:
+        check_finite_weights(args.model_name_or_path, DTYPES[args.compute_dtype])
         model = load_quantized_model(args.model_name_or_path, DTYPES[args.compute_dtype], config)
         write_quantized(model, tokenizer, folder)
     size = sum(file.stat().st_size for file in Path(args.output_dir).iterdir())

@@ -7,13 +7,14 @@ A table is between `<!-- flags: common -->` or `<!-- flags: expert -->` and `<!-
 Chinese, `*_zh.md`, the meanings are not changed; flags and defaults come from the code.
 """
 
+import os
 import re
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field
 from pathlib import Path
 
 from qlora.arguments import FinetuneArguments
-from qlora.command_line import parse_command_line, shown_default
-from qlora.errors import message_instead_of_traceback
+from qlora.command_line import fields_of, parse_command_line, shown_default
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = re.compile(r"(<!-- flags: (\w+) -->\n(?:\|[^\n]*\n){2})((?:\|[^\n]*\n)*)(<!-- end of flags -->)")
@@ -28,9 +29,11 @@ class DocsArguments:
     check: bool = field(default=False, metadata={"help": "Change nothing; fail if a table is out of date."})
 
 
+@one_line_on_interrupt()
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(DocsArguments)
+        os.chdir(DOCS.parent)  # from where the defaults are shown
         for page in sorted(DOCS.glob("*.md")):
             text = page.read_text(encoding="utf-8")
             updated = TABLE.sub(lambda table, page=page: rewritten(table, page), text)
@@ -45,7 +48,7 @@ def rewritten(table: re.Match, page: Path) -> str:
     """A table with the flags of the code; a page in Chinese keeps its own meanings."""
     head, audience, rows, end = table.groups()
     given = dict(ROW.findall(rows)) if page.stem.endswith("_zh") else None
-    shown = [flag for flag in fields(FinetuneArguments) if audience_of(flag) == audience]
+    shown = [flag for flag in fields_of(FinetuneArguments) if audience_of(flag) == audience]
     missing = [flag.name for flag in shown if given is not None and flag.name not in given]
     if missing:
         raise ValueError(f"{page}: the table needs a row with a meaning for --{', --'.join(missing)}.")

@@ -14,14 +14,16 @@ if not torch.cuda.is_available():
 import importlib.util
 import itertools
 import json
+import random
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import datasets
 import huggingface_hub.constants
+import hypothesis
 import numpy as np
 import pytest
 from peft import PeftModel
@@ -29,10 +31,10 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from qlora.adapter import add_lora
 from qlora.checkpoint import TOKENIZER_FILES
 from qlora.data.dataset import SampleEncoder
 from qlora.export.official_folder import write_checkpoint
-from qlora.loading import add_lora
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -41,6 +43,21 @@ GOLDEN_ADAPTER = GOLDEN / "tiny" / "adapter"
 STEPS, SAVE_STEPS = 8, 4
 GOOD = {"instruction": "类型#裙", "output": "白色的裙。"}
 GOOD_LINE = json.dumps(GOOD).encode()
+HOSTILE_SEED = os.environ.get("HOSTILE_SEED", "")  # of random rows, damage, kills; other ones for another seed
+HOSTILE_TIMES = int(os.environ.get("HOSTILE_TIMES", "1"))  # how many times the usual number of them
+
+
+def hostile_random(name: str) -> random.Random:
+    """The random generator of a test."""
+    return random.Random(name + HOSTILE_SEED)
+
+
+def hostile_examples(count: int) -> Callable[[Callable], Callable]:
+    """Decorates a test of hypothesis, which runs with `count` times HOSTILE_TIMES random inputs."""
+    limits = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow], "database": None}
+    settings = hypothesis.settings(max_examples=count * HOSTILE_TIMES, derandomize=not HOSTILE_SEED, **limits)
+    seeded = hypothesis.seed(hostile_random("hypothesis").getrandbits(64)) if HOSTILE_SEED else lambda test: test
+    return lambda test: settings(seeded(test))
 
 
 def import_script(path: Path) -> ModuleType:
@@ -70,13 +87,15 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """No network access, and a new cache for the datasets library, in this process and in those that tests start."""
+    """No network, a new cache for the datasets library, one thread: here and in processes that tests start."""
     cache = tmp_path_factory.mktemp("datasets_cache")
+    torch.set_num_threads(1)  # pytest runs a process on every core
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         patch.setenv("HF_DATASETS_CACHE", str(cache))
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield cache
 
 
@@ -187,7 +206,7 @@ def varied_checkpoint(
     for name, tensor in state.items():
         if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
             tensor *= 20
-    state["lm_head.weight"][tokenizer.eos_token_id] *= 2  # the embedding is the same tensor
+    state["lm_head.weight"][tokenizer.eos_token_id] *= 4  # the embedding is the same tensor
     write_checkpoint(folder, tiny_config, lambda name, shape: state[name])
     copy_tokenizer(tokenizer, folder)
     return folder
@@ -249,6 +268,8 @@ def write_json(path: Path, output_dir: Path, **values) -> Path:
         "report_to": "none",
         "seed": 42,
     }
+    if values.get("lr_scheduler_type") == "constant":  # it has no warm-up
+        del defaults["warmup_ratio"]
     path.write_text(json.dumps(defaults | values), encoding="utf-8")
     return path
 

@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
+from conftest import ROOT
+from transformers import TrainingArguments
 
 from chatglm.chat import OFFICIAL_SAMPLING
-from qlora.arguments import FinetuneArguments, InferenceArguments
-from qlora.command_line import parse_command_line
+from qlora.arguments import FinetuneArguments, InferenceArguments, LoraSettings, training_argument_names
+from qlora.command_line import fields_of, parse_command_line
 from qlora.training.training_args import set_precision
 
 # All flags of train_qlora.py of shuxueslpi/chatGLM-6B-QLoRA, the upstream project, with values that are not defaults.
@@ -17,7 +19,6 @@ UPSTREAM_FLAGS = {
     "model_name_or_path": "models/chatglm-6b",
     "train_data_path": ["my_train.jsonl"],
     "eval_data_path": "my_dev.jsonl",
-    "seed": 7,
     "max_input_length": 100,
     "max_output_length": 200,
     "lora_rank": 8,
@@ -45,6 +46,7 @@ def test_every_flag_of_the_upstream_command_line():
         )
     )
     assert {name: getattr(args, name) for name in UPSTREAM_FLAGS} == UPSTREAM_FLAGS
+    assert parse("--seed", 7).training_args == {"seed": ["7"]}
 
 
 @pytest.mark.parametrize(
@@ -67,14 +69,34 @@ def test_weight_out_of_range(weight):
 
 
 @pytest.mark.parametrize(
-    ("flags", "samples"),
-    [([], None), (["--check"], 1), (["--dry_run"], 1), (["--dry_run", 5], 5), (["--check", 0], 0)],
+    ("flags", "check", "dry_run"),
+    [
+        ([], None, None),
+        (["--check"], 1, None),
+        (["--dry_run"], None, 1),
+        (["--dry-run=5"], None, 5),
+        (["--check", 0], 0, None),
+    ],
 )
-def test_check_and_dry_run_are_one_flag(flags, samples):
-    assert parse(*flags).check == samples
+def test_number_of_samples_of_check_and_dry_run(flags, check, dry_run):
+    args = parse(*flags)
+    assert (args.check, args.dry_run) == (check, dry_run)
 
 
-def test_nearest_flag_may_be_an_alias():
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--check", "--dry_run"], "give one of them"),
+        (["--check", -1], "--check is -1; it must not be negative"),
+        (["--dry_run", -1], "--dry_run is -1; it must not be negative"),
+    ],
+)
+def test_check_and_dry_run_out_of_range(flags, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse(*flags)
+
+
+def test_nearest_flag_is_named():
     with pytest.raises(ValueError, match=r"unknown argument --dryrun \(did you mean --dry_run\?\)\.$"):
         parse("--dryrun")
 
@@ -104,16 +126,28 @@ def test_plain_with_a_flag_of_the_memory_plan_is_refused(flag, value):
 
 
 def test_target_modules_are_a_list():
-    assert parse().lora_target_modules == ["query_key_value"]
+    assert parse().lora_settings().target_modules == ["query_key_value"]
     args = parse("--lora_target_modules", "query_key_value", "dense", "--lora_rank", 2)
-    assert args.lora_target_modules == ["query_key_value", "dense"] and args.lora_rank == 2
+    assert args.lora_settings() == LoraSettings(2, 32, 0.05, ["dense", "query_key_value"])
 
 
 def test_defaults_are_those_of_the_upstream():
     args = parse()
-    assert (args.lora_rank, args.lora_alpha, args.lora_dropout) == (4, 32, 0.05)
+    assert args.lora_settings() == (4, 32, 0.05, ["query_key_value"])
     assert args.train_args_json == "chatGLM_6B_QLoRA.json" and args.model_name_or_path == "THUDM/chatglm-6b"
-    assert args.seed is None and args.resume_from_checkpoint is None and args.prompt_text == ""
+    assert args.training_args == {} and args.resume_from_checkpoint is None and args.prompt_text == ""
+
+
+def test_defaults_count_from_the_repository_and_given_paths_from_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args = parse("--eval_data_path", "my.jsonl")
+    assert args.train_args_json == str(ROOT / "chatGLM_6B_QLoRA.json")
+    assert args.model_name_or_path == str(ROOT / "THUDM" / "chatglm-6b")
+    assert args.train_data_path == [str(ROOT / "data" / "train.jsonl")] and args.eval_data_path == "my.jsonl"
+    monkeypatch.chdir(ROOT)
+    assert parse().train_data_path == ["data/train.jsonl"]
+    monkeypatch.chdir(ROOT.parent)
+    assert parse().train_data_path == [f"{ROOT.name}/data/train.jsonl"]
 
 
 @pytest.mark.parametrize("value", ["none", ""])
@@ -125,7 +159,7 @@ def test_no_evaluation(value):
     ("flag", "suggestion"),
     [
         ("--lora_rnak", "--lora_rank"),
-        ("--learning_rte", None),
+        ("--learning_rte", "--learning_rate"),
         ("--max_input_lenght", "--max_input_length"),
         ("--xyz", None),
     ],
@@ -143,6 +177,45 @@ def test_flags_are_not_abbreviated(flag):
         parse(flag, 8)
 
 
+def test_names_of_training_arguments_are_those_of_transformers():
+    assert {field.name for field in dataclasses.fields(TrainingArguments)} <= set(training_argument_names())
+
+
+def test_training_arguments_are_flags():
+    words = (
+        "--lora_rank",
+        8,
+        "--learning-rate",
+        "1e-4",
+        "--bf16",
+        "--save_steps=50",
+        "--report_to",
+        "wandb",
+        "swanlab",
+    )
+    args = parse(*words, "--check", "--max_grad_norm", -1)
+    expected = {"learning_rate": ["1e-4"], "bf16": [], "save_steps": ["50"], "report_to": ["wandb", "swanlab"]}
+    assert args.training_args == expected | {"max_grad_norm": ["-1"]} and (args.lora_rank, args.check) == (8, 1)
+
+
+def test_training_arguments_are_no_flags_of_inference():
+    with pytest.raises(ValueError, match=r"unknown argument --learning_rate\.$"):
+        parse("--learning_rate", 1, kind=InferenceArguments)
+
+
+def test_word_without_a_flag_is_refused():
+    with pytest.raises(ValueError, match=r"unknown argument x\.$"):
+        parse("x", "--learning_rate", 1)
+    with pytest.raises(ValueError, match=r"unknown argument 9\.$"):
+        parse("--learning_rate", 1, "--lora_rank", 8, 9)
+
+
+def test_help_says_that_training_arguments_are_flags(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "--learning_rate 1e-4" in capsys.readouterr().out
+
+
 def test_misspelled_flag_with_equals_sign():
     with pytest.raises(ValueError, match="did you mean --lora_rank"):
         parse("--lora_rnk=8")
@@ -150,7 +223,7 @@ def test_misspelled_flag_with_equals_sign():
 
 def test_hyphens_and_underscores_are_alike():
     args = parse("--lora-rank", 8, "--dry-run", 2, "--train-data-path=a-b.jsonl")
-    assert (args.lora_rank, args.check, args.train_data_path) == (8, 2, ["a-b.jsonl"])
+    assert (args.lora_rank, args.dry_run, args.train_data_path) == (8, 2, ["a-b.jsonl"])
 
 
 def test_flags_of_the_earlier_release_are_read():
@@ -220,7 +293,7 @@ def test_inference_value_out_of_range(name, value):
         parse(f"--{name}", value, kind=InferenceArguments)
 
 
-@pytest.mark.parametrize(("name", "value"), [("compute_dtype", "fp8"), ("lora_rank", "four"), ("seed", "1.5")])
+@pytest.mark.parametrize(("name", "value"), [("compute_dtype", "fp8"), ("lora_rank", "four"), ("max_tokens", "1.5")])
 def test_value_of_another_type_is_reported_in_one_line(name, value):
     with pytest.raises(ValueError, match=rf"^argument --{name}: [^\n]*'{value}'[^\n]*\.$"):
         parse(f"--{name}", value)
@@ -261,7 +334,7 @@ def test_every_flag_has_a_help_text(kind, capsys):
     with pytest.raises(SystemExit):
         parse("--help_all" if kind is FinetuneArguments else "--help", kind=kind)
     text = " ".join(capsys.readouterr().out.split())
-    for field in kind.__dataclass_fields__.values():
+    for field in fields_of(kind):
         assert (f"--{field.name} " in text) is not field.metadata.get("hidden", False)
         assert len(field.metadata["help"]) > 10
 

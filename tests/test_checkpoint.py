@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, copy_tokenizer
+from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, HOSTILE_TIMES, copy_tokenizer, hostile_random
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
-from qlora.export.official_folder import write_checkpoint
+from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, is_finite, stored_shapes
+from qlora.export.official_folder import write_checkpoint, write_quantized
+from qlora.loading import load_quantized_model, load_tokenizer
 
 INDEX = "pytorch_model.bin.index.json"
 SHARDS = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
@@ -124,9 +125,9 @@ def test_broken_safetensors_header(safetensors_folder, header):
 
 
 def test_flipped_bits_raise_no_other_exception(golden_folder):
-    path, draw, refused = golden_folder / SHARDS[1], random.Random(0), 0
+    path, draw, refused = golden_folder / SHARDS[1], hostile_random("bits"), 0
     content = path.read_bytes()
-    for _ in range(100):
+    for _ in range(100 * HOSTILE_TIMES):
         damaged = bytearray(content)
         for position in draw.sample(
             range(len(content) - 2000, len(content)), 3
@@ -138,7 +139,83 @@ def test_flipped_bits_raise_no_other_exception(golden_folder):
         except ValueError as error:
             assert f"{path} is damaged or incomplete" in str(error) or f"{path} holds more than" in str(error)
             refused += 1
-    assert refused > 50
+    assert refused > 50 * HOSTILE_TIMES
+
+
+JUNK = (None, True, -1, 0, 7, 1e300, "", "../x", "裙" * 99, [], [1], {}, {"a": None})
+
+
+def flip_bits(draw: random.Random, content: bytes) -> bytes:
+    """A few bits, half of the time near an end, where headers are."""
+    near = draw.choice([len(content), 200])
+    damaged = bytearray(content)
+    for _ in range(draw.randint(1, 8) if content else 0):
+        position = draw.randrange(min(near, len(content)))
+        damaged[draw.choice([position, -1 - position])] ^= 1 << draw.randrange(8)
+    return bytes(damaged)
+
+
+def fill_with_zeros(draw: random.Random, content: bytes) -> bytes:
+    start, end = sorted(draw.choices(range(len(content) + 1), k=2))
+    return content[:start] + bytes(end - start) + content[end:]
+
+
+def edit_values(draw: random.Random, content: bytes) -> bytes:
+    """Other values in a JSON object, or in an object inside it; fewer or more of them."""
+    try:
+        outer = json.loads(content)
+        inner = draw.choice([outer, *(value for value in outer.values() if isinstance(value, dict) and value)])
+        for name in draw.sample(sorted(inner), min(len(inner), draw.randint(1, 3))):
+            if draw.random() < 0.3:
+                del inner[name]
+            else:
+                inner[name] = draw.choice(JUNK)
+        return json.dumps(outer).encode()
+    except (ValueError, AttributeError, IndexError):  # no JSON object: another one
+        return json.dumps(draw.choice(JUNK)).encode()
+
+
+DAMAGES = (
+    flip_bits,
+    fill_with_zeros,
+    edit_values,
+    lambda draw, content: content[: draw.randrange(len(content) + 1)],
+    lambda draw, content: content + draw.randbytes(draw.randint(1, 100)),
+    lambda draw, content: draw.choice([b"", LFS_POINTER, b"<html>", b"[" * 100_000, GOLDEN_ADAPTER.name.encode()]),
+)
+
+
+def damage_folder(draw: random.Random, folder: Path):
+    """Damages, deletes or replaces one or two files of a folder."""
+    contents = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    for path in draw.sample(list(contents), draw.randint(1, 2)):
+        kind = draw.random()
+        if kind < 0.8:
+            path.write_bytes(draw.choice(DAMAGES)(draw, contents[path]))
+        elif kind < 0.9:
+            path.write_bytes(draw.choice(list(contents.values())))
+        else:
+            path.unlink()
+            if draw.random() < 0.5:
+                path.mkdir()
+
+
+def test_random_damage_raises_no_other_exception(golden_folder, tmp_path):
+    draw, refused = hostile_random("folders"), 0
+    for number in range(40 * HOSTILE_TIMES):
+        folder = shutil.copytree(golden_folder, tmp_path / "damaged")
+        damage_folder(draw, folder)
+        try:
+            check_checkpoint(str(folder))
+            load_tokenizer(str(folder))
+        except (ValueError, OSError) as error:
+            message = str(error)
+            assert str(folder) in message and len(message.splitlines()) == 1 and len(message) < 600, (number, message)
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"folder {number}") from error
+        shutil.rmtree(folder)
+    assert refused > 20 * HOSTILE_TIMES
 
 
 def test_chatglm2_is_refused(golden_folder):
@@ -195,6 +272,119 @@ def test_broken_index_is_refused(golden_folder, content):
     (golden_folder / INDEX).write_text(content)
     with pytest.raises(ValueError, match=r"index\.json"):
         check_checkpoint(str(golden_folder))
+
+
+def test_index_without_metadata_is_refused(golden_folder):
+    index = json.loads((golden_folder / INDEX).read_text())
+    (golden_folder / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with pytest.raises(ValueError, match=r'index\.json has no object "metadata"'):
+        check_checkpoint(str(golden_folder))
+
+
+# The configuration, compared with the files.
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_layers": "3"}, "Field 'num_layers' expected int, got str"),
+        ({"num_layers": 3.0}, "Field 'num_layers' expected int, got float"),
+        ({"hidden_size": None}, "Field 'hidden_size' expected int, got NoneType"),
+        ({"layernorm_epsilon": "1e-5"}, "Field 'layernorm_epsilon' expected float, got str"),
+        ({"torch_dtype": "fp17"}, "fp17"),
+        ({"auto_map": 7}, "int"),
+        ({"num_layers": -1}, "num_layers is -1, expected 1 or more"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected 1 or more"),
+        ({"num_attention_heads": 5}, "hidden_size is 64, expected a multiple of 4 x 5"),
+        ({"layernorm_epsilon": 0.0}, "layernorm_epsilon is 0.0, expected a positive number"),
+        ({"layernorm_epsilon": float("nan")}, "layernorm_epsilon is nan, expected a positive number"),
+        ({"gmask_token_id": 512}, "gmask_token_id is 512, expected a token id below vocab_size, 512"),
+        ({"bos_token_id": None}, "bos_token_id is None, expected a token id"),
+    ],
+)
+def test_value_of_the_configuration_that_no_model_has_is_refused(golden_folder, change, reason):
+    edit_json(golden_folder / "config.json", **change)
+    with pytest.raises(ValueError, match=rf"golden/config\.json: .*{re.escape(reason)}") as raised:
+        check_checkpoint(str(golden_folder))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.fixture
+def nf4_folder(golden_folder, tokenizer, tmp_path) -> Path:
+    """The golden weights in 4 bits."""
+    write_quantized(load_quantized_model(str(golden_folder), torch.float32), tokenizer, tmp_path / "nf4")
+    return tmp_path / "nf4"
+
+
+@pytest.mark.parametrize("kind", ["golden_folder", "safetensors_folder", "nf4_folder"])
+def test_configuration_that_does_not_fit_the_weights_is_refused(request, kind):
+    folder = request.getfixturevalue(kind)
+    check_checkpoint(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    for change, reason in [
+        ({"num_layers": 2}, "num_layers 2, and the weight files hold 3 layers"),
+        ({"num_layers": 10**9}, "num_layers 1000000000, and the weight files hold 3 layers"),
+        ({"hidden_size": 128}, "has shape .*expected"),
+        ({"inner_hidden_size": 128}, "mlp.* has shape .*expected"),
+        ({"vocab_size": 1024}, r"word_embeddings\.weight has shape \(512, 64\), expected \(1024, 64\)"),
+    ]:
+        edit_json(folder / "config.json", **config | change)
+        with pytest.raises(ValueError, match=rf"{folder.name}: .*{reason}") as raised:
+            check_checkpoint(str(folder))
+        assert len(str(raised.value).splitlines()) == 1
+
+
+def test_4_bit_configuration_with_16_bit_weights_is_refused(golden_folder, nf4_folder):
+    values = json.loads((nf4_folder / "config.json").read_text())
+    edit_json(golden_folder / "config.json", quantization_config=values["quantization_config"])
+    with pytest.raises(ValueError, match=r"attention\.dense\.weight\.absmax is in none of its weight files"):
+        check_checkpoint(str(golden_folder))
+    del values["quantization_config"]
+    (nf4_folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"weight\.absmax is not a weight of this model"):
+        check_checkpoint(str(nf4_folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state.pop("lm_head.weight"), None),  # it is the embedding
+        (lambda state: state.pop("transformer.final_layernorm.bias"), "final_layernorm.bias is in none of its weight"),
+        (lambda state: state.update(extra=torch.ones(2)), "extra is not a weight of this model"),
+        (lambda state: state.update(extra=7), "is damaged or incomplete: it holds no dictionary of tensors"),
+        (
+            lambda state: state.update({"lm_head.weight": torch.ones(2)}),
+            "lm_head.weight has shape (2,), expected (512",
+        ),
+    ],
+)
+def test_names_and_shapes_in_the_files_are_compared(golden_folder, change, reason):
+    path = golden_folder / SHARDS[1]
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    if reason is None:
+        check_checkpoint(str(golden_folder))
+        return
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        check_checkpoint(str(golden_folder))
+
+
+def test_shapes_are_read_without_the_values(tmp_path):
+    # A sparse file of 8 GiB, which would take seconds to read.
+    path = tmp_path / "pytorch_model.bin"
+    with torch.serialization.skip_data():
+        torch.save({"weight": torch.empty(2**16, 2**16, dtype=torch.float16, device="meta")}, path)
+    assert stored_shapes(path) == {"weight": (2**16, 2**16)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_is_finite(dtype):
+    values = torch.zeros(3, 5, dtype=dtype)
+    assert is_finite(values) and is_finite(values[:0])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        values[1, 2] = value
+        assert not is_finite(values)
 
 
 # Writing a checkpoint.

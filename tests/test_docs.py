@@ -13,12 +13,13 @@ from conftest import ROOT, import_script
 from transformers import TrainingArguments
 
 import chatglm.chat
-from qlora.arguments import FinetuneArguments, InferenceArguments
+from qlora.adapter import add_lora
+from qlora.arguments import FinetuneArguments, InferenceArguments, training_argument_names
 from qlora.checkpoint import check_checkpoint
 from qlora.command_line import parse_command_line, shown_flags
 from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.data.rows import read_rows
-from qlora.loading import add_lora, load_quantized_model
+from qlora.loading import load_quantized_model
 from qlora.training.preflight_report import show_sample
 
 READMES = ("README.md", "README_zh.md")
@@ -72,6 +73,7 @@ def own_arguments(script: Path) -> type | None:
 @every_page
 def test_commands_use_scripts_and_flags_that_exist(page, monkeypatch):
     for _, script, *flags in commands(page):
+        script = script.removeprefix("/path/to/")
         if script == "train.sh":
             script, flags = "train_qlora.py", [flag for flag in flags if flag != "--demo"]
         if script.startswith("tests/"):
@@ -87,6 +89,7 @@ def test_flags_named_in_the_text_exist(page):
     kinds = [FinetuneArguments, InferenceArguments, *map(own_arguments, ROOT.glob("scripts/*.py"))]
     known = {name for kind in kinds if kind for name in shown_flags(kind)} | {"--help", "--help_all", "--overwrite"}
     known |= {"--demo"}  # a flag of train.sh
+    known |= {f"--{name}" for name in training_argument_names()}
     named = {word for code in re.findall(r"`(--[^`]+)`", prose(page)) for word in code.split() if word[:2] == "--"}
     assert named <= known
 
@@ -130,6 +133,13 @@ def test_shown_samples_are_those_of_the_example_rows(page, rows_file, genuine_to
     samples = load_samples(str(rows_file), SampleEncoder(genuine_tokenizer, "", 512, 1536))
     shown = "\n".join(show_sample(sample, genuine_tokenizer, colour=False) for sample in samples)
     assert shown + "\n" in blocks(page, "text")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.endswith("_zh.md")])
+def test_chinese_and_latin_text_are_separated_by_a_space(page):
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", prose(page))
+    han, latin = "[\u4e00-\u9fff]", "[A-Za-z0-9`%]"
+    assert not re.findall(rf".{{0,9}}(?:{han}{latin}|{latin}{han}).{{0,9}}", text)
 
 
 @every_page
@@ -188,7 +198,7 @@ def test_explained_messages_are_in_the_code(page):
     code += "CUDA out of memory, Failed to find C compiler"  # messages of torch and Triton
     table = re.search(r"^\| there is no folder.*?(\n\n|\Z)", TEXTS[page], re.M | re.S).group()
     for cell in re.findall(r"^\| (.*?) \|", table, re.M):
-        message = re.sub(r"（.*）|, during training", "", cell).replace("line N", "line {number}")
+        message = re.sub(r"（.*）|, during training", "", cell).replace("line N", "line {self.line}")
         assert all(piece.strip() in code for piece in re.split("[;…]", message)), message
 
 

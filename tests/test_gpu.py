@@ -1,6 +1,6 @@
 """What only a GPU shows: kernels in half precision, CUDA graphs, offloading, planned memory, and a training step.
 
-    pytest -m gpu
+    pytest -m gpu -n 0
 
 The references are computed from the same half-precision inputs in fp32, whose products PyTorch does not round to TF32.
 Errors are relative to the norm of the reference.

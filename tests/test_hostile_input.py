@@ -3,23 +3,24 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN_ADAPTER, GOOD_LINE, write_rows
-from hypothesis import HealthCheck, given, settings
+from conftest import GOLDEN_ADAPTER, GOOD_LINE, hostile_examples, write_rows
+from hypothesis import given
 from hypothesis import strategies as st
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from chatglm.chat import build_prompt
+from qlora.adapter import load_adapter
 from qlora.checkpoint import check_checkpoint
 from qlora.data.dataset import IGNORE_INDEX, SampleEncoder, load_samples
 from qlora.data.rows import read_rows
-from qlora.loading import load_adapter
 from qlora.training.checkpoints import find_checkpoint
 
 # Thousands of random lines.
@@ -72,9 +73,15 @@ def encoder(tokenizer: ChatGLMTokenizer) -> SampleEncoder:
     return SampleEncoder(tokenizer, "", 10_000, 10_000)
 
 
+BLANKS = r"<n>|<\|tab\|>|<\|blank_([2-9]|[1-7]\d|80)\|>"
+
+
 def words(text: str) -> list[str]:
-    """The words of a text; spaces are not compared, since the official tokenizer drops some of them."""
-    return text.split()
+    """The words of a text; spaces are not compared, since the official tokenizer drops some of them.
+
+    In a text, too, it takes the names of its pieces for line breaks, tabs and spaces for these.
+    """
+    return re.sub(BLANKS, " ", text).split()
 
 
 def normalized_words(text: str, tokenizer: ChatGLMTokenizer) -> list[str]:
@@ -108,7 +115,7 @@ def assert_refused_with_a_reason(error: ValueError, start: str):
     message.encode("utf-8")  # raises an error for a lone surrogate, which cannot be printed
 
 
-@settings(max_examples=500, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@hostile_examples(500)
 @given(lines=st.lists(random_lines, min_size=5, max_size=15))
 def test_random_line_is_refused_with_a_reason_or_trained_on_as_written(lines, path, encoder):
     for line in lines:
@@ -126,7 +133,26 @@ def test_random_line_is_refused_with_a_reason_or_trained_on_as_written(lines, pa
                 assert_refused_with_a_reason(error, "field ")
 
 
-@settings(max_examples=500, derandomize=True, deadline=None)
+@hostile_examples(200)
+@given(elements=st.lists(json_lines | damaged_lines(), min_size=1, max_size=5))
+def test_random_array_is_read_as_its_elements_are_as_lines(elements, path, encoder):
+    path.write_bytes(b"[" + b",\n".join(elements) + b"]")
+    try:
+        rows = list(read_rows(str(path)))
+    except ValueError as error:
+        message = str(error)
+        assert message.startswith(str(path)) and all(line.startswith("- ") for line in message.splitlines()[1:])
+        assert all(len(line) < len(str(path)) + 300 for line in message.splitlines())
+        message.encode("utf-8")
+        return
+    values = json.loads(path.read_bytes())
+    assert [row["element"] for row in rows] == list(range(1, len(values) + 1))
+    path.write_bytes(b"\n".join(json.dumps(value).encode() for value in values))
+    without_place = [[{**row, "line": 0, "element": 0} for row in part] for part in (rows, read_rows(str(path)))]
+    assert without_place[0] == without_place[1]
+
+
+@hostile_examples(500)
 @given(row=valid_rows.filter(lambda row: row["instruction"].strip() and row["output"].strip()))
 def test_valid_row_is_not_refused(row, path, encoder):
     line = json.dumps(row).encode()

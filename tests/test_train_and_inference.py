@@ -182,7 +182,7 @@ def test_results_do_not_depend_on_the_micro_batches(one_step, batch_size, accumu
         assert history(outputs[0], key) == pytest.approx(history(outputs[1], key), abs=1e-4)
 
 
-@pytest.mark.parametrize("values", [{"bf16": True, "use_cpu": True}, {"train_sampling_strategy": "group_by_length"}])
+@pytest.mark.parametrize("values", [{"bf16": True, "use_cpu": True}, {"train_sampling_strategy": "sequential"}])
 def test_settings_of_the_json_are_accepted(one_step, values):
     (loss,) = history(one_step("settings", **values), "loss")
     assert 0 < loss < 20
@@ -361,9 +361,11 @@ def test_interruption_loses_no_finished_answer(few_prompts, tmp_path, monkeypatc
 
     monkeypatch.setattr(generation, "generate_answers", interrupted_in_the_second_batch)
     output = tmp_path / "answers.jsonl"
-    with pytest.raises(SystemExit, match=rf"^\ninterrupted\. The finished answers are in {output}\.$"):
+    with pytest.raises(SystemExit, match="130"):
         run_main(inference_qlora, *few_prompts, "--output", output)
-    assert len(answers(capsys.readouterr().out)) == len(output.read_text(encoding="utf-8").splitlines()) == 2
+    printed = capsys.readouterr()
+    assert printed.err.endswith(f"\ninterrupted; the finished answers are in {output}\n")
+    assert len(answers(printed.out)) == len(output.read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_model_without_an_adapter_gives_one_answer(trained, tiny_checkpoint, tmp_path, capsys):

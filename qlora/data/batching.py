@@ -1,13 +1,27 @@
 """The samples of an optimizer step, and their division into micro-batches."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
 from qlora.data.dataset import IGNORE_INDEX
 
-Sample: TypeAlias = dict  # `input_ids` and `labels`, [tokens], long; `line` and `file` where they are known
+Sample: TypeAlias = dict  # `input_ids` and `labels`, [tokens], long; `line`, `element` and `file` where they are known
+
+
+class SourceRow(NamedTuple):
+    """The file of a sample, empty where there is one data file only, and the number of its line, or array element."""
+
+    file: str
+    kind: str
+    number: int
+
+    @classmethod
+    def of(cls, sample: Sample) -> "SourceRow":
+        """Where a sample that has a line is from."""
+        element = sample.get("element")
+        return cls(sample.get("file", ""), "element" if element else "line", element or sample["line"])
 
 
 @dataclass
@@ -31,9 +45,9 @@ class StepBatch:
         return count_tokens(self.samples)
 
     @property
-    def source_rows(self) -> list[tuple[str, int]]:
-        """File and line of each sample that has a line; the file is empty where there is one data file only."""
-        return [(sample.get("file", ""), sample["line"]) for sample in self.samples if "line" in sample]
+    def source_rows(self) -> list[SourceRow]:
+        """Where each sample is from, if it has a line."""
+        return [SourceRow.of(sample) for sample in self.samples if "line" in sample]
 
 
 def count_tokens(samples: list[Sample]) -> int:

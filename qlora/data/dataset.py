@@ -1,7 +1,6 @@
 """Tokenizes data rows into samples, with the datasets library and its cache."""
 
 import bisect
-import hashlib
 import logging
 import os
 from dataclasses import dataclass
@@ -9,25 +8,40 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizer
 
 from chatglm.chat import build_prompt
+from qlora.data.cache import cache_folder, check_sums, use_cache
+from qlora.data.row_files import MOST_LISTED, Place, bad_rows
 from qlora.data.rows import ROWS_VERSION, read_rows
 
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
+PLACE_FEATURES = {"line": Value("int64"), "element": Value("int64")}
 ROW_FEATURES = Features(
     {
-        "line": Value("int64"),
+        **PLACE_FEATURES,
         "query": Value("string"),
         "history": List(List(Value("string"))),
         "answer": Value("string"),
     }
 )
+SAMPLE_FEATURES = Features(
+    {
+        **PLACE_FEATURES,
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "length": Value("int64"),
+        "prompt_cut": Value("bool"),
+        "answer_cut": Value("bool"),
+        "checksum": Value("int64"),  # of the two lists
+        "problem": Value("string"),  # why the row has no sample
+    }
+)
 ROWS_AT_ONCE = 100  # rows that a process holds in memory; a row may have megabytes
 TOKENIZER_PROCESSES = 8  # at most; starting more takes longer than they save
+ROWS_PER_PROCESS = 5000  # below, the same holds for one more
 
 
 @dataclass
@@ -42,27 +56,29 @@ class SampleEncoder:
         prompt_text: put before every prompt.
         max_input_length: most tokens of a prompt, `[gMASK]` and `<sop>` included.
         max_output_length: most tokens of an answer, `<eop>` included.
-    Raises:
-        ValueError: a row whose question or answer has no token, with its line number.
     """
 
     tokenizer: PreTrainedTokenizer
     prompt_text: str
     max_input_length: int
     max_output_length: int
-    version: int = 2  # to be raised when the code gives other samples; part of the cache key, as all fields are
+    version: int = 3  # to be raised when the code gives other samples; part of the cache key, as all fields are
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        """Columns of a batch of rows -> columns `input_ids`, `labels`, `length`, `prompt_cut`, `answer_cut`."""
-        columns: dict[str, list] = {"input_ids": [], "labels": [], "length": [], "prompt_cut": [], "answer_cut": []}
-        for line, *row in zip(rows["line"], rows["query"], rows["history"], rows["answer"], strict=True):
+        """Columns `query`, `history`, `answer` of a batch -> the columns of SAMPLE_FEATURES but for the place.
+
+        A row without a sample has the reason in `problem`, and a length of 0: in a worker process an error would end
+        at the first one.
+        """
+        samples = []
+        for row in zip(rows["query"], rows["history"], rows["answer"], strict=True):
             try:
-                sample = self.encode(*row)
+                ids, labels, *rest = self.encode(*row)
+                samples.append((ids, labels, *rest, sum(ids) + sum(labels), ""))
             except ValueError as error:
-                raise ValueError(f"line {line}: {error}") from error
-            for name, value in zip(columns, sample, strict=True):
-                columns[name].append(value)
-        return columns
+                samples.append(([], [], 0, False, False, 0, str(error)))
+        names = [name for name in SAMPLE_FEATURES if name not in PLACE_FEATURES]
+        return dict(zip(names, map(list, zip(*samples, strict=True)), strict=True))
 
     def encode(
         self, query: str, history: list[list[str]], answer: str
@@ -103,48 +119,65 @@ class SampleEncoder:
 
 
 def load_rows(path: str) -> Dataset:
-    """The checked rows of a file, cached by its path, size and modification time; errors as for `read_rows`."""
-    source = Path(path)
-    stat = source.stat() if source.is_file() else None
-    version = f"{ROWS_VERSION}:{source.resolve()}:{stat.st_size}:{stat.st_mtime_ns}" if stat else path
-    try:
-        return Dataset.from_generator(
-            read_rows,
-            features=ROW_FEATURES,
-            gen_kwargs={"path": path},
-            writer_batch_size=ROWS_AT_ONCE,
-            fingerprint=hashlib.sha256(version.encode()).hexdigest()[:16],
-        )
-    except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+    """The checked rows of a file, from the cache or into it; errors as for `read_rows`."""
+    folder = cache_folder(path, ROWS_VERSION)
+    return use_cache(folder, lambda: cached_rows(path, folder))
+
+
+def cached_rows(path: str, folder: Path) -> Dataset:
+    """The rows of a file, kept in a folder; ValueError if rows are missing there."""
+    rows = Dataset.from_generator(
+        read_rows,
+        features=ROW_FEATURES,
+        gen_kwargs={"path": path},
+        writer_batch_size=ROWS_AT_ONCE,
+        cache_dir=str(folder),
+        fingerprint=folder.name,
+    )
+    if len(rows) != rows.info.splits["train"].num_examples:
+        raise ValueError("rows are missing")
+    return rows
+
+
+def cached_samples(path: str, encoder: SampleEncoder, folder: Path) -> Dataset:
+    """Samples with the columns of SAMPLE_FEATURES, kept in a folder; ValueError if they were changed there."""
+    rows = cached_rows(path, folder)
+    workers = min(TOKENIZER_PROCESSES, os.cpu_count() or 1, 1 + len(rows) // ROWS_PER_PROCESS)
+    samples = rows.map(
+        encoder,
+        batched=True,
+        batch_size=ROWS_AT_ONCE,
+        writer_batch_size=ROWS_AT_ONCE,
+        remove_columns=["query", "history", "answer"],
+        features=SAMPLE_FEATURES,
+        num_proc=workers if workers > 1 else None,
+        desc=f"Tokenizing {path}",
+    )
+    check_sums(samples, len(rows))
+    return samples
 
 
 def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
-    """Reads, checks and tokenizes a jsonl file; logs the number of tokens and of cut samples.
+    """Reads, checks and tokenizes a file of rows; logs the number of tokens and of cut samples.
 
     Args:
         path: of the file.
         encoder: tokenizes the rows.
     Returns:
-        A Dataset with `input_ids` and `labels`, lists of int of the same length; this `length`; the row's `line`;
-        `prompt_cut` and `answer_cut`, whether prompt and answer were cut.
+        A Dataset with `input_ids` and `labels`, lists of int of the same length; this `length`; the row's `line`, and
+        its `element` in an array, or 0; `prompt_cut` and `answer_cut`, whether prompt and answer were cut.
     Raises:
-        FileNotFoundError, ValueError: see `read_rows` and `SampleEncoder`.
+        FileNotFoundError: there is no such file.
+        ValueError: rows that cannot be used, with their places and reasons; the cache cannot be written to.
     """
-    rows = load_rows(path)
-    workers = min(TOKENIZER_PROCESSES, os.cpu_count() or 1, 1 + len(rows) // 5000)
-    try:
-        samples = rows.map(
-            encoder,
-            batched=True,
-            batch_size=ROWS_AT_ONCE,
-            writer_batch_size=ROWS_AT_ONCE,
-            remove_columns=["query", "history", "answer"],
-            num_proc=workers if workers > 1 else None,
-            desc=f"Tokenizing {path}",
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}, {error}.") from error
+    folder = cache_folder(path, ROWS_VERSION)
+    samples = use_cache(folder, lambda: cached_samples(path, encoder, folder))
+    without_tokens = np.flatnonzero(numpy_column(samples, "length") == 0)
+    if len(without_tokens):
+        first = samples.select(without_tokens[:MOST_LISTED])
+        reasons = [f"{Place(row['line'], row['element'])}: {row['problem']}." for row in first]
+        raise bad_rows(path, reasons, len(without_tokens))
+    samples = samples.remove_columns(["checksum", "problem"])
     logger.info("%s: %s", path, summary(samples))
     return samples
 

@@ -1,20 +1,17 @@
-"""Data rows of jsonl files; a row that cannot be used is reported with file, line number and reason."""
+"""What a data row may hold; a row that cannot be used is reported with file, place and reason."""
 
 import functools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from chatglm.chat import build_prompt
+from qlora.data.row_files import read_json_rows, read_lines
 from qlora.data.strict_json import parse_json
 
-ROWS_VERSION = 3  # in the key of cached rows: raise it with every change of what is accepted or what a row becomes
-LONGEST_LINE = 2**24  # bytes; a file with a longer line probably has no line breaks
-LONGEST_REASON = 200  # characters of an error's reason, which may quote the row, in a message
-Parsed = TypeVar("Parsed")
+ROWS_VERSION = 4  # in the key of cached rows: raise it with every change of what is accepted or what a row becomes
 
 
 @dataclass
@@ -27,7 +24,7 @@ class Row:
 
 
 def read_rows(path: str) -> Iterator[dict]:
-    """Reads and checks the data rows of a jsonl file.
+    """Reads and checks the data rows of a file: one JSON object a line, or an array of objects.
 
     A row has `instruction` (or AdvertiseGen's `content`), `output` (or `summary`), and optionally `input`, which is
     appended to the instruction on a new line, and `history`, a list of [question, answer] pairs. Empty lines are
@@ -36,15 +33,16 @@ def read_rows(path: str) -> Iterator[dict]:
     Args:
         path: of the file, in UTF-8, with or without a byte order mark.
     Yields:
-        Dicts of `line`, the number of the line from 1, `query`, `history` and `answer`.
+        Dicts of `line`, the number of the line from 1, `element`, the number in the array from 1 (0 without an array),
+        `query`, `history` and `answer`.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line that cannot be trained on, with file, line number and reason; or a file without rows.
+        ValueError: rows that cannot be trained on, with file, place and reason; or a file without rows.
     """
     empty = True
-    for number, row in read_lines(path, lambda text: parse_row(parse_json(text))):
+    for place, row in read_json_rows(path, lambda text: parse_row(parse_json(text))):
         empty = False
-        yield {"line": number, **vars(row)}
+        yield {**place._asdict(), **vars(row)}
     if empty:
         raise ValueError(f"{path} has no rows.")
 
@@ -53,20 +51,18 @@ def read_prompts(path: str) -> dict[str, str]:
     """Reads the prompts of a file.
 
     Args:
-        path: of a `.jsonl` file of rows, which need no `output` here, or of strings; of a `.json` file with one array
-            of these; or of a text file with one prompt a line.
+        path: of a `.jsonl` or `.json` file of rows, which need no `output` here, or of strings, one a line or in an
+            array; or of a text file with one prompt a line.
     Returns:
         Where each prompt stands -> the prompt, in the order of the file, with history as `build_prompt` formats it.
     Raises:
         FileNotFoundError, ValueError: as `read_rows`.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix == ".json":
-        numbered, unit = read_array(path, parse_prompt), "entry"
+    if Path(path).suffix.lower() in (".jsonl", ".json"):
+        places = read_json_rows(path, lambda text: parse_prompt(parse_json(text)))
     else:
-        parse = (lambda text: parse_prompt(parse_json(text))) if suffix == ".jsonl" else str.strip
-        numbered, unit = read_lines(path, parse), "line"
-    prompts = {f"{path}, {unit} {number}": prompt for number, prompt in numbered if prompt}
+        places = read_lines(path, str.strip)
+    prompts = {f"{path}, {place}": prompt for place, prompt in places if prompt}
     if not prompts:
         raise ValueError(f"{path} has no prompts.")
     return prompts
@@ -75,81 +71,6 @@ def read_prompts(path: str) -> dict[str, str]:
 def parse_prompt(value: object) -> str:
     """The prompt of a string or of a row; ValueError with the reason for another value."""
     return check_text(value) if isinstance(value, str) else build_prompt(*parse_query(value))
-
-
-def read_array(path: str, parse: Callable[[object], Parsed]) -> Iterator[tuple[int, Parsed]]:
-    """Parses every entry of a file with one JSON array.
-
-    Args:
-        path: of the file.
-        parse: entry -> its value; it raises ValueError with the reason for an entry that cannot be used.
-    Yields:
-        The number of the entry, from 1, and its value.
-    Raises:
-        FileNotFoundError, ValueError: as `read_lines`.
-    """
-    lines = dict(read_lines(path, str))
-    try:
-        entries = parse_json("".join(lines.get(number, "\n") for number in range(1, max(lines, default=0) + 1)))
-        if not isinstance(entries, list):
-            raise ValueError(f"expected an array, found a {type(entries).__name__}")
-    except (ValueError, RecursionError) as error:
-        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        reason = f"{path}{line}: {describe(error)}. A .json file holds one array; name one with a JSON a line .jsonl."
-        raise ValueError(reason) from error
-    for number, entry in enumerate(entries, 1):
-        try:
-            yield number, parse(entry)
-        except ValueError as error:
-            raise ValueError(f"{path}, entry {number}: {describe(error)}.") from error
-
-
-def read_lines(path: str, parse: Callable[[str], Parsed]) -> Iterator[tuple[int, Parsed]]:
-    """Parses every line that is not empty.
-
-    Args:
-        path: of the file.
-        parse: text of a line -> its value; it raises ValueError with the reason for a line that cannot be used.
-    Yields:
-        The number of the line, from 1, and its value.
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: of `parse` or of the decoding, with file and line number added.
-    """
-    if not Path(path).is_file():
-        hint = ""
-        if Path(path).is_dir():
-            hint = " It is a folder: name the file in it."
-        elif ":" in path:
-            hint = " What follows the colon is no weight."
-        raise FileNotFoundError(f"there is no data file {path}.{hint}")
-    with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
-            if line.strip():
-                try:
-                    parsed = parse(decode(line, "utf-8-sig" if number == 1 else "utf-8"))
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: {describe(error)}.") from error
-                yield number, parsed
-
-
-def decode(line: bytes, encoding: str) -> str:
-    """The text of a line; ValueError for one that is too long or not in the encoding."""
-    if len(line) > LONGEST_LINE:
-        raise ValueError(f"longer than {LONGEST_LINE:,} bytes; expected one JSON object a line")
-    return line.decode(encoding)
-
-
-def describe(error: Exception) -> str:
-    """The reason of an error, for the message to the user; cut to LONGEST_REASON characters."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON ({error.msg} at column {error.colno})"
-    if isinstance(error, UnicodeDecodeError):
-        return f"not valid UTF-8 (byte {error.start + 1} of the line)"
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    reason = str(error)
-    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]} (and more)"
 
 
 def parse_row(row: object) -> Row:

@@ -10,21 +10,13 @@ from pathlib import Path
 import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState
-from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights
 from safetensors import safe_open
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from qlora.checkpoint import check_checkpoint, weight_files
-from qlora.loading import adapter_config, digest_of, is_quantized, load_adapter
+from qlora.adapter import adapter_weights, digest_of, load_adapter
+from qlora.checkpoint import check_checkpoint, is_finite, is_quantized, weight_files
 
-# Fields of a LoRA configuration that may have any value; the others must be off or have their default.
-PLAIN_LORA = (
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-)
 PACKED = ".quant_state.bitsandbytes__nf4"  # suffix of the entry with shape, dtype and block size of a 4-bit weight
 
 
@@ -51,39 +43,18 @@ def merged_tensors(
             f"{base_path} holds 4-bit weights, from which the original ones cannot be had: name the 16-bit folder "
             "with --model_name_or_path, or merge --onto nf4."
         )
-    check_plain_lora(adapter_path, adapter_config(adapter_path))
     stored, delta = WeightReader(base_path), weight_deltas(config, adapter_path)
-    config.merged_adapter = digest_of(load_peft_weights(adapter_path, device="cpu"))
+    config.merged_adapter = digest_of(adapter_weights(adapter_path))
     linear = {f"{name}.weight" for name in linear_layers(config)}
-    if not delta.keys() <= linear:
-        raise ValueError(
-            f"the adapter in {adapter_path} has a part in {', '.join(sorted(delta.keys() - linear))}: embedding and "
-            "head are one tensor in this model, into which an adapter cannot be merged."
-        )
     to_quantize = linear if onto == "nf4" and not is_quantized(config) else set()
 
     def tensor(name: str, shape: torch.Size) -> torch.Tensor:
         weight = stored(name)
-        if weight.shape != shape:
-            raise ValueError(f"{base_path}: {name} has shape {list(weight.shape)}, expected {list(shape)}.")
         if name in to_quantize:
             weight = through_nf4(weight.to(compute_dtype))
         return weight.float() + delta[name]() if name in delta else weight
 
     return config, tensor
-
-
-def check_plain_lora(path: str, config: PeftConfig):
-    """ValueError for an adapter that changes the model by anything else than scaling * B @ A."""
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"the adapter in {path} is of type {config.peft_type}; only LoRA can be merged.")
-    values, defaults = config.to_dict(), LoraConfig().to_dict()
-    others = {name: v for name, v in values.items() if name not in PLAIN_LORA and v and v != defaults[name]}
-    if others.get("init_lora_weights") == "gaussian":  # an initialization that leaves the base weights unchanged
-        del others["init_lora_weights"]
-    if others:
-        found = ", ".join(f"{name}={value}" for name, value in others.items())
-        raise ValueError(f"the adapter in {path} is more than plain LoRA ({found}): merge it with peft instead.")
 
 
 def without_storage(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
@@ -118,6 +89,17 @@ def through_nf4(weight: torch.Tensor) -> torch.Tensor:
     """A weight quantized to NF4 and dequantized, in the dtype that it had."""
     packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
     return bitsandbytes.functional.dequantize_4bit(packed, state)
+
+
+def check_finite_weights(path: str, dtype: torch.dtype):
+    """Reads every weight of a checkpoint and checks that it is finite in a dtype; ValueError if one is not."""
+    stored = WeightReader(path)
+    for name in stored.file_of:
+        if not is_finite(stored.read(name).to(dtype)):
+            raise ValueError(
+                f"{path}: {name} is not finite (NaN or infinity) in {dtype}. Download the weights again, or choose "
+                "bf16 with --compute_dtype if they are beyond the range of fp16."
+            )
 
 
 class WeightReader:

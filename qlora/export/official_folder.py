@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.rotary import ChatGLMRotaryEmbedding
 from qlora.atomic import write_json
+from qlora.checkpoint import is_finite
 
 # Keys of the configuration that are not written.
 NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings", "quantization_config")
@@ -33,6 +34,8 @@ def write_checkpoint(
         tensor: (name, shape) -> weight; called with the embedding's name for the head.
         shard_size: largest size of a file.
         dtype: of the weights.
+    Raises:
+        ValueError: a weight is not finite, or out of the range of `dtype`.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,13 @@ def write_checkpoint(
         if name.endswith("inv_freq"):
             return inv_freq.half()
         source = "transformer.word_embeddings.weight" if name == "lm_head.weight" else name
-        return tensor(source, sizes[name].shape).to("cpu", dtype).contiguous()
+        weight = tensor(source, sizes[name].shape).to("cpu", dtype).contiguous()
+        if not is_finite(weight):
+            raise ValueError(
+                f"{source} is not finite (NaN or infinity) in {dtype}, and is not written. If it is beyond the range "
+                "of fp16, write bf16 with --dtype."
+            )
+        return weight
 
     for filename, names in tqdm(plan.filename_to_tensors.items(), desc="Writing files", disable=not plan.is_sharded):
         torch.save({name: stored(name) for name in names}, target / filename)

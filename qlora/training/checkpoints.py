@@ -16,16 +16,22 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from qlora.arguments import LoraSettings
 from qlora.checkpoint import file_problem
 from qlora.errors import TrainingStopped
+from qlora.training.same_run import RUN_FILE, tensor_shapes
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+ADAPTER_FILE = "adapter_model.safetensors"
 STAGING = "_saving"  # folder in output_dir; its name does not match `checkpoint-N`
 CHECKPOINT_FILES = (
+    RUN_FILE,
     "adapter_config.json",
-    "adapter_model.safetensors",
+    ADAPTER_FILE,
     "optimizer.pt",
     "scheduler.pt",
     "rng_state*.pth",  # one of each process
@@ -36,9 +42,9 @@ SCALER = "scaler.pt"  # exists only for a run in fp16
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step N of a folder `checkpoint-N`; -1 for any other path."""
-    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(match[1]) if match and checkpoint.is_dir() else -1
+    """The step N of a folder `checkpoint-N`; -1 for any other path, also for a link, which is not followed."""
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match and checkpoint.is_dir() and not checkpoint.is_symlink() else -1
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -53,8 +59,8 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
     Args:
         checkpoint: the folder.
     Returns:
-        What is wrong: the folder or a file is missing, or a file is damaged or would run code. None if the checkpoint
-        is complete.
+        What is wrong: the folder, a file or a tensor is missing, or a file is damaged or would run code. None if the
+        checkpoint is complete.
     """
     if not checkpoint.is_dir():
         return "there is no such folder"
@@ -66,7 +72,25 @@ def checkpoint_problem(checkpoint: Path) -> str | None:
             reason = file_problem(path, check_sums=True)
             if reason:
                 return f"{path.name} {reason}"
+    try:
+        run = json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+        random_states, expected = random_state_files(run["processes"]), dict(run["adapter"])
+    except (KeyError, TypeError, ValueError):
+        return f"{RUN_FILE} is damaged: it has no processes or no adapter"
+    missing = [name for name in random_states if not (checkpoint / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing, of {run['processes']} processes"
+    shapes = tensor_shapes(load_file(checkpoint / ADAPTER_FILE))
+    different = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+    if different:
+        has, should_have = (named.get(different[0], "not at all") for named in (shapes, expected))
+        return f"{ADAPTER_FILE} has {different[0]} {has} instead of {should_have}"
     return None
+
+
+def random_state_files(processes: int) -> list[str]:
+    """The names of the files in which the Trainer saves the random generators of its processes."""
+    return [f"rng_state_{number}.pth" for number in range(processes)] if processes > 1 else ["rng_state.pth"]
 
 
 def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
@@ -98,20 +122,20 @@ def find_checkpoint(requested: str | None, output_dir: str) -> str | None:
     )
 
 
-def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules: list[str]):
+def check_same_adapter(checkpoint: str, lora: LoraSettings):
     """Checks that the flags of a resumed run describe the adapter of its checkpoint; only the dropout may differ.
 
     Args:
         checkpoint: a complete checkpoint.
-        rank, alpha, target_modules: of the adapter, by the flags.
+        lora: settings of the adapter, by the flags.
     Raises:
         ValueError: the checkpoint's adapter has other values.
     """
     config = json.loads((Path(checkpoint) / "adapter_config.json").read_text(encoding="utf-8"))
-    modules = (config.get("target_modules") or [], target_modules)
+    modules = (config.get("target_modules") or [], lora.target_modules)
     values = {
-        "--lora_rank": (config.get("r"), rank),
-        "--lora_alpha": (config.get("lora_alpha"), alpha),
+        "--lora_rank": (config.get("r"), lora.rank),
+        "--lora_alpha": (config.get("lora_alpha"), lora.alpha),
         "--lora_target_modules": tuple(" ".join(sorted(set(map(str, names)))) for names in modules),
     }
     different = [f"{flag} {saved} (not {given})" for flag, (saved, given) in values.items() if saved != given]
@@ -122,7 +146,48 @@ def check_same_adapter(checkpoint: str, rank: int, alpha: float, target_modules:
         )
 
 
-def check_output_dir(output_dir: str, checkpoint: str | None):
+def trainer_state(checkpoint: str | Path) -> dict:
+    """The Trainer's state in a complete checkpoint."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def check_steps_left(checkpoint: str, output_dir: str, steps: int):
+    """Checks that a resumed run has something to do.
+
+    Args:
+        checkpoint: a complete checkpoint.
+        output_dir: of the run; without an adapter in it the run was stopped before it saved its result.
+        steps: optimizer steps of the run.
+    Raises:
+        ValueError: the run is finished, or ends before the checkpoint.
+    """
+    done = trainer_state(checkpoint)["global_step"]
+    if done > steps:
+        raise ValueError(f"{checkpoint} has {done} steps, and the run ends after {steps}: raise max_steps or epochs.")
+    if done == steps and (Path(output_dir) / "adapter_config.json").exists():
+        raise ValueError(
+            f"the run in {output_dir} is finished: all {steps} steps are trained, and its adapter is there. To train "
+            f"it further, start another run with --init_adapter {output_dir}."
+        )
+
+
+def best_checkpoint(checkpoint: str | Path) -> Path | None:
+    """The best checkpoint up to a complete one, in the same folder, which may have been renamed; None for none."""
+    best = trainer_state(checkpoint).get("best_model_checkpoint")
+    return Path(checkpoint).parent / Path(best).name if best else None
+
+
+def check_best_checkpoint(checkpoint: str):
+    """FileNotFoundError if the best checkpoint so far, which is to be the result, is not there or not complete."""
+    best = best_checkpoint(checkpoint)
+    if best and (not best.is_dir() or file_problem(best / ADAPTER_FILE)):
+        raise FileNotFoundError(
+            f"{best}, the best checkpoint so far, is missing or damaged, and load_best_model_at_end needs it. Put it "
+            "back, or resume from an earlier checkpoint."
+        )
+
+
+def check_output_dir(output_dir: str | Path, checkpoint: str | None):
     """Checks that a new run's folder has no earlier run, and that a resumed run's folder has no later checkpoint.
 
     Args:
@@ -136,11 +201,15 @@ def check_output_dir(output_dir: str, checkpoint: str | None):
             f"output_dir {output_dir} holds a model (config.json), whose README.md and tokenizer files would be "
             "overwritten. Name another output_dir in the JSON."
         )
+    found = sorted(path for path in Path(output_dir).glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name))
+    foreign = [path for path in found if step_of(path) < 0]
+    if foreign:
+        raise ValueError(f"{foreign[0]} is a file or a link, where the run may write a checkpoint. Move or rename it.")
     present = [path.name for path in checkpoints(output_dir)]
     if (Path(output_dir) / "adapter_config.json").exists():
         present.insert(0, "a finished adapter")
     if checkpoint and Path(checkpoint).resolve().parent == Path(output_dir).resolve():
-        step = step_of(Path(checkpoint))
+        step = step_of(Path(checkpoint).resolve())
         present = [
             path.name for path in checkpoints(output_dir) if step_of(path) > step and not checkpoint_problem(path)
         ]

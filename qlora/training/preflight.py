@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import math
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
+from peft import get_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizer,
@@ -27,34 +29,47 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from chatglm import ChatGLMConfig
 from glm_kernels import kernels_supported
-from qlora.arguments import FinetuneArguments
-from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint
+from qlora.adapter import adapter_settings, add_adapter, base_model_path
+from qlora.arguments import FinetuneArguments, LoraSettings
+from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, check_tokenizer
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.errors import is_main_process
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
-    add_lora,
     check_bitsandbytes,
     check_compiler,
     check_device,
     choose_compute_dtype,
     load_tokenizer,
 )
-from qlora.training.checkpoints import check_output_dir, check_same_adapter, find_checkpoint
+from qlora.training.checkpoints import (
+    check_best_checkpoint,
+    check_output_dir,
+    check_same_adapter,
+    check_steps_left,
+    find_checkpoint,
+)
 from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, memory_budget, plan_without_gpu
+from qlora.training.run_lock import check_not_locked
+from qlora.training.same_run import check_same_run, describe_run
 from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
 
+logger = logging.getLogger(__name__)
+
 ADAPTER_BYTES = 4  # of a trained parameter in a saved adapter, fp32
-OPTIMIZER_BYTES = 8  # of a trained parameter in a saved optimizer: the two moments of Adam, fp32
-STATE_BYTES = 2**20  # of the other files of a checkpoint: log, schedule, states of the random generators
+OPTIMIZER_BYTES = 12  # of a trained parameter in a saved optimizer: at most three moments (AdEMAMix), fp32
+STATE_BYTES = 2**20  # of the other files of a checkpoint: schedule, states of the random generators, model card, ...
+OPTIMIZER_KEYS = ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
+LOG_BYTES = 2**10  # of an entry of the log, in trainer_state.json and for TensorBoard
 
 
 class Steps(NamedTuple):
-    """Numbers of optimizer steps, evaluations and checkpoints of a run."""
+    """Numbers of optimizer steps, evaluations and checkpoints of a run, and of entries in its log."""
 
     steps: int
     evaluations: int
     saves: int
+    logs: int
 
 
 class DiskSpace(NamedTuple):
@@ -76,10 +91,12 @@ class Preflight:
         tokenizer: of the model.
         train_samples, eval_samples: tokenized; `eval_samples` is None for no evaluation, too.
         bitsandbytes_works: on the GPU.
-        trainable: parameters of the adapter.
+        lora: settings of the adapter, by the flags or by `--init_adapter`.
+        adapter: its tensors, without values.
         plan: the memory plan; None for the plain path, too.
         steps: numbers of steps, evaluations and checkpoints.
         disk: bytes needed and free.
+        run: what defines the run, see `describe_run`.
         problems: everything that is wrong, a sentence each.
     """
 
@@ -91,11 +108,18 @@ class Preflight:
     train_samples: Dataset | None = None
     eval_samples: Dataset | None = None
     bitsandbytes_works: bool = False
-    trainable: int | None = None
+    lora: LoraSettings | None = None
+    adapter: dict[str, torch.Tensor] | None = None
     plan: MemoryPlan | None = None
     steps: Steps | None = None
     disk: DiskSpace | None = None
+    run: dict | None = None
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def trainable(self) -> int | None:
+        """Parameters of the adapter; None if it is not known."""
+        return sum(tensor.numel() for tensor in self.adapter.values()) if self.adapter else None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -124,33 +148,49 @@ class Preflight:
         if len(self.problems) == 1:
             raise ValueError(self.problems[0])
         if self.problems:
-            raise ValueError("\n- ".join([f"{len(self.problems)} things are wrong:", *self.problems]))
+            listed = [problem.replace("\n", "\n  ") for problem in self.problems]
+            raise ValueError("\n- ".join([f"{len(self.problems)} things are wrong:", *listed]))
 
 
 def run_preflight(args: FinetuneArguments) -> Preflight:
-    """Makes every check. The tokenized rows stay in the cache of the datasets library."""
+    """Makes every check, or with `--dry_run` those of tokenizer and data. Tokenized rows stay in the cache."""
     preflight = Preflight(args)
+    if args.dry_run is not None:
+        find_tokenizer(preflight)
+        check_rows(preflight)
+        return preflight
     with preflight.collect_problems():
         preflight.setup = read_training_args(
-            args.train_args_json, args.seed, args.compute_dtype, evaluate=args.eval_data_path is not None
+            args.train_args_json, args.training_args, args.compute_dtype, evaluate=args.eval_data_path is not None
         )
+    if preflight.setup and is_main_process():  # of several processes the main one may hold the lock by now
+        with preflight.collect_problems():
+            check_not_locked(preflight.setup.training_args.output_dir)
     with preflight.collect_problems():
         preflight.config = check_checkpoint(args.model_name_or_path)
-        preflight.tokenizer = load_tokenizer(args.model_name_or_path)
+    find_tokenizer(preflight)
     check_rows(preflight)  # before the GPU is used: its processes are forked from this one
     check_gpu(preflight)
-    if preflight.config:
-        check_memory(preflight, preflight.config)
+    check_adapter(preflight)
+    if preflight.config and preflight.lora:
+        check_memory(preflight, preflight.config, preflight.lora)
     if preflight.setup:
         check_output(preflight, preflight.setup.training_args)
     return preflight
 
 
-def check_gpu(preflight: Preflight):
-    """Checks that the GPU is there and large enough, and that the libraries work on it."""
-    config = preflight.config or ChatGLMConfig()  # where no model can be read: the 6B one was meant
+def find_tokenizer(preflight: Preflight):
+    """Loads the tokenizer, which may be there where the weights are not."""
     with preflight.collect_problems():
-        check_device(config, preflight.compute_dtype)
+        check_tokenizer(preflight.args.model_name_or_path)
+        preflight.tokenizer = load_tokenizer(preflight.args.model_name_or_path)
+
+
+def check_gpu(preflight: Preflight):
+    """Checks that the GPU is there and large enough for the model, and that the libraries work on it."""
+    if preflight.config:
+        with preflight.collect_problems():
+            check_device(preflight.config, preflight.compute_dtype)
     if torch.cuda.is_available():
         with preflight.collect_problems():
             check_compiler()
@@ -181,14 +221,27 @@ def check_rows(preflight: Preflight):
         preflight.eval_samples = loaded.get(args.eval_data_path)
 
 
-def check_memory(preflight: Preflight, config: ChatGLMConfig):
+def check_adapter(preflight: Preflight):
+    """Finds the settings of the adapter; logs a warning if that of `--init_adapter` was trained on another model."""
+    args = preflight.args
+    with preflight.collect_problems():
+        preflight.lora = args.lora_settings(adapter_settings(args.init_adapter) if args.init_adapter else None)
+    if args.init_adapter and preflight.lora:
+        with contextlib.suppress(OSError, ValueError):  # a base model that is gone is another one
+            if Path(base_model_path(args.init_adapter)).samefile(args.model_name_or_path):
+                return
+        logger.warning("The adapter in %s was not trained on %s.", args.init_adapter, args.model_name_or_path)
+
+
+def check_memory(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings):
     """Finds the adapter's size and the memory plan, from a model without weights."""
     args, setup = preflight.args, preflight.setup
     with preflight.collect_problems():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=preflight.compute_dtype)
-            model = add_lora(model, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-        preflight.trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+            model.name_or_path = args.model_name_or_path
+            model = add_adapter(model, lora, args.init_adapter)
+        preflight.adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
         fixed = args.fixed_plan(setup.recompute if setup else None, config.num_layers)
         if args.plain:
             return
@@ -199,18 +252,19 @@ def check_memory(preflight: Preflight, config: ChatGLMConfig):
         if setup and preflight.train_samples:
             unquantized = sum(weight.nbytes for weight in model.parameters())
             lengths = numpy_column(preflight.train_samples, "length").tolist()
-            sizes = model_sizes(preflight, config, unquantized)
+            sizes = model_sizes(preflight, config, lora, unquantized)
             step_tokens = longest_step(lengths, samples_per_step(setup.training_args))
             plan = choose_plan(sizes, step_tokens, max(lengths), budget, fixed)
             preflight.plan = dataclasses.replace(plan, budget=budget if args.memory_budget else None)
 
 
-def model_sizes(preflight: Preflight, config: ChatGLMConfig, unquantized: int) -> Sizes:
+def model_sizes(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings, unquantized: int) -> Sizes:
     """What the memory plan needs to know.
 
     Args:
         preflight: with the number of trained parameters.
         config: of the model.
+        lora: of the adapter.
         unquantized: bytes of the model in its compute dtype, with the adapter.
     """
     dtype = preflight.compute_dtype
@@ -221,8 +275,8 @@ def model_sizes(preflight: Preflight, config: ChatGLMConfig, unquantized: int) -
         dtype.itemsize,
         resident,
         preflight.trainable or 0,
-        frozenset(preflight.args.lora_target_modules),
-        preflight.args.lora_rank,
+        frozenset(lora.target_modules),
+        lora.rank,
         preflight.setup.training_args.world_size if preflight.setup else 1,
         attention_kernels_supported(dtype),
     )
@@ -237,17 +291,32 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
     """Checks the checkpoint to resume from and the output_dir: it is free, it is writable, it has room."""
     args = preflight.args
     with preflight.collect_problems():
-        preflight.resume_from = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
-        if preflight.resume_from:
-            check_same_adapter(preflight.resume_from, args.lora_rank, args.lora_alpha, args.lora_target_modules)
-        check_output_dir(training_args.output_dir, preflight.resume_from)
-    with preflight.collect_problems():
         if preflight.train_samples:
             preflight.steps = count_steps(training_args, len(preflight.train_samples))
+    with preflight.collect_problems():
+        preflight.resume_from = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
+        if preflight.resume_from and preflight.lora:
+            check_same_adapter(preflight.resume_from, preflight.lora)
+        check_output_dir(training_args.output_dir, preflight.resume_from)
+    with preflight.collect_problems():
+        check_run(preflight, training_args)
     with preflight.collect_problems():
         check_optimizer(args.train_args_json, training_args, preflight.steps.steps if preflight.steps else 1)
     with preflight.collect_problems():
         check_disk(preflight, training_args)
+
+
+def check_run(preflight: Preflight, training_args: TrainingArguments):
+    """Describes the run, and checks that a resumed one is that of its checkpoint, and has something to do."""
+    args, setup, samples, checkpoint = preflight.args, preflight.setup, preflight.train_samples, preflight.resume_from
+    if not (setup and samples and preflight.adapter and preflight.steps):
+        return
+    preflight.run = describe_run(args, setup, len(samples), preflight.adapter)
+    if checkpoint:
+        check_same_run(checkpoint, preflight.run)
+        check_steps_left(checkpoint, training_args.output_dir, preflight.steps.steps)
+        if training_args.load_best_model_at_end:
+            check_best_checkpoint(checkpoint)
 
 
 def check_optimizer(path: str, args: TrainingArguments, steps: int):
@@ -267,6 +336,9 @@ def check_optimizer(path: str, args: TrainingArguments, steps: int):
     try:
         with tempfile.TemporaryDirectory() as scratch:
             trainer = Trainer(model, dataclasses.replace(args, output_dir=scratch, push_to_hub=False, **nothing_else))
+            ignored = ignored_by_optimizer(args, model)
+            if ignored:
+                raise ValueError(f"it does not use {', '.join(ignored)}; remove it")
             trainer.create_optimizer_and_scheduler(steps)
             for _ in range(2):
                 weight.grad = torch.ones_like(weight)
@@ -276,6 +348,27 @@ def check_optimizer(path: str, args: TrainingArguments, steps: int):
         reason = str(error).strip().split("\n")[0].removesuffix(".")
         names = f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}"
         raise ValueError(f"{path}: {names} cannot be used: {reason}.") from error
+
+
+def ignored_by_optimizer(args: TrainingArguments, model: torch.nn.Module) -> list[str]:
+    """The settings that make no difference to the optimizer, each entry of `optim_args` by itself."""
+
+    def arguments(**changes) -> str:
+        return str(Trainer.get_optimizer_cls_and_kwargs(dataclasses.replace(args, **changes), model))
+
+    given = arguments()
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.name in OPTIMIZER_KEYS}
+    ignored = [
+        name
+        for name, default in defaults.items()
+        if getattr(args, name) != default and arguments(**{name: default}) == given
+    ]
+    entries = args.optim_args.split(",") if args.optim_args else []
+    for entry in entries:
+        others = ",".join(other for other in entries if other != entry)
+        if arguments(optim_args=others) == given:
+            ignored.append(f"optim_args {entry.strip()}")
+    return ignored
 
 
 def check_disk(preflight: Preflight, training_args: TrainingArguments):
@@ -289,7 +382,7 @@ def check_disk(preflight: Preflight, training_args: TrainingArguments):
     if preflight.steps and preflight.trainable:
         model_folder = Path(preflight.args.model_name_or_path)
         tokenizer = sum((model_folder / name).stat().st_size for name in TOKENIZER_FILES)
-        needed = disk_needed(training_args, preflight.steps.saves, preflight.trainable, tokenizer)
+        needed = disk_needed(training_args, preflight.steps, preflight.trainable, tokenizer)
         free = shutil.disk_usage(folder).free
         preflight.disk = DiskSpace(needed, free)
         if needed > free:
@@ -321,31 +414,34 @@ def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
     state, flow = TrainerState(max_steps=steps), DefaultFlowCallback()
     state.compute_steps(args, steps)
-    evaluations, saves = int(args.eval_on_start), 0
+    evaluations, saves, logged = int(args.eval_on_start), 0, set()
     for step in range(1, steps + 1):
-        state.global_step, state.epoch, control = step, step / steps_per_epoch, TrainerControl()
-        flow.on_step_end(args, state, control)
-        evaluations, saves = evaluations + control.should_evaluate, saves + control.should_save
-        if step % steps_per_epoch == 0 or step == steps:
+        state.global_step, state.epoch = step, step / steps_per_epoch
+        ends = [flow.on_step_end] + [flow.on_epoch_end] * (step % steps_per_epoch == 0 or step == steps)
+        for end in ends:
             control = TrainerControl()
-            flow.on_epoch_end(args, state, control)
+            end(args, state, control)
             evaluations, saves = evaluations + control.should_evaluate, saves + control.should_save
+            if control.should_log or control.should_evaluate or control.should_save:
+                logged.add(step)
     if args.save_strategy == "best":
         saves = evaluations  # at most
-    return Steps(steps, evaluations, saves)
+    return Steps(steps, evaluations, saves, len(logged) + evaluations + 1)  # 1: the summary
 
 
-def disk_needed(args: TrainingArguments, saves: int, trainable: int, tokenizer: int) -> int:
-    """Bytes of the checkpoints that exist at once, and of the adapter at the end.
+def disk_needed(args: TrainingArguments, steps: Steps, trainable: int, tokenizer: int) -> int:
+    """Bytes of the checkpoints that exist at once, and of the adapter at the end, at most.
 
     Args:
         args: of the run.
-        saves: number of checkpoints that are written.
+        steps: numbers of checkpoints and of entries in the log.
         trainable: parameters of the adapter.
         tokenizer: bytes of the tokenizer's files, which each checkpoint has.
     """
-    adapter = trainable * ADAPTER_BYTES + tokenizer
-    limit = args.save_total_limit
-    checkpoints = min(saves, limit + 1) if limit else saves  # an old one is deleted after the new one is written
+    adapter = trainable * ADAPTER_BYTES + tokenizer + STATE_BYTES + steps.logs * LOG_BYTES
     optimizer = 0 if args.save_only_model else trainable * OPTIMIZER_BYTES
-    return checkpoints * (adapter + optimizer + STATE_BYTES) + adapter
+    limit = args.save_total_limit or 0
+    if limit > 0:  # an old one is deleted after the new one is written; the best and the newest one are kept
+        limit = max(limit, 2 if args.metric_for_best_model else 1) + 1
+    checkpoints = min(steps.saves, limit) if limit > 0 else steps.saves
+    return checkpoints * (adapter + optimizer) + adapter

@@ -1,4 +1,7 @@
-"""What `--check` prints: a table of the run, a histogram of the sample lengths, and the text of the first samples."""
+"""What `--check` prints: a table of the run, a histogram of the sample lengths, and the text of the first samples.
+
+`--dry_run` prints what is about the data.
+"""
 
 import itertools
 import os
@@ -10,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizer
 
 from qlora.data.dataset import IGNORE_INDEX, numpy_column, summary
+from qlora.data.row_files import Place
 from qlora.training.preflight import Preflight
 from qlora.units import GIB
 
@@ -28,13 +32,14 @@ def describe(preflight: Preflight) -> str:
     """The report on a run, as lines of text.
 
     Args:
-        preflight: the results of the checks; `args.check` is the number of samples to show.
+        preflight: the results of the checks; `args.check` or `args.dry_run` is the number of samples to show.
     """
-    lines = [f"{name:<11} {indented(value)}" for name, value in table(preflight) if value]
+    args = preflight.args
+    rows = data_table(preflight) if args.dry_run is not None else [*run_table(preflight), *data_table(preflight)]
+    lines = [f"{name:<11} {indented(value)}" for name, value in rows if value]
     if preflight.train_samples:
-        lines.append(f"{'lengths':<11} {indented(histogram(numpy_column(preflight.train_samples, 'length')))}")
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
-        count = min(preflight.args.check or 0, len(preflight.train_samples))
+        count = min(args.check or args.dry_run or 0, len(preflight.train_samples))
         first = preflight.train_samples.select(range(count))
         lines += [show_sample(sample, preflight.tokenizer, colour) for sample in first]
     if not preflight.problems:
@@ -47,25 +52,40 @@ def indented(text: str) -> str:
     return text.replace("\n", "\n" + " " * 12)
 
 
-def table(preflight: Preflight) -> list[tuple[str, str | None]]:
-    """The names and values of the report's first part; a value is None if it is not known."""
+def run_table(preflight: Preflight) -> list[tuple[str, str | None]]:
+    """Names and values of what is known of machine, model and run; a value is None if it is not known."""
     args, config, steps, disk = preflight.args, preflight.config, preflight.steps, preflight.disk
     plan = preflight.plan_table()
-    targets = ", ".join(args.lora_target_modules)
-    trainable = f"{preflight.trainable:,}" if preflight.trainable else None
     return [
         ("versions", ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + f", CUDA {torch.version.cuda}"),
         ("GPU", describe_gpu(preflight)),
         ("model", config and f"{args.model_name_or_path}, {config.multiplied_weights / 1e6:,.1f} million weights"),
-        ("adapter", trainable and f"rank {args.lora_rank} on {targets}, {trainable} parameters"),
+        ("adapter", describe_adapter(preflight)),
         ("arithmetic", str(preflight.compute_dtype).removeprefix("torch.")),
         ("resumes", preflight.resume_from and f"from {preflight.resume_from}"),
         ("steps", steps and f"{steps.steps:,}, evaluations {steps.evaluations:,}, checkpoints {steps.saves:,}"),
         ("disk", disk and f"at most {disk.needed / 1e6:,.1f} MB for output_dir, of {disk.free / 1e6:,.0f} MB free"),
         ("memory", plan and plan.strip().replace("\n  ", "\n")),
-        ("training", preflight.train_samples and summary(preflight.train_samples)),
-        ("evaluation", preflight.eval_samples and summary(preflight.eval_samples)),
     ]
+
+
+def data_table(preflight: Preflight) -> list[tuple[str, str | None]]:
+    """Names and values of what is known of the data; a value is None if it is not known."""
+    train, evaluation = preflight.train_samples, preflight.eval_samples
+    return [
+        ("training", train and summary(train)),
+        ("evaluation", evaluation and summary(evaluation)),
+        ("lengths", train and histogram(numpy_column(train, "length"))),
+    ]
+
+
+def describe_adapter(preflight: Preflight) -> str | None:
+    """One line: rank, target layers, number of parameters, and where the values come from if they are not new."""
+    lora, init_adapter = preflight.lora, preflight.args.init_adapter
+    if not (lora and preflight.trainable):
+        return None
+    origin = f", with the values of {init_adapter}" if init_adapter else ""
+    return f"rank {lora.rank} on {', '.join(lora.target_modules)}, {preflight.trainable:,} parameters{origin}"
 
 
 def describe_gpu(preflight: Preflight) -> str:
@@ -94,14 +114,15 @@ def show_sample(sample: dict, tokenizer: PreTrainedTokenizer, colour: bool) -> s
     """A sample as text, one line for each part: prompt, control tokens, answer, end.
 
     Args:
-        sample: with `input_ids`, `labels`, `line`, and possibly `file`.
+        sample: with `input_ids`, `labels`, `line`, `element`, and possibly `file`.
         tokenizer: of the model.
         colour: whether ANSI codes color the parts.
     """
     control = {tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     ids, trained = sample["input_ids"], [label != IGNORE_INDEX for label in sample["labels"]]
     of_file = f"{sample['file']}, " if "file" in sample else ""
-    lines = [f"line {sample['line']:<6} {of_file}{len(ids)} tokens, {sum(trained)} of them trained on"]
+    place = str(Place(sample["line"], sample["element"]))
+    lines = [f"{place:<11} {of_file}{len(ids)} tokens, {sum(trained)} of them trained on"]
     kinds = [(is_trained, token_id in control) for is_trained, token_id in zip(trained, ids, strict=True)]
     for kind, tokens in itertools.groupby(zip(kinds, ids, strict=True), lambda token: token[0]):
         name, ansi = PARTS[kind]

@@ -1,7 +1,6 @@
 """Losses and gradients that are not finite: checked when the Trainer logs, reported with step and data rows."""
 
 import itertools
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,7 +8,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from qlora.data.batching import SourceRow
 from qlora.errors import stop_all_processes
+from qlora.training.checkpoints import resume_advice
 
 MOST_SKIPPED = 32  # consecutive steps that loss scaling may skip: each halves the scale, 65536 at first
 
@@ -21,14 +22,14 @@ class Step:
     Attributes:
         number: of the step, from 1.
         learning_rate: of the step.
-        rows: file and line of its data rows, on this process.
+        rows: its data rows, on this process.
         loss: scalar, on the device, so that it is not waited for.
         gradient_norm: the same; None until it is computed.
     """
 
     number: int
     learning_rate: float
-    rows: list[tuple[str, int]]
+    rows: list[SourceRow]
     loss: torch.Tensor
     gradient_norm: torch.Tensor | None = None
 
@@ -41,10 +42,11 @@ class StepCheck:
 
     Args:
         accelerator: of the run. If it scales the loss, a gradient that overflows is no error: the step is skipped.
+        output_dir: of the run, whose newest checkpoint a message names.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.skipped = accelerator, 0
+    def __init__(self, accelerator: Accelerator, output_dir: str):
+        self.accelerator, self.output_dir, self.skipped = accelerator, output_dir, 0
         self.steps: list[Step] = []
 
     def check(self):
@@ -96,14 +98,15 @@ class StepCheck:
         rows = [process_rows for process_rows, failed in zip(rows, not_finite, strict=True) if failed] or rows
         stop_all_processes(
             f"{step}: {problem}. {name_rows(itertools.chain(*rows))} Look at them, or lower learning_rate in the "
-            "JSON; the checkpoints from before this step are kept."
+            f"JSON. {resume_advice(self.output_dir)}"
         )
 
 
-def name_rows(rows: Iterable[tuple[str, int]]) -> str:
-    """A sentence with the line numbers of data rows; `rows` are (file, line), the file empty if there is only one."""
-    by_file = itertools.groupby(sorted(rows), key=operator.itemgetter(0))
+def name_rows(rows: Iterable[SourceRow]) -> str:
+    """A sentence with the numbers of data rows, by file."""
+    by_file = itertools.groupby(sorted(rows), key=lambda row: (row.file, row.kind))
     named = [
-        f"{', '.join(str(line) for _, line in group)} of {file or 'the training data'}" for file, group in by_file
+        f"{kind}s {', '.join(str(row.number) for row in group)} of {file or 'the training data'}"
+        for (file, kind), group in by_file
     ]
-    return f"Its rows are on lines {'; '.join(named)}."
+    return f"Its rows are on {'; '.join(named)}."

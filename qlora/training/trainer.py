@@ -10,6 +10,7 @@ import gc
 import itertools
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,21 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from qlora.atomic import publish_files, publish_folder
+from qlora.atomic import publish_files, publish_folder, write_json
 from qlora.data.batching import Sample, StepBatch, count_labels, count_tokens, own_samples, split_evenly
 from qlora.data.collator import PaddingCollator, PaddingFreeCollator
 from qlora.errors import TrainingStopped, stop_all_processes
-from qlora.training.checkpoints import check_saved_adapter, delete_old_checkpoints, resume_advice, staging_dir
+from qlora.training.checkpoints import (
+    STAGING,
+    best_checkpoint,
+    check_saved_adapter,
+    delete_old_checkpoints,
+    resume_advice,
+    staging_dir,
+)
+from qlora.training.same_run import RUN_FILE
 from qlora.training.step_check import Step, StepCheck, name_rows
+from qlora.training.stopping import StopOnSignal
 from qlora.training.training_args import samples_per_step
 from qlora.units import GIB
 
@@ -55,6 +65,18 @@ class LogBeforeSaving(TrainerCallback):
     on_epoch_end = on_step_end
 
 
+class FindBestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint beside the one that a run resumes from; the Trainer has the path at which it was."""
+
+    def __init__(self, resume_from: str):
+        self.best = best_checkpoint(resume_from)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.best_model_checkpoint = str(self.best) if self.best and self.best.is_dir() else None
+        if state.best_model_checkpoint:
+            logger.info("The best checkpoint so far: %s", state.best_model_checkpoint)
+
+
 class QLoRATrainer(Trainer):
     """Trains on whole optimizer steps and evaluates the mean loss over tokens.
 
@@ -63,13 +85,22 @@ class QLoRATrainer(Trainer):
         args: TrainingArguments as the JSON gave them.
         max_tokens: most tokens of a micro-batch; None for the plain path, whose micro-batches are the JSON's, a padded
             row for each sample.
+        run: what defines the run, see `describe_run`; without it no run can resume from its checkpoints.
         callbacks: more callbacks.
         kwargs: anything the Trainer takes; datasets have `input_ids` and `labels`, and `line` to name a row by.
     """
 
     control: TrainerControl
 
-    def __init__(self, model, args: TrainingArguments, max_tokens: int | None, callbacks=(), **kwargs):
+    def __init__(
+        self,
+        model,
+        args: TrainingArguments,
+        max_tokens: int | None,
+        run: dict | None = None,
+        callbacks=(),
+        **kwargs,
+    ):
         step_args = dataclasses.replace(
             args,
             per_device_train_batch_size=samples_per_step(args),
@@ -80,23 +111,45 @@ class QLoRATrainer(Trainer):
             step_args._n_gpu = 1
         if step_args.device.type == "cpu":  # not "cpu:0": transformers 5.17 cannot load an optimizer there
             step_args._setup_devices = torch.device("cpu")
-        callbacks = [LogBeforeSaving(), *callbacks]
+        self.stop = StopOnSignal()
+        callbacks = [self.stop, LogBeforeSaving(), *callbacks]
         super().__init__(model=model, args=step_args, data_collator=StepBatch.collate, callbacks=callbacks, **kwargs)
         # The model is in its compute dtype; of mixed precision only the loss scaling is needed.
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.max_tokens, self.plain_rows = max_tokens, args.per_device_train_batch_size
         self.collate = (PaddingFreeCollator if max_tokens else PaddingCollator)(self.model.config)
         self.tokens_since_log, self.log_started = 0, time.perf_counter()
-        self.step_check = StepCheck(self.accelerator)
-        self.checkpoint_parent = Path(args.output_dir)  # the staging folder while a checkpoint is being written
+        self.step_check = StepCheck(self.accelerator, args.output_dir)
+        self.run, self.has_trained = run or {}, False
 
-    def train(self, *args, **kwargs):
-        """See `Trainer.train`; Ctrl-C raises TrainingStopped."""
+    def train(self, resume_from_checkpoint: str | None = None):
+        """See `Trainer.train`.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, with a message for the user.
+            SystemExit: a signal of `STOP_SIGNALS`, with exit status 128 + its number.
+        """
+        if resume_from_checkpoint:
+            self.add_callback(FindBestCheckpoint(resume_from_checkpoint))
         try:
-            return super().train(*args, **kwargs)
+            with self.stop.signals_handled():
+                result = super().train(resume_from_checkpoint)
         except KeyboardInterrupt:
-            reason = f"interrupted after {self.state.global_step} steps. {resume_advice(self.args.output_dir)}"
-            stop_all_processes(reason)
+            raise KeyboardInterrupt(f"interrupted {self.progress()}") from None
+        if self.stop.stopping and self.state.global_step < self.state.max_steps:
+            logger.warning("%s: stopped %s", signal.Signals(self.stop.stopping).name, self.progress())
+            self.accelerator.wait_for_everyone()  # torchrun ends a job when its first process exits
+            self.accelerator.end_training()
+            raise SystemExit(128 + self.stop.stopping)
+        return result
+
+    def progress(self) -> str:
+        """How far training came, what is kept of it, and how to go on; the end of a sentence."""
+        if self.args.save_strategy == "no":
+            kept = 'Nothing is kept, since save_strategy in the JSON is "no".'
+        else:
+            kept = resume_advice(self.args.output_dir)
+        return f"after {self.state.global_step} steps. {kept}"
 
     def split(self, samples: list[Sample]) -> list[list[Sample]]:
         """The micro-batches of a step."""
@@ -114,6 +167,7 @@ class QLoRATrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: StepBatch, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward for all samples of an optimizer step, one micro-batch after the other."""
+        self.has_trained = True
         model.train()  # always: evaluation mode may have been set on an inner module
         num_labels, random_state = self.count_labels(inputs), random_states()
 
@@ -234,6 +288,8 @@ class QLoRATrainer(Trainer):
         Raises:
             TrainingStopped: see `StepCheck.check`.
         """
+        if "train_loss" in logs and not self.has_trained:
+            return  # a run that resumed at its end: there is nothing to sum up
         self.step_check.check()
         now = time.perf_counter()
         if "loss" in logs:
@@ -285,35 +341,31 @@ class QLoRATrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_samples)
 
     def _get_output_dir(self, trial) -> str:
-        """The folder in which the Trainer writes checkpoints: the staging folder while one is being saved."""
-        return str(self.checkpoint_parent)
+        """The folder in which the Trainer writes checkpoints, and deletes some: the staging folder."""
+        return str(Path(self.args.output_dir) / STAGING)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial):
         """Writes a checkpoint into the staging folder and publishes it when it is complete."""
         output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        with staging_dir(output_dir, owner=self.args.should_save) as self.checkpoint_parent:
+        with staging_dir(output_dir, owner=self.args.should_save) as staging:
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
-            if self.state.best_model_checkpoint == str(
-                self.checkpoint_parent / name
-            ):  # the Trainer has the staging folder
+            if self.state.best_model_checkpoint == str(staging / name):  # the Trainer has the staging folder
                 self.state.best_model_checkpoint = str(output_dir / name)
             if self.args.should_save:
-                check_saved_adapter(self.model, self.checkpoint_parent / name, output_dir / name)
-                self.state.save_to_json(str(self.checkpoint_parent / name / "trainer_state.json"))
-                publish_folder(
-                    self.checkpoint_parent / name, output_dir / name, replaced=self.checkpoint_parent / "replaced"
-                )
+                check_saved_adapter(self.model, staging / name, output_dir / name)
+                self.state.save_to_json(str(staging / name / "trainer_state.json"))
+                write_json(staging / name / RUN_FILE, self.run)
+                publish_folder(staging / name, output_dir / name, replaced=staging / "replaced")
                 delete_old_checkpoints(output_dir / name, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.checkpoint_parent = output_dir
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         """Writes adapter, tokenizer and the log of the run, and publishes them when they are complete."""
         if _internal_call:
             return super().save_model(output_dir, _internal_call=True)
         target = Path(output_dir or self.args.output_dir)
-        with staging_dir(target, owner=self.args.should_save) as staging:
+        with self.stop.signals_handled(), staging_dir(target, owner=self.args.should_save) as staging:
             super().save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 check_saved_adapter(self.model, staging, target)

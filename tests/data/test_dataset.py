@@ -1,8 +1,13 @@
 """qlora/data/dataset.py: tokenized samples, mixtures of files, and the cache."""
 
+import contextlib
 import logging
 import os
+import re
+import resource
+import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -181,8 +186,9 @@ def encoded_texts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 def fresh_encoder(tokenizer: ChatGLMTokenizer, *limits: int) -> SampleEncoder:
@@ -207,13 +213,101 @@ def test_a_changed_file_is_read_again(rows_file, tokenizer, encoded_texts):
     encoded_texts.clear()
     longer = load_samples(write_lines(rows_file, GOOD_LINE, GOOD_LINE), fresh_encoder(tokenizer))
     assert len(longer) == 2 and len(encoded_texts) == 4
-    # The same size, another modification time.
+    # The same size and the same modification time.
+    stat = rows_file.stat()
     encoded_texts.clear()
-    write_lines(rows_file, GOOD_LINE.replace(b"#", b"*"))
-    os.utime(rows_file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert rows_file.stat().st_size == stat.st_size
+    write_lines(rows_file, *[GOOD_LINE.replace(b"#", b"*")] * 2)
+    os.utime(rows_file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (rows_file.stat().st_size, rows_file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     load_samples(str(rows_file), fresh_encoder(tokenizer))
     assert "类型*裙" in encoded_texts
+
+
+def damage(keep: float, zeros: float = 0, start: float = 0) -> Callable[[bytes], bytes]:
+    """A function that keeps this part of a file, with zeros in this part of it, from this part on or at the end."""
+
+    def damaged(content: bytes) -> bytes:
+        kept, size = bytearray(content[: int(len(content) * keep)]), int(len(content) * zeros)
+        first = int(len(content) * start) or len(kept) - size
+        kept[first : first + size] = bytes(size)
+        return bytes(kept)
+
+    return damaged
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [damage(0), damage(0.5), damage(1, 1), damage(1, 0.3), damage(1, 0.02, 0.5), damage(1, 0.02, 0.6)],
+    ids=["empty", "half", "all zeros", "zeros at the end", "zeros inside", "zeros further on"],
+)
+@pytest.mark.parametrize("name", ["generator-train.arrow", "cache-*.arrow", "dataset_info.json"])
+def test_damaged_cache_is_built_anew(rows_file, encoder, own_cache, caplog, name, damaged):
+    path = write_lines(rows_file, *[to_json(output=f"裙{n}") for n in range(350)])
+    expected = load_samples(path, encoder).to_list()
+    (file,) = own_cache.rglob(name)
+    file.write_bytes(damaged(file.read_bytes()))
+    caplog.clear()
+    assert load_samples(path, encoder).to_list() == expected
+    if caplog.messages or name != "generator-train.arrow":  # zeros in the text of tokenized rows do no harm
+        (message,) = caplog.messages
+        assert str(own_cache) in message and "is damaged" in message and "built anew" in message
+    caplog.clear()
+    assert load_samples(path, encoder).to_list() == expected and not caplog.messages
+
+
+def test_rows_that_a_damaged_cache_has_lost_are_read_again_for_another_encoder(rows_file, tokenizer, own_cache):
+    path = write_lines(rows_file, *[GOOD_LINE] * 350)
+    load_samples(path, fresh_encoder(tokenizer))
+    (file,) = own_cache.rglob("generator-train.arrow")
+    file.write_bytes(damage(1, 0.3)(file.read_bytes()))
+    assert len(load_samples(path, fresh_encoder(tokenizer, 100, 100))) == 350
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing a file of more bytes fails, as on a full disk."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("size", [5_000, 60_000], ids=["rows", "samples"])
+def test_full_disk_of_the_cache_is_named_and_nothing_is_left_there(rows_file, encoder, own_cache, size):
+    path = write_lines(rows_file, *[GOOD_LINE] * 500)
+    with largest_file(size), pytest.raises(ValueError) as raised:
+        load_samples(path, encoder)
+    assert re.fullmatch(
+        rf"the cache .* in {own_cache} cannot be written to \(File too large\)\. Make room there, or "
+        r"name a folder .* HF_DATASETS_CACHE\.",
+        str(raised.value),
+    )
+    assert not [file for file in own_cache.rglob("*") if file.is_file() and file.stat().st_size]
+    assert len(load_samples(path, encoder)) == 500
+
+
+def test_cache_folder_that_cannot_be_made_is_named(rows_file, encoder, own_cache):
+    own_cache.write_text("a file")
+    with pytest.raises(ValueError, match=rf"the cache .* in {own_cache} cannot be written to \(Not a directory\)"):
+        load_samples(write_lines(rows_file, GOOD_LINE), encoder)
+
+
+def test_rows_without_tokens_are_listed_by_worker_processes_as_by_one(rows_file, encoder, own_cache, monkeypatch):
+    path = write_lines(rows_file, GOOD_LINE, *[to_json(output="\u200b"), GOOD_LINE] * 12)
+    messages = []
+    for rows_per_process in (1000, 10):
+        monkeypatch.setattr("qlora.data.dataset.ROWS_PER_PROCESS", rows_per_process)
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        with pytest.raises(ValueError) as raised:
+            load_samples(path, encoder)
+        messages.append(str(raised.value))
+        shutil.rmtree(own_cache)
+    first, *listed = messages[0].splitlines()
+    assert messages[0] == messages[1] and first == f"{path} has 12 rows that cannot be used:"
+    reason = "field 'output' has nothing but characters that the tokenizer drops."
+    assert listed == [*(f"- line {line}: {reason}" for line in range(2, 22, 2)), "- and 2 more."]
 
 
 def test_cache_is_not_used_for_other_limits(rows_file, tokenizer):

@@ -7,7 +7,8 @@ from conftest import GOOD, GOOD_LINE, ROOT, to_json, write_lines, write_rows
 
 from chatglm.chat import build_prompt
 from qlora.data.dataset import load_samples
-from qlora.data.rows import LONGEST_LINE, read_prompts, read_rows
+from qlora.data.row_files import LONGEST_LINE, MOST_LISTED
+from qlora.data.rows import read_prompts, read_rows
 
 
 def rows_of(path: str) -> list[tuple]:
@@ -134,11 +135,83 @@ def test_missing_file_is_named(rows_file, encoder):
         load_samples(str(rows_file), encoder)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n  \n"])
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n", b"[]", b" [\n] \n"])
 def test_file_without_rows_is_refused(rows_file, encoder, content):
     rows_file.write_bytes(content)
     with pytest.raises(ValueError, match=r"rows\.jsonl.* no rows"):
         load_samples(str(rows_file), encoder)
+
+
+# Arrays.
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \t\r\n"])
+def test_rows_of_an_array_are_those_of_lines(rows_file, indent, start):
+    rows = [GOOD | {"output": text, "score": 1.5} for text in ("一", "二\n[,]", "三")]
+    rows_file.write_text(start + json.dumps(rows, indent=indent) + "\n", encoding="utf-8")
+    assert rows_of(str(rows_file)) == [(row["instruction"], [], row["output"]) for row in rows]
+    assert [row["element"] for row in read_rows(str(rows_file))] == [1, 2, 3]
+
+
+def test_lines_of_an_array_are_counted(rows_file):
+    write_lines(rows_file, b"", b"[", GOOD_LINE + b",", b"", GOOD_LINE + b"," + GOOD_LINE, b"]")
+    assert [(row["line"], row["element"]) for row in read_rows(str(rows_file))] == [(3, 1), (5, 2), (5, 3)]
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN_ROWS if name != "longer than any row"], ids=ascii)
+def test_broken_element_is_refused_with_place_and_reason(rows_file, encoder, name):
+    line, reason = BROKEN_ROWS[name]
+    path = write_lines(rows_file, b"[", GOOD_LINE + b",", line + b",", GOOD_LINE, b"]")
+    with pytest.raises(ValueError) as raised:
+        load_samples(path, encoder)
+    message = str(raised.value)
+    place = "line 3" if "UTF-8" in message else "element 2 (line 3)"
+    assert message.startswith(f"{path}, {place}: ") and reason in message, message
+    assert len(message.splitlines()) == 1 and len(message) < 300 + len(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[", "element 1 (line 1): not valid JSON (Expecting value at column 2)"),
+        (b"[\n" + GOOD_LINE, "element 1 (line 2): not valid JSON (Expecting ',' delimiter at column "),
+        (b"[\n" + GOOD_LINE + b"\n" + GOOD_LINE, "element 1 (line 3): not valid JSON (Expecting ',' delimiter"),
+        (b"[\n" + GOOD_LINE + b",\n ]", "element 2 (line 3): not valid JSON (Expecting value at column 2)"),
+        (b"[\n" + GOOD_LINE + b"\n]\n" + GOOD_LINE, "line 4: not valid JSON (Extra data at column 1)"),
+        (b"[]]", "line 1: not valid JSON (Extra data at column 3)"),
+        (b"[\n" + b"[" * 100_000, "element 1 (line 2): nested too deeply"),
+        (b"[1]", "element 1 (line 1): expected an object with instruction and output, found a int"),
+    ],
+)
+def test_broken_array_is_refused_with_place_and_reason(rows_file, content, message):
+    rows_file.write_bytes(content)
+    with pytest.raises(ValueError) as raised:
+        list(read_rows(str(rows_file)))
+    assert str(raised.value).startswith(f"{rows_file}, {message}")
+
+
+# Several rows that are refused.
+
+
+@pytest.mark.parametrize("array", [False, True])
+@pytest.mark.parametrize("count", [2, MOST_LISTED, MOST_LISTED + 1, 1500])
+def test_first_bad_rows_are_listed(rows_file, encoder, count, array):
+    lines = [GOOD_LINE, *[b"{}", GOOD_LINE] * count]
+    path = write_lines(rows_file, b"[" + b",\n".join(lines) + b"]") if array else write_lines(rows_file, *lines)
+    with pytest.raises(ValueError) as raised:
+        load_samples(path, encoder)
+    first, *listed = str(raised.value).splitlines()
+    assert first == f"{path} has {count:,} rows that cannot be used:"
+    reason = "field 'instruction' is missing; the row has no fields."
+    places = [f"element {n} (line {n})" if array else f"line {n}" for n in range(2, 2 * count + 1, 2)]
+    assert listed[:MOST_LISTED] == [f"- {place}: {reason}" for place in places[:MOST_LISTED]]
+    assert listed[MOST_LISTED:] == ([f"- and {count - MOST_LISTED:,} more."] if count > MOST_LISTED else [])
+
+
+def test_bad_prompts_are_listed(rows_file):
+    with pytest.raises(ValueError, match=r"has 2 rows that cannot be used:\n- line 1: .*\n- line 3: .*"):
+        read_prompts(write_lines(rows_file, b"1", GOOD_LINE, b"2"))
 
 
 # Prompts.
@@ -160,8 +233,10 @@ def test_prompts_are_rows_without_answers_or_strings(tmp_path, name):
     else:
         write_rows(path, rows)
     prompts = ["甲\n乙", build_prompt("丙", [("问", "答")]), GOOD["instruction"], " 丁\n"]
-    unit = "entry" if path.suffix == ".json" else "line"
-    assert read_prompts(str(path)) == {f"{path}, {unit} {n}": prompt for n, prompt in enumerate(prompts, 1)}
+    found = read_prompts(str(path))
+    assert list(found.values()) == prompts
+    last = "element 4 (line 19)" if path.suffix == ".json" else "line 4"
+    assert list(found)[-1] == f"{path}, {last}"
 
 
 @pytest.mark.parametrize(("name", "text"), [("prompts.txt", b""), ("prompts.jsonl", b""), ("prompts.json", b"[]")])
@@ -173,13 +248,11 @@ def test_prompt_file_without_prompts_is_refused(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([b"[", b'"a",', b'{"output": "b"}]'], ", entry 2: field 'instruction' is missing"),
-        ([b"[3]"], ", entry 1: expected an object"),
-        ([b"[", b"", b'"a" "b"]'], r", line 3: not valid JSON .* column 5\)\. A .json file holds one array"),
-        ([b'{"instruction": "a"}'], ": expected an array, found a dict"),
-        ([GOOD_LINE, GOOD_LINE], r", line 2: not valid JSON .*\.jsonl\.$"),
-        ([b""], ", line 1: not valid JSON"),
-        ([b"[" * 100_000], ": nested too deeply"),
+        ([b"[", b'"a",', b'{"output": "b"}]'], r", element 2 \(line 3\): field 'instruction' is missing"),
+        ([b"[3]"], r", element 1 \(line 1\): expected an object"),
+        ([b"[", b"", b'"a" "b"]'], r", element 1 \(line 3\): not valid JSON .* column 5\)"),
+        ([b"{", b'"instruction": "a"}'], " has 2 rows that cannot be used:\n- line 1: not valid JSON"),
+        ([b"[" * 100_000], r", element 1 \(line 1\): nested too deeply"),
     ],
 )
 def test_broken_array_of_prompts_is_refused_with_its_place(tmp_path, lines, message):

@@ -9,12 +9,13 @@ import torch
 from conftest import ROOT, add_random_lora, import_script, write_rows
 
 from qlora import loading
+from qlora.adapter import load_adapter
 from qlora.evaluation.metrics import METRICS, mean_scores, score
 from qlora.evaluation.page import render_page
 from qlora.evaluation.predictions import reference_text
 from qlora.evaluation.protocols import PROTOCOLS
 from qlora.inference import generation
-from qlora.loading import load_adapter, load_quantized_model, load_tokenizer
+from qlora.loading import load_quantized_model, load_tokenizer
 
 for library in ("jieba", "rouge_chinese", "nltk"):
     pytest.importorskip(library)
@@ -96,7 +97,7 @@ def test_rerun_answers_only_the_missing_rows(run, tmp_path, monkeypatch):
     assert len(answered) == 2 * ROWS
 
     answered[:], limit[:] = [], [2 * 2 * BATCH]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         run(interrupted, "--protocol", "published")
     path = interrupted / "predictions.jsonl"
     assert len(read_predictions(interrupted)) == 2 * BATCH

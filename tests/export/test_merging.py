@@ -11,11 +11,12 @@ from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, ROOT, import_script
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from chatglm import ChatGLMForConditionalGeneration
+from qlora.adapter import load_adapter
 from qlora.atomic import atomic_folder
 from qlora.checkpoint import check_checkpoint, weight_files
 from qlora.export.merging import merged_tensors
 from qlora.export.official_folder import write_quantized
-from qlora.loading import load_adapter, load_quantized_model, load_tokenizer
+from qlora.loading import load_quantized_model, load_tokenizer
 
 MODULES = ["query_key_value", "dense_h_to_4h"]
 IDS = [25, 50, 228, 507, 508, 129, 52, 509]
@@ -240,14 +241,14 @@ def test_more_than_plain_lora_is_refused(golden_folder, tmp_path, options):
 
 def test_another_kind_of_adapter_is_refused(golden_folder, tmp_path):
     IA3Config(target_modules=MODULES, feedforward_modules=MODULES[1:]).save_pretrained(tmp_path / "ia3")
-    with pytest.raises(ValueError, match=r"ia3 is of type .*IA3; only LoRA can be merged"):
+    with pytest.raises(ValueError, match=r"ia3 is of type .*IA3; this project uses LoRA only"):
         merged_tensors(str(golden_folder), str(tmp_path / "ia3"), "nf4", torch.float32)
 
 
 @pytest.mark.parametrize("module", ["lm_head", "word_embeddings"])
 def test_an_adapter_of_embedding_or_head_is_refused(golden_folder, tmp_path, module):
     adapter = make_adapter(tmp_path / "adapter", target_modules=["query_key_value", module])
-    with pytest.raises(ValueError, match=r"adapter in .* (has a part in \S*word_embeddings\.weight|does not fit)"):
+    with pytest.raises(ValueError, match=rf"adapter in .* has a part in \S*{module}\."):
         merged_tensors(str(golden_folder), adapter, "original", torch.float32)
 
 
@@ -265,6 +266,30 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(golden_folder, tmp_path):
         torch.save(state, file)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.dense_h_to_4h\.weight is in none of its weight files"):
         in_memory(golden_folder, adapter, "original")
+
+
+def spoil(folder: Path, name: str, value: float):
+    """Sets one value of a weight, in bf16 files."""
+    for file in weight_files(folder):
+        state = {name: tensor.bfloat16() for name, tensor in torch.load(file, weights_only=True).items()}
+        if name in state:
+            state[name].view(-1)[0] = value
+        torch.save(state, file)
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.layers.2.mlp.dense_4h_to_h.weight", "transformer.layers.1.attention.dense.bias"]
+)
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, "fp16"), (float("nan"), "bf16")])
+def test_weights_that_are_not_finite_are_not_written(golden_folder, tmp_path, run, monkeypatch, name, value, dtype):
+    monkeypatch.setattr("qlora.loading.check_values", lambda *args: None)  # quantizing on a GPU can hide a NaN from it
+    adapter = make_adapter(tmp_path / "adapter")
+    spoil(golden_folder, name, value)
+    merge = {"adapter_path": adapter, "onto": "original", "dtype": dtype}
+    for script, flags in {"merge_lora": merge, "quantize_checkpoint": {"compute_dtype": dtype}}.items():
+        with pytest.raises(SystemExit, match=rf"error: .*{name} is not finite .*in torch\.\w+{dtype[2:]}"):
+            run(script, model_name_or_path=golden_folder, output_dir=tmp_path / "new", **flags)
+        assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["merge_lora", "quantize_checkpoint"])

@@ -10,12 +10,13 @@ from conftest import add_random_lora
 from peft import get_peft_model_state_dict
 
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from qlora.adapter import add_lora
 from qlora.checkpoint import check_checkpoint
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 from qlora.export.official_folder import write_quantized
 from qlora.layers.replacement import replace_layers
-from qlora.loading import add_lora, load_quantized_model, load_tokenizer
+from qlora.loading import load_quantized_model, load_tokenizer
 
 IDS = [25, 50, 228, 507, 508, 129, 52, 509]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

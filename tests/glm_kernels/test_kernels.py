@@ -115,7 +115,10 @@ def test_dropout_is_the_same_mask_in_every_kernel():
     )
     other = torch.zeros_like(mask)
     lora.lora_up_add(other, one, torch.ones(1, features), 1.0, dropout, seed + 1)
-    assert (other.bool() != is_kept).float().mean() > 0.2
+    # Kept elements are independent of their neighbours, and of the same elements with the next seed.
+    for one_mask, other_mask in ((mask[:, 1:], mask[:, :-1]), (mask[1:], mask[:-1]), (mask, other)):
+        correlation = torch.corrcoef(torch.stack((one_mask.flatten(), other_mask.flatten())))[0, 1]
+        assert abs(correlation) < 0.04  # five standard deviations
 
 
 @pytest.mark.parametrize("shape", [(6, 2048), (10, 1088), (96, 64), (40, 1024)])  # (40, 1024) has two second scales

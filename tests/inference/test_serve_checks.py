@@ -29,8 +29,10 @@ def arguments(**values) -> InferenceArguments:
 
 
 def make_adapter(folder: Path, base: str) -> str:
-    folder.mkdir(parents=True)
-    config = {"peft_type": "LORA", "base_model_name_or_path": base}
+    """Writes an adapter's configuration and an empty folder of its base model beside it; returns its path."""
+    folder.mkdir()
+    (folder.parent / base).mkdir(exist_ok=True)
+    config = {"peft_type": "LORA", "base_model_name_or_path": base, "target_modules": ["query_key_value"]}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(folder)
 

@@ -24,6 +24,7 @@ import uvicorn
 from conftest import add_random_lora
 
 from chatglm.chat import build_prompt, clean_response
+from qlora.adapter import load_adapters
 from qlora.arguments import InferenceArguments
 from qlora.inference import server as server_module
 from qlora.inference.decoding import make_sampler
@@ -32,7 +33,7 @@ from qlora.inference.server import build_app, make_completer
 from qlora.inference.slots import Slots
 from qlora.inference.web_guard import LARGEST_BODY
 from qlora.layers.replacement import replace_layers
-from qlora.loading import load_adapters, load_quantized_model
+from qlora.loading import load_quantized_model
 
 KEY = "open sesame"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}

@@ -82,9 +82,9 @@ def test_skips_empty_lines(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         (b'{"content": "a", ', "not valid JSON"),
-        (b'{"content": "\xff"}', "utf-8"),
+        (b'{"content": "\xff"}', "not valid UTF-8"),
         (b'["content", "summary"]', "expected a JSON object, found list"),
-        (b"[" * 100_000, "recursion"),
+        (b"[" * 100_000, "nested too deeply"),
         (to_json({"content": "a"}), 'field "summary" is missing'),
         (to_json({"instruction": "a", "output": "b"}), 'field "content" is missing'),
         (to_json({"content": "a", "summary": " \n"}), 'field "summary" is empty'),
@@ -92,6 +92,7 @@ def test_skips_empty_lines(tmp_path: Path) -> None:
         (to_json({"content": 5, "summary": "b"}), 'field "content" must be a string, found int'),
         (to_json({"content": "a", "summary": None}), 'field "summary" must be a string, found NoneType'),
         (to_json({"content": "a", "summary": "\ud800"}), "surrogates not allowed"),
+        (b'{"content": "a", "content": "b", "summary": "c"}', "'content' stands twice"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "dev"])
@@ -105,16 +106,30 @@ def test_empty_file(tmp_path: Path) -> None:
     assert_fails(run(make_source(tmp_path, dev=b"\n"), "--output_dir", tmp_path / "out"), "dev.json has no rows")
 
 
+def test_bad_lines_are_listed(tmp_path: Path) -> None:
+    source = make_source(tmp_path, train=GOOD_LINE + b"{\n[]\n" + GOOD_LINE + b"{}\n" * 20)
+    result = run(source, "--output_dir", tmp_path / "out")
+    first, *listed = result.stderr.splitlines()
+    assert first == f"error: {source / 'train.json'} has 22 rows that cannot be used:"
+    assert [line.partition(":")[0] for line in listed] == [
+        *(f"- line {n}" for n in (2, 3, *range(5, 13))),
+        "- and 12 more.",
+    ]
+
+
 @pytest.mark.parametrize("missing", ["train.json", "dev.json"])
 def test_missing_file(tmp_path: Path, missing: str) -> None:
     source = make_source(tmp_path)
     (source / missing).unlink()
-    assert_fails(run(source, "--output_dir", tmp_path / "out"), missing, "No such file")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert_fails(run(source, "--output_dir", tmp_path / "out"), f"the folder {source} has no {missing}\n")
+    assert not (tmp_path / "out").exists()
 
 
-def test_missing_folder(tmp_path: Path) -> None:
-    assert_fails(run(tmp_path / "nowhere", "--output_dir", tmp_path / "out"), "nowhere", "No such file")
+@pytest.mark.parametrize("name", ["nowhere", "AdvertiseGen.tar.gz"])
+def test_missing_folder_or_archive(tmp_path: Path, name: str) -> None:
+    message = f"there is no folder or archive {tmp_path / name}; docs/data.md says where to download it\n"
+    assert_fails(run(tmp_path / name, "--output_dir", tmp_path / "out"), message)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("existing", ["train.jsonl", "dev.jsonl"])

@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import random
 import re
 import resource
 import shutil
@@ -19,16 +18,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, write_json
+from conftest import (
+    HOSTILE_TIMES,
+    SAVE_STEPS,
+    STEPS,
+    error_of,
+    flags_of,
+    history,
+    hostile_random,
+    run_main,
+    write_json,
+)
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
+from qlora.adapter import add_lora
+from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.errors import TrainingStopped
-from qlora.loading import add_lora, load_quantized_model
+from qlora.loading import load_quantized_model
 from qlora.training.checkpoints import (
+    ADAPTER_FILE,
     CHECKPOINT_FILES,
     STAGING,
     check_output_dir,
@@ -40,8 +53,12 @@ from qlora.training.checkpoints import (
     find_checkpoint,
     staging_dir,
 )
+from qlora.training.preflight import run_preflight
+from qlora.training.same_run import RUN_FILE, describe_run
+from qlora.training.trainer import QLoRATrainer
+from qlora.training.training_args import read_training_args
 
-KILLS = 6  # of each kind: at random times, at random file accesses, in random forward passes
+KILLS = 6 * HOSTILE_TIMES  # of each kind: at random times, at random file accesses, in random forward passes
 LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
 
 
@@ -88,7 +105,14 @@ def train(flags: list[str], log: Path, kind: str, kill_at: int | None, counts: P
 def processes() -> multiprocessing.context.BaseContext:
     """Starts processes by forking one that has done the imports, which saves seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_qlora", "test_saving"])
+    training = ("preflight_report", "trainer", "memory_plan", "curves")  # train_qlora imports them when it needs them
+    modules = [
+        "pytest",
+        "qlora.layers.replacement",
+        "matplotlib.figure",
+        *(f"qlora.training.{name}" for name in training),
+    ]
+    context.set_forkserver_preload(modules)
     first = context.Process(target=time.perf_counter)
     first.start()
     first.join()
@@ -143,7 +167,7 @@ def test_killed_run_resumes_to_identical_results(
     kind, uninterrupted, processes, tiny_checkpoint, train_file, dev_file, tmp_path
 ):
     expected, seconds, counts = uninterrupted
-    draw, killed = random.Random(kind), 0
+    draw, killed = hostile_random(kind), 0
     run = Run(tmp_path / "run", processes, tiny_checkpoint, train_file, dev_file)
     while killed < KILLS:
         if kind == "time":
@@ -160,6 +184,9 @@ def test_killed_run_resumes_to_identical_results(
         assert process.exitcode == -signal.SIGKILL, run.log.read_text()
         killed += 1
         assert [checkpoint_problem(path) for path in checkpoints(run.output)] == [None] * len(checkpoints(run.output))
+        if (run.output / "adapter_config.json").exists():  # the result was there before the kill
+            assert run.results() == expected
+            shutil.rmtree(run.output)
     run.finish()
     assert run.results() == expected
     assert not (run.output / STAGING).exists()
@@ -218,16 +245,17 @@ def test_flipped_bit_in_the_optimizer_is_detected(output):
 
 @pytest.mark.parametrize("pattern", CHECKPOINT_FILES)
 def test_flipped_bits_raise_no_exception(output, pattern):
-    draw, (path,) = random.Random(pattern), (output / f"checkpoint-{STEPS}").glob(pattern)
+    draw, (path,) = hostile_random(pattern), (output / f"checkpoint-{STEPS}").glob(pattern)
     content, found = path.read_bytes(), []
     ends = [*range(min(len(content), 100)), *range(max(len(content) - 500, 0), len(content))]  # where headers are
-    for _ in range(150):
+    for _ in range(150 * HOSTILE_TIMES):
         damaged = bytearray(content)
         for position in (*draw.choices(ends, k=draw.randint(0, 3)), draw.randrange(len(content))):
             damaged[position] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged)
         found.append(checkpoint_problem(path.parent))
-    assert all(reason is None or reason.startswith(f"{path.name} ") for reason in found)
+    if pattern != RUN_FILE:  # a changed number there makes another file the wrong one
+        assert all(reason is None or reason.startswith(f"{path.name} ") for reason in found)
     assert sum(reason is not None for reason in found) > 5  # not more, since safetensors has no check sums
 
 
@@ -245,6 +273,69 @@ def test_scaler_may_be_missing_but_not_damaged(output):
     assert "scaler.pt is damaged" in checkpoint_problem(scaler.parent)
 
 
+def edit(path: Path, **changes):
+    """Changes values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_adapter(checkpoint: Path, change: Callable[[dict], object]) -> str:
+    """Changes the tensors of a checkpoint's adapter; returns the name of the first one."""
+    tensors = load_file(checkpoint / ADAPTER_FILE)
+    name = min(tensors)
+    change(tensors)
+    save_file(tensors, checkpoint / ADAPTER_FILE)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda tensors: tensors.pop(min(tensors)), "not at all instead of 4x64"),
+        (lambda tensors: tensors.update({min(tensors): torch.zeros(3, 64)}), "3x64 instead of 4x64"),
+        (lambda tensors: tensors.update(renamed=tensors.pop(min(tensors))), "not at all instead of 4x64"),
+    ],
+)
+def test_missing_renamed_or_other_tensor_of_the_adapter_is_named(output, change, found):
+    newest = output / f"checkpoint-{STEPS}"
+    name = change_adapter(newest, change)
+    assert checkpoint_problem(newest) == f"{ADAPTER_FILE} has {name} {found}"
+    assert find_checkpoint("last", str(output)) == str(output / f"checkpoint-{SAVE_STEPS}")
+
+
+def test_additional_tensor_of_the_adapter_is_named(output):
+    change_adapter(output / f"checkpoint-{STEPS}", lambda tensors: tensors.update(more=torch.zeros(2)))
+    assert checkpoint_problem(output / f"checkpoint-{STEPS}") == f"{ADAPTER_FILE} has more 2 instead of not at all"
+
+
+def test_missing_random_state_of_a_process_is_named(output):
+    newest = output / f"checkpoint-{STEPS}"
+    edit(newest / RUN_FILE, processes=2)
+    (newest / "rng_state.pth").rename(newest / "rng_state_0.pth")
+    assert checkpoint_problem(newest) == "rng_state_1.pth is missing, of 2 processes"
+    shutil.copy(newest / "rng_state_0.pth", newest / "rng_state_1.pth")
+    assert checkpoint_problem(newest) is None
+
+
+@pytest.mark.parametrize("content", ["{}", '{"processes": 1}', '{"processes": "1", "adapter": {}}', '{"adapter": {}}'])
+def test_invalid_description_of_the_run_is_reported(output, content):
+    (output / f"checkpoint-{STEPS}" / RUN_FILE).write_text(content)
+    assert "run.json is damaged" in checkpoint_problem(output / f"checkpoint-{STEPS}")
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_file_or_link_with_the_name_of_a_checkpoint_is_not_touched(output, tmp_path, kind):
+    other = shutil.move(output / f"checkpoint-{STEPS}", tmp_path / "other")
+    present = output / f"checkpoint-{STEPS}"
+    present.write_text("mine") if kind == "file" else present.symlink_to(other, target_is_directory=True)
+    assert find_checkpoint("last", str(output)) == str(output / f"checkpoint-{SAVE_STEPS}")
+    with pytest.raises(ValueError, match=f"checkpoint-{STEPS} is a file or a link, where the run may write"):
+        check_output_dir(str(output), str(output / f"checkpoint-{SAVE_STEPS}"))
+    shutil.copytree(output / f"checkpoint-{SAVE_STEPS}", output / "checkpoint-12")
+    delete_old_checkpoints(output / "checkpoint-12", 2, None)  # it is not counted either
+    assert {path.name for path in output.iterdir()} == {f"checkpoint-{SAVE_STEPS}", present.name, "checkpoint-12"}
+    assert kind == "file" or checkpoint_problem(Path(other)) is None
+
+
 def test_folders_with_other_names_are_no_checkpoints(output):
     for name in ("checkpoint-99.old", "checkpoint-best", STAGING):
         shutil.copytree(output / f"checkpoint-{STEPS}", output / name)
@@ -255,9 +346,8 @@ def test_folders_with_other_names_are_no_checkpoints(output):
 def test_resuming_with_another_adapter_is_refused(output):
     checkpoint = str(output / f"checkpoint-{STEPS}")
     saved = LoraConfig.from_pretrained(checkpoint)
-    given = {"rank": saved.r, "alpha": float(saved.lora_alpha), "target_modules": sorted(saved.target_modules)}
-    check_same_adapter(checkpoint, **given)
-    check_same_adapter(checkpoint, **given | {"target_modules": given["target_modules"] * 2})
+    given = LoraSettings(saved.r, float(saved.lora_alpha), 0.5, sorted(saved.target_modules))
+    check_same_adapter(checkpoint, given)
     for flag, old, change in [
         ("--lora_rank", saved.r, {"rank": 16}),
         ("--lora_alpha", saved.lora_alpha, {"alpha": 16}),
@@ -265,7 +355,7 @@ def test_resuming_with_another_adapter_is_refused(output):
     ]:
         new = " ".join(sorted(value)) if isinstance(value := next(iter(change.values())), list) else value
         with pytest.raises(ValueError, match=re.escape(f"an adapter of {flag} {old} (not {new}), and")):
-            check_same_adapter(checkpoint, **given | change)
+            check_same_adapter(checkpoint, given._replace(**change))
 
 
 @pytest.mark.parametrize("config", [{}, {"target_modules": None}, {"r": "4", "target_modules": "all-linear"}])
@@ -273,7 +363,136 @@ def test_checkpoint_with_an_invalid_adapter_config_is_refused(output, config):
     checkpoint = output / f"checkpoint-{STEPS}"
     (checkpoint / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"--lora_rank .* --lora_target_modules"):
-        check_same_adapter(str(checkpoint), 4, 32, ["query_key_value"])
+        check_same_adapter(str(checkpoint), LoraSettings())
+
+
+# A resumed run is the run of its checkpoint.
+
+
+@pytest.fixture
+def problems_of(output, tiny_checkpoint, train_file, dev_file, tmp_path) -> Callable[..., list[str]]:
+    """A function (values of the JSON, flags) -> the problems of resuming from the first checkpoint of `trained`."""
+    checkpoint = output / f"checkpoint-{SAVE_STEPS}"
+    shutil.rmtree(output / f"checkpoint-{STEPS}")
+
+    def find(values: dict, **flags) -> list[str]:
+        values = {"lr_scheduler_type": "constant"} | values
+        given = {
+            "train_args_json": str(write_json(tmp_path / "args.json", output, **values)),
+            "model_name_or_path": str(tiny_checkpoint),
+            "train_data_path": [str(train_file)],
+            "eval_data_path": str(dev_file),
+            "resume_from_checkpoint": str(checkpoint),
+        }
+        return run_preflight(FinetuneArguments(**given | flags)).problems
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("values", "before", "now"),
+    [
+        ({"learning_rate": 1e-4}, "learning_rate 0.01", "0.0001"),
+        ({"lr_scheduler_type": "cosine"}, 'lr_scheduler_type "constant"', '"cosine"'),
+        ({"optim": "sgd"}, 'optim "adamw_torch"', '"sgd"'),
+        ({"weight_decay": 0.1}, "weight_decay 0.0", "0.1"),
+        ({"max_grad_norm": 0.5}, "max_grad_norm 1.0", "0.5"),
+        ({"seed": 1}, "seed 42", "1"),
+        ({"per_device_train_batch_size": 8}, "gradient_accumulation_steps 8", "16"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end false", "true"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_resuming_with_other_settings_is_refused(problems_of, values, before, now):
+    (problem,) = problems_of(values)
+    assert f"{before} (not {now})" in problem and "a run goes on as it began" in problem
+    assert f"start another run from this adapter with --init_adapter {problem.split()[0]}" in problem
+
+
+def test_resuming_with_other_flags_or_data_is_refused(problems_of, train_file, tmp_path):
+    other = shutil.copy(train_file, tmp_path / "other.jsonl")
+    assert problems_of({}, train_data_path=[str(other)]) == []  # the same rows under another name
+    lines = train_file.read_text(encoding="utf-8").splitlines()
+    Path(other).write_text("\n".join(lines[:40]), encoding="utf-8")
+    (problem,) = problems_of({}, train_data_path=[str(other)], lora_dropout=0.5, prompt_text="问", max_input_length=99)
+    assert re.search(r'--train_data_path "48 samples, sha256 \w{12}" \(not "40 samples, sha256 \w{12}"\)', problem)
+    assert "--lora_dropout 0.05 (not 0.5)" in problem and '--prompt_text "" (not "问")' in problem
+    assert "--max_input_length 512 (not 99)" in problem
+
+
+def test_resuming_with_another_number_of_processes_is_refused(problems_of, output):
+    checkpoint = output / f"checkpoint-{SAVE_STEPS}"
+    edit(checkpoint / RUN_FILE, processes=2)
+    for number in range(2):
+        shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{number}.pth")
+    (problem,) = problems_of({})
+    assert "is of a run with processes 2 (not 1), and" in problem
+
+
+def test_resuming_with_the_adapter_of_another_model_is_refused(problems_of, output):
+    checkpoint = output / f"checkpoint-{SAVE_STEPS}"
+    name = change_adapter(checkpoint, lambda tensors: tensors.update({min(tensors): torch.zeros(4, 96)}))
+    shapes = json.loads((checkpoint / RUN_FILE).read_text())["adapter"]
+    edit(checkpoint / RUN_FILE, adapter=shapes | {name: "4x96"})
+    (problem,) = problems_of({})
+    assert "is of a run with a model of other layers or widths, and" in problem
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"logging_steps": 2, "save_steps": 2, "save_total_limit": 3, "eval_steps": 1, "per_device_eval_batch_size": 2},
+        {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8},
+        {"max_steps": 20},  # with a constant learning rate
+        {"evaluation_strategy": "no"},
+    ],
+)
+def test_settings_without_effect_on_what_is_learned_may_change(problems_of, values):
+    assert problems_of(values) == []
+
+
+@pytest.mark.parametrize(
+    ("schedule", "length", "matters"),
+    [
+        ({"lr_scheduler_type": "linear"}, "num_train_epochs", True),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 3}, "num_train_epochs", False),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.3}, "num_train_epochs", True),
+        ({"lr_scheduler_type": "linear", "max_steps": 9}, "max_steps", True),
+        ({"lr_scheduler_type": "linear", "max_steps": 9}, "num_train_epochs", False),
+    ],
+)
+def test_length_of_a_run_matters_if_the_schedule_depends_on_it(train_file, tmp_path, schedule, length, matters):
+    args = FinetuneArguments(train_data_path=[str(train_file)], eval_data_path=None)
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps({"output_dir": "out", "report_to": "none"} | schedule))
+    assert (length in describe_run(args, read_training_args(str(path)), 48, {})["settings"]) is matters
+
+
+def test_evaluations_matter_if_they_choose_the_best_checkpoint(train_file, dev_file, tmp_path):
+    args = FinetuneArguments(train_data_path=[str(train_file)], eval_data_path=str(dev_file))
+    path = tmp_path / "args.json"
+    for metric in ("loss", None):
+        values = {"output_dir": "out", "report_to": "none", "eval_strategy": "steps", "metric_for_best_model": metric}
+        path.write_text(json.dumps(values))
+        settings = describe_run(args, read_training_args(str(path)), 48, {})["settings"]
+        assert ("eval_steps" in settings, "--eval_data_path" in settings) == (metric is not None,) * 2
+
+
+def test_description_of_a_run_holds_no_token_and_no_path(trained):
+    text = (trained / f"checkpoint-{STEPS}" / RUN_FILE).read_text()
+    assert "hub_token" not in text and str(trained.parent) not in text
+
+
+def test_finished_run_says_so(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    for steps, expected in (
+        (STEPS, f"the run in {trained} is finished: all {STEPS} steps are trained"),
+        (STEPS - 1, f"has {STEPS} steps, and the run ends after {STEPS - 1}"),
+    ):
+        args_json = write_json(tmp_path / "args.json", trained, lr_scheduler_type="constant", max_steps=steps)
+        flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file)
+        assert expected in error_of(train_qlora, *flags, "--resume_from_checkpoint", "last")
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
 def test_finished_run_is_not_overwritten(trained, tiny_checkpoint, train_file, dev_file, tmp_path):
@@ -316,10 +535,14 @@ def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_finished_run_can_be_resumed(trained, tiny_checkpoint, train_file, dev_file, tmp_path, damaged):
+def test_run_that_was_stopped_near_its_end_can_be_resumed(
+    trained, tiny_checkpoint, train_file, dev_file, tmp_path, damaged
+):
     output = shutil.copytree(trained, tmp_path / "out")
     if damaged:  # the checkpoint that is skipped is replaced
         truncate(output / f"checkpoint-{STEPS}" / "optimizer.pt")
+    else:  # all steps are trained, but the result was not written
+        (output / "adapter_config.json").unlink()
     args_json = write_json(tmp_path / "args.json", output, lr_scheduler_type="constant")
     flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file)
     run_main(train_qlora, *flags, "--resume_from_checkpoint", "last")
@@ -327,6 +550,40 @@ def test_finished_run_can_be_resumed(trained, tiny_checkpoint, train_file, dev_f
     assert (output / name).read_bytes() == (trained / name).read_bytes()
     assert history(output, "loss") == history(trained, "loss")
     assert checkpoint_problem(output / f"checkpoint-{STEPS}") is None
+    assert len(history(output, "train_loss")) == damaged  # no summary of a run without a step
+
+
+def test_best_checkpoint_is_kept_and_loaded_after_the_folder_was_renamed(
+    tiny_checkpoint, train_file, dev_file, tmp_path, monkeypatch
+):
+    training_step = QLoRATrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == SAVE_STEPS:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    values = {"load_best_model_at_end": True, "save_total_limit": 1, "save_steps": 2, "eval_steps": 2}
+    paths = (tiny_checkpoint, train_file, dev_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(QLoRATrainer, "training_step", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            run_main(train_qlora, *flags_of(write_json(tmp_path / "args.json", tmp_path / "first", **values), *paths))
+    output = (tmp_path / "first").rename(tmp_path / "renamed")
+    best = shutil.copytree(output / "checkpoint-4", output / "checkpoint-2")
+    change_adapter(best, lambda tensors: tensors.update({name: tensor + 1 for name, tensor in tensors.items()}))
+    found = {"best_model_checkpoint": str(tmp_path / "first" / "checkpoint-2"), "best_global_step": 2}
+    edit(output / "checkpoint-4" / "trainer_state.json", best_metric=0.0, **found)
+    flags = flags_of(write_json(tmp_path / "args.json", output, **values), *paths)
+    flags += ["--resume_from_checkpoint", str(output / "checkpoint-4")]
+    hidden = best.rename(output / "hidden")
+    assert f"{best}, the best checkpoint so far" in error_of(train_qlora, *flags)
+    hidden.rename(best)
+    run_main(train_qlora, *flags)
+    assert [path.name for path in checkpoints(output)] == [f"checkpoint-{STEPS}", "checkpoint-2"]
+    result, expected = load_file(output / ADAPTER_FILE), load_file(best / ADAPTER_FILE)
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+    assert json.loads((output / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
 
 
 def test_state_has_the_final_path_of_the_best_checkpoint(tiny_checkpoint, train_file, dev_file, tmp_path):
@@ -374,11 +631,14 @@ def test_run_does_not_delete_folders_of_the_user(tiny_checkpoint, train_file, tm
 # A full disk.
 
 
+LARGEST = [7_000, *hostile_random("disk").choices(range(9_000), k=HOSTILE_TIMES - 1)]  # the adapter has 9 kB
+
+
 @contextlib.contextmanager
-def small_files() -> None:
-    """Limits the files that this process can write to 7 kB; the adapter has 9 kB."""
+def small_files(size: int) -> None:
+    """Limits the files that this process can write to a number of bytes."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (7_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
         yield
     finally:
@@ -390,17 +650,17 @@ def message_of_full_disk(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> 
     """Trains, and lets a method of the Trainer fail when it writes a file of a folder, as on a full disk.
 
     Returns:
-        A function (method, folder in the staging folder, file or "any") -> error message.
+        A function (method, folder in the staging folder, file or size of the largest possible file) -> error message.
     """
 
-    def run(method: str, folder: str, file: str) -> str:
+    def run(method: str, folder: str, file: str | int) -> str:
         write, target = getattr(Trainer, method), tmp_path / "out" / STAGING / folder
 
         def write_on_full_disk(self, *args):
             if target.name not in (f"checkpoint-{self.state.global_step}", Path(str(args[0])).name):
                 return write(self, *args)
-            if file == "any":
-                with small_files():
+            if isinstance(file, int):
+                with small_files(file):
                     return write(self, *args)
             target.mkdir(parents=True)
             (target / file).symlink_to("/dev/full")
@@ -413,7 +673,9 @@ def message_of_full_disk(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> 
     return run
 
 
-@pytest.mark.parametrize("file", ["any", "training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "file", [*LARGEST, "training_args.bin", "optimizer.pt", "rng_state.pth", "trainer_state.json"]
+)
 def test_full_disk_while_a_checkpoint_is_written(message_of_full_disk, tmp_path, file):
     output = tmp_path / "out"
     message = message_of_full_disk("_save_checkpoint", f"checkpoint-{STEPS}", file)
@@ -423,7 +685,7 @@ def test_full_disk_while_a_checkpoint_is_written(message_of_full_disk, tmp_path,
     assert checkpoint_problem(output / f"checkpoint-{SAVE_STEPS}") is None
 
 
-@pytest.mark.parametrize("file", ["any", "ice_text.model"])
+@pytest.mark.parametrize("file", [*LARGEST, "ice_text.model"])
 def test_full_disk_while_the_result_is_written(message_of_full_disk, tmp_path, file):
     message = message_of_full_disk("_save", "", file)
     assert f"checkpoint-{STEPS} is whole" in message

@@ -9,20 +9,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, write_rows
+from conftest import ROOT, copy_tokenizer, write_rows
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import train_qlora
 from chatglm import ChatGLMConfig
 from qlora import loading
-from qlora.arguments import FinetuneArguments
+from qlora.adapter import add_lora
+from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.export.official_folder import write_quantized
-from qlora.loading import add_lora, load_quantized_model
+from qlora.loading import load_quantized_model
 from qlora.training import preflight
 from qlora.training.memory_plan import GIB
-from qlora.training.preflight import Preflight, Steps, check_memory, check_optimizer, count_steps, run_preflight
+from qlora.training.preflight import (
+    Preflight,
+    Steps,
+    check_memory,
+    check_optimizer,
+    count_steps,
+    disk_needed,
+    run_preflight,
+)
 from qlora.training.preflight_report import describe, histogram, show_sample
+from qlora.training.trainer import LogBeforeSaving
 from qlora.training.training_args import read_training_args
 
 
@@ -75,7 +85,8 @@ def test_run_without_problems(flags, tiny_checkpoint, tiny_config):
     found.raise_problems()
     assert found.config.multiplied_weights == tiny_config.multiplied_weights
     assert (len(found.train_samples), len(found.eval_samples)) == (48, 11)
-    assert found.steps == Steps(steps=12, evaluations=3, saves=3)
+    # 5 steps evaluate or save, and log before: 4, 5, 8, 10 and 12; then the 3 evaluations and the summary.
+    assert found.steps == Steps(steps=12, evaluations=3, saves=3, logs=9)
     model = add_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.05, ["query_key_value"])
     assert found.trainable == model.get_nb_trainable_parameters()[0]
     assert 0 < found.disk.needed < found.disk.free
@@ -91,7 +102,8 @@ def test_predictions_hold_for_the_run(flags, values):
     checkpoints = list(output.glob("checkpoint-*"))
     assert len(checkpoints) == predicted_run.steps.saves
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    state = predicted_run.steps.saves * preflight.STATE_BYTES
+    assert len(log) == predicted_run.steps.logs
+    state = (predicted_run.steps.saves + 1) * (preflight.STATE_BYTES + preflight.LOG_BYTES * len(log))
     assert predicted_run.disk.needed - state < written < predicted_run.disk.needed
 
 
@@ -137,6 +149,27 @@ def test_number_of_samples_shown(flags, capsys, more, count):
     assert len(re.findall(r"^  answer ", capsys.readouterr().out, re.M)) == count
 
 
+def test_dry_run_needs_only_tokenizer_and_rows(flags, values, tokenizer, tmp_path, monkeypatch, capsys):
+    run_main(flags, "--check", "2")
+    about_data = capsys.readouterr().out.partition("training ")[2]
+    copy_tokenizer(tokenizer, tmp_path)
+    Path(flags.pop("train_args_json")).write_text("{")
+    for name in ("read_training_args", "check_checkpoint", "check_gpu", "check_output"):
+        monkeypatch.delattr(preflight, name)
+    run_main(flags | {"model_name_or_path": tmp_path, "train_args_json": tmp_path / "nowhere"}, "--dry_run", "2")
+    assert capsys.readouterr().out == "training " + about_data
+
+
+def test_dry_run_reports_problems_of_tokenizer_and_rows(flags, tmp_path, capsys):
+    Path(flags["train_data_path"][0]).write_text("{}\n{}\n")
+    with pytest.raises(SystemExit) as raised:
+        run_main(flags | {"model_name_or_path": tmp_path / "nowhere"}, "--dry_run")
+    folder, rows, *listed = raised.value.code.splitlines()[1:]
+    assert folder.startswith("- there is no folder") and rows.endswith("train.jsonl has 2 rows that cannot be used:")
+    assert [line[:13] for line in listed] == ["  - line 1: f", "  - line 2: f"]
+    assert "OK" not in capsys.readouterr().out
+
+
 # All problems are reported at once, by --check and by a run.
 
 
@@ -152,7 +185,6 @@ def add_problems(flags: dict, values: dict, folder: Path) -> list[str]:
         "train.jsonl, line 2: field 'output' is missing",
         "there is no data file",
         "there is no folder",
-        *([] if torch.cuda.is_available() else ["no CUDA GPU was found"]),
     ]
 
 
@@ -162,7 +194,7 @@ def test_all_problems_are_reported_at_once(flags, values, tmp_path, more, capsys
     with pytest.raises(SystemExit) as raised:
         run_main(flags, *more)
     message = raised.value.code
-    assert message.startswith("error: 5 things are wrong:\n- ")  # those of the JSON count as one
+    assert message.startswith("error: 4 things are wrong:\n- ")  # those of the JSON count as one
     assert all(part in message for part in expected), message
     assert not any(line.rstrip().endswith(("?.", "..")) for line in message.splitlines())
     assert "OK" not in capsys.readouterr().out
@@ -181,9 +213,28 @@ def test_output_dir_that_cannot_be_written_to(flags, values, tmp_path, place):
     assert "file cannot be written to (Not a directory)" in problem_of(flags)
 
 
+@pytest.mark.parametrize(
+    ("changes", "checkpoints"),
+    [
+        ({"save_strategy": "no"}, 0),
+        ({}, 6),
+        ({"save_total_limit": 2}, 3),
+        ({"save_total_limit": 1}, 2),
+        # The best and the newest one are kept, and a third one is being written.
+        ({"save_total_limit": 1, "metric_for_best_model": "loss"}, 3),
+    ],
+)
+def test_disk_has_room_for_all_checkpoints_that_exist_at_once(flags, values, changes, checkpoints):
+    edit_json(flags, values, save_steps=2, **changes)
+    args = read_training_args(flags["train_args_json"]).training_args
+    steps = Steps(steps=12, evaluations=3, saves=6 if args.save_strategy == "steps" else 0, logs=4)
+    others = preflight.STATE_BYTES + 4 * preflight.LOG_BYTES
+    assert disk_needed(args, steps, trainable=0, tokenizer=0) == (checkpoints + 1) * others  # 1: the result
+
+
 def test_full_disk(flags, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    assert re.search(r"output_dir .* needs 0\.00 GB and has 0\.00 GB free.*save_total_limit", problem_of(flags))
+    assert re.search(r"output_dir .* needs 0\.01 GB and has 0\.00 GB free.*save_total_limit", problem_of(flags))
 
 
 def test_unknown_target_module(flags):
@@ -204,6 +255,10 @@ def test_no_checkpoint_to_resume_from(flags):
         ({"optim": "adamw_torch_4bit"}, "torchao"),
         ({"adam_beta2": 1.5}, "beta"),
         ({"learning_rate": -1.0}, "learning rate: -1.0"),
+        ({"optim_args": "momentum=0.9"}, "it does not use optim_args momentum=0.9; remove it"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9, mass=1"}, "it does not use optim_args mass=1; remove it"),
+        ({"optim": "sgd", "adam_beta2": 0.9}, "it does not use adam_beta2; remove it"),
+        ({"optim_target_modules": ["attn"]}, "it does not use optim_target_modules; remove it"),
     ],
 )
 def test_optimizer_and_schedule_that_cannot_be_made(flags, values, changes, reason):
@@ -225,6 +280,7 @@ def test_optimizer_and_schedule_that_cannot_be_made(flags, values, changes, reas
     ],
 )
 def test_optimizers_and_schedules_that_can_be_made(values, optim, schedule):
+    schedule = schedule | ({"optim_args": "momentum=0.9, nesterov=true"} if optim == "sgd" else {})
     args = TrainingArguments(output_dir=values["output_dir"], optim=optim, use_cpu=True, report_to="none", **schedule)
     check_optimizer("args.json", args, 12)
     assert not Path(values["output_dir"]).exists()
@@ -241,10 +297,29 @@ def test_broken_tokenizer(flags, tiny_checkpoint, tmp_path):
     assert "ice_text.model is damaged or incomplete" in problem_of(flags | {"model_name_or_path": str(folder)})
 
 
-def test_rows_are_checked_without_a_tokenizer(flags, tmp_path):
+@pytest.mark.parametrize("has_folder", [False, True])
+def test_problem_of_the_folder_hides_none_of_the_rows_and_asks_for_no_gpu(flags, tmp_path, has_folder):
     Path(flags["eval_data_path"]).write_text("{}\n")
+    model = tmp_path if has_folder else tmp_path / "nowhere"
+    of_folder, *rest = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(model)})).problems
+    assert "config.json is missing" in of_folder if has_folder else "there is no folder" in of_folder
+    if has_folder:
+        assert "ice_text.model is missing" in rest.pop(0)
+    assert len(rest) == 1 and "dev.jsonl, line 1: field 'instruction' is missing" in rest[0]
+
+
+def test_rows_are_tokenized_without_weights(flags, tokenizer, tmp_path):
+    copy_tokenizer(tokenizer, tmp_path)
+    write_rows(Path(flags["eval_data_path"]), [{"instruction": "\u200b", "output": "b"}])
     problems = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path)})).problems
-    assert any("dev.jsonl, line 1: field 'instruction' is missing" in problem for problem in problems)
+    assert len(problems) == 2 and "config.json is missing" in problems[0]
+    assert "dev.jsonl, line 1: field 'instruction' has nothing but characters" in problems[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_large_model_needs_a_gpu(flags, monkeypatch):
+    monkeypatch.setattr(loading, "LARGEST_CPU_MODEL", 1000)
+    assert "no CUDA GPU was found" in problem_of(flags)
 
 
 # The memory plan, for the 6B model on a simulated GPU.
@@ -265,7 +340,7 @@ def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Preflight:
 def test_predicted_memory_is_that_of_the_run(full_size, monkeypatch, budget, predicted):
     # Source: docs/performance.md, the predictions of runs on a GPU.
     monkeypatch.setattr(preflight, "memory_budget", lambda requested: int(budget * GIB))
-    check_memory(full_size, full_size.config)
+    check_memory(full_size, full_size.config, LoraSettings())
     assert full_size.trainable == 1_835_008
     shown = re.search(r"predicted peak memory +([\d.]+) GiB", full_size.plan_table())
     assert float(shown[1]) == pytest.approx(predicted, abs=0.05)
@@ -273,7 +348,7 @@ def test_predicted_memory_is_that_of_the_run(full_size, monkeypatch, budget, pre
 
 def test_too_little_memory(full_size, monkeypatch):
     monkeypatch.setattr(preflight, "memory_budget", lambda requested: 3 * GIB)
-    check_memory(full_size, full_size.config)
+    check_memory(full_size, full_size.config, LoraSettings())
     assert full_size.plan is None and "3.00 GiB of GPU memory are too little" in full_size.problems[0]
 
 
@@ -294,7 +369,7 @@ class Line(torch.nn.Module):
 class Counter(TrainerCallback):
     """Counts steps, evaluations and checkpoints of a Trainer."""
 
-    steps = evaluations = saves = 0
+    steps = evaluations = saves = logs = 0
 
     def on_step_end(self, args, state, control, **kwargs):
         self.steps += 1
@@ -304,6 +379,9 @@ class Counter(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.saves += 1
+
+    def on_log(self, args, state, control, **kwargs):
+        self.logs += 1
 
 
 @pytest.mark.parametrize(
@@ -316,6 +394,8 @@ class Counter(TrainerCallback):
         {"save_strategy": "no", "eval_strategy": "no"},
         {"eval_on_start": True, "eval_steps": 100, "eval_delay": 2, "dataloader_drop_last": True},
         {"save_steps": 100, "per_device_train_batch_size": 64},
+        {"logging_strategy": "epoch", "num_train_epochs": 3, "save_steps": 4},
+        {"logging_steps": 2, "logging_first_step": True, "save_strategy": "no"},
     ],
 )
 def test_counted_steps_are_those_of_the_trainer(tmp_path, settings):
@@ -329,8 +409,8 @@ def test_counted_steps_are_those_of_the_trainer(tmp_path, settings):
         **args.to_dict() | {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
     )
     counter = Counter()
-    Trainer(Line(), step_args, train_dataset=rows, eval_dataset=rows, callbacks=[counter]).train()
-    assert count_steps(args, len(rows)) == Steps(counter.steps, counter.evaluations, counter.saves)
+    Trainer(Line(), step_args, train_dataset=rows, eval_dataset=rows, callbacks=[LogBeforeSaving(), counter]).train()
+    assert count_steps(args, len(rows)) == Steps(counter.steps, counter.evaluations, counter.saves, counter.logs)
 
 
 # The report.

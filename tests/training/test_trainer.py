@@ -13,7 +13,7 @@ from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, w
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
-from qlora.data.batching import StepBatch
+from qlora.data.batching import SourceRow, StepBatch
 from qlora.errors import TrainingStopped
 from qlora.training.checkpoints import STAGING, checkpoints
 from qlora.training.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
@@ -96,6 +96,7 @@ def test_step_that_is_not_finite_is_reported_with_its_rows(
     assert f"step {step} (learning rate 0.0" in message and problem in message
     lines = sorted(lines_of_steps[step])
     assert len(lines) == 8 and f"on lines {', '.join(map(str, lines))} of the training data" in message
+    assert f"{tmp_path / 'out' / 'checkpoint-3'} is whole: go on from it" in message
     assert [checkpoint.name for checkpoint in checkpoints(tmp_path / "out")] == ["checkpoint-3"]
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
@@ -111,9 +112,9 @@ def test_reported_lines_are_those_of_the_file(train_file, flags, lines_of_steps,
 
 def test_overflow_by_too_large_a_learning_rate(flags, tmp_path):
     values = {"learning_rate": 1e30, "warmup_ratio": 0, "logging_steps": 100}
-    message = error_of(train_qlora, *flags(evaluate=False, **values))
+    message = error_of(train_qlora, *flags(evaluate=False, save_strategy="no", **values))
     assert "step 2 (learning rate 8.75e+29): the loss is nan" in message
-    # Step 1 was finite, but no checkpoint was due after it.
+    assert message.endswith("There is no checkpoint yet.") and "kept" not in message
     assert checkpoints(tmp_path / "out") == []
 
 
@@ -144,7 +145,7 @@ def test_evaluation_that_is_not_finite_is_an_error(flags, change_output, factor)
 
 
 @pytest.mark.parametrize(("step", "advice"), [(2, "There is no checkpoint yet"), (6, "checkpoint-4 is whole: go on")])
-def test_interrupted_run_names_its_newest_checkpoint(flags, monkeypatch, tmp_path, step, advice):
+def test_interrupted_run_names_its_newest_checkpoint(flags, monkeypatch, tmp_path, capsys, step, advice):
     training_step = QLoRATrainer.training_step
 
     def interrupted(self, *args, **kwargs):
@@ -153,8 +154,11 @@ def test_interrupted_run_names_its_newest_checkpoint(flags, monkeypatch, tmp_pat
         return training_step(self, *args, **kwargs)
 
     monkeypatch.setattr(QLoRATrainer, "training_step", interrupted)
-    message = error_of(train_qlora, *flags())
-    assert f"interrupted after {step} steps" in message and advice in message
+    with pytest.raises(SystemExit) as raised:
+        run_main(train_qlora, *flags())
+    assert raised.value.code == 130
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"interrupted after {step} steps. ") and advice in message
     assert not (tmp_path / "out" / STAGING).exists()
 
 
@@ -166,9 +170,9 @@ def test_training_without_effect_is_reported(flags, tmp_path, caplog):
 
 
 def step_check(*gradient_norms: float, scaler: object | None) -> StepCheck:
-    check = StepCheck(SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor))
+    check = StepCheck(SimpleNamespace(scaler=scaler, gather=lambda tensor: tensor), "out")
     for number, norm in enumerate(gradient_norms, 1):
-        check.steps.append(Step(number, 0.1, [("", number)], torch.tensor(2.5), torch.tensor(norm)))
+        check.steps.append(Step(number, 0.1, [SourceRow("", "line", number)], torch.tensor(2.5), torch.tensor(norm)))
     return check
 
 
@@ -190,8 +194,9 @@ def test_skipped_steps_are_counted_over_several_checks():
 
 
 def test_rows_of_several_files_are_named_by_file():
-    rows = [("b.jsonl", 30), ("a.jsonl", 7), ("a.jsonl", 2)]
-    assert name_rows(rows) == "Its rows are on lines 2, 7 of a.jsonl; 30 of b.jsonl."
+    samples = [{"line": 30, "element": 3, "file": "b.json"}, *({"line": n, "file": "a.jsonl"} for n in (7, 2))]
+    rows = StepBatch(samples).source_rows
+    assert name_rows(rows) == "Its rows are on lines 2, 7 of a.jsonl; elements 3 of b.json."
 
 
 # Out-of-memory errors.

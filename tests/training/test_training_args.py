@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT
 from transformers import TrainingArguments
 
+from qlora.arguments import FinetuneArguments
+from qlora.command_line import parse_command_line
 from qlora.training.training_args import NOT_FOR_THIS_TRAINER, read_training_args
 
 # The content of the shipped JSON. It must not change, since users know it.
@@ -73,7 +75,7 @@ def test_other_shipped_json_files_are_read(path):
 
 def test_translation_is_logged_in_one_line(write_json, caplog):
     with caplog.at_level(logging.INFO, logger="qlora"):
-        read_training_args(write_json(warmup_ratio=0.1, evaluation_strategy="no", group_by_length=True))
+        read_training_args(write_json(warmup_ratio=0.1, evaluation_strategy="no", group_by_length=False))
     (record,) = [r for r in caplog.records if "present names" in r.getMessage()]
     for note in ("warmup_ratio -> warmup_steps", "evaluation_strategy -> eval_strategy", "group_by_length"):
         assert note in record.getMessage()
@@ -85,10 +87,19 @@ def test_present_names_are_not_logged(write_json, caplog):
     assert args.warmup_steps == 5 and "present names" not in caplog.text
 
 
-@pytest.mark.parametrize(("by_length", "strategy"), [(True, "group_by_length"), (False, "random")])
-def test_group_by_length(write_json, by_length, strategy):
-    args = read_training_args(write_json(group_by_length=by_length)).training_args
-    assert args.train_sampling_strategy == strategy
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"group_by_length": True},
+        {"train_sampling_strategy": "group_by_length"},
+        {"train_sampling_strategy": "batch_rebalance"},
+    ],
+)
+def test_samplers_whose_order_a_resumed_run_would_not_repeat_are_refused(write_json, values):
+    with pytest.raises(ValueError, match=r"args\.json: train_sampling_strategy is .*: random or sequential\."):
+        read_training_args(write_json(**values))
+    args = read_training_args(write_json(group_by_length=False)).training_args
+    assert args.train_sampling_strategy == "random"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,14 @@ def test_old_and_new_name_of_grouping_together_are_refused(write_json):
         {"fsdp": "full_shard"},
         {"include_for_metrics": ["loss"]},
         {"label_smoothing_factor": 0.1},
-        {"resume_from_checkpoint": "out/checkpoint-5"},
+        {"enable_jit_checkpoint": True},
+        {"ignore_data_skip": True},
+        {"label_names": ["labels"]},
+        {"length_column_name": "size"},
+        {"dataloader_in_order": False},
+        {"eval_do_concat_batches": False},
+        {"save_on_each_node": True},
+        {"use_cache": True},
     ],
     ids=lambda values: next(iter(values)),
 )
@@ -167,7 +185,15 @@ def test_refused_settings_exist_in_transformers(name):
         ("metric_for_best_model", "rouge", "is rouge; only eval_loss is computed"),
         ("save_steps", 0, "is 0; it must be positive"),
         ("eval_steps", -5, "is -5; it must be positive"),
-        ("hub_strategy", "checkpoint", "is checkpoint; checkpoints are not uploaded"),
+        ("hub_strategy", "checkpoint", "is checkpoint; only the adapter is uploaded, at the end: end"),
+        ("hub_strategy", "every_save", "is every_save; only the adapter is uploaded, at the end: end"),
+        ("greater_is_better", True, "is true; the best eval_loss is the lowest one"),
+        ("do_train", False, "is false; --check makes every check without training"),
+        ("do_predict", True, "is true; inference_qlora.py answers prompts"),
+        ("do_eval", True, "cannot be had with eval_strategy no"),
+        ("load_best_model_at_end", True, "cannot be had with eval_strategy no"),
+        ("metric_for_best_model", "loss", "cannot be had with eval_strategy no"),
+        ("lr_scheduler_type", "reduce_lr_on_plateau", "cannot be had with eval_strategy no"),
     ],
 )
 def test_value_of_another_type_or_range_is_refused(write_json, key, value, expected):
@@ -249,13 +275,86 @@ def test_value_that_transformers_refuses_names_the_file(write_json, values):
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"eval_on_start": True, "load_best_model_at_end": True}, "eval_on_start, load_best_model_at_end"),
-        ({"save_strategy": "best"}, "save_strategy"),
+        ({"eval_on_start": True, "load_best_model_at_end": True}, "load_best_model_at_end, eval_on_start"),
+        ({"save_strategy": "best"}, "save_strategy best"),
+        ({"lr_scheduler_type": "greedy"}, "lr_scheduler_type"),
     ],
 )
 def test_settings_that_need_evaluations_are_refused_without_them(write_json, values, named):
     with pytest.raises(ValueError, match=rf"args\.json: {named} cannot be had with --eval_data_path none"):
-        read_training_args(write_json(**values), evaluate=False)
+        read_training_args(write_json(eval_strategy="steps", **values), evaluate=False)
+
+
+def test_do_eval_says_what_eval_strategy_says(write_json):
+    with pytest.raises(ValueError, match="do_eval is false, and eval_strategy is not no"):
+        read_training_args(write_json(do_eval=False, eval_strategy="steps"))
+    read_training_args(write_json(do_eval=True, do_train=True, do_predict=False, eval_strategy="steps"))
+    read_training_args(write_json(do_eval=True, eval_strategy="steps"), evaluate=False)
+
+
+@pytest.mark.parametrize("values", [{"save_strategy": "best"}, {"load_best_model_at_end": True}])
+def test_best_checkpoint_is_the_one_with_the_lowest_loss(write_json, values):
+    args = read_training_args(write_json(eval_strategy="steps", eval_steps=500, **values)).training_args
+    assert args.metric_for_best_model == "loss" and not args.greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        ("constant", {"warmup_ratio": 0.1}),
+        ("reduce_lr_on_plateau", {"warmup_steps": 5}),
+        ("constant_with_warmup", {"lr_scheduler_kwargs": {"num_cycles": 2}}),
+    ],
+)
+def test_settings_that_the_schedule_does_not_have_are_refused(write_json, schedule, values):
+    with pytest.raises(ValueError, match=rf"lr_scheduler_type is {schedule}, which has no \w+; remove them"):
+        read_training_args(write_json(lr_scheduler_type=schedule, eval_strategy="steps", **values))
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"dataloader_num_workers": -1}, "num_workers"),
+        ({"dataloader_prefetch_factor": 2}, "prefetch_factor"),
+        ({"dataloader_persistent_workers": True}, "persistent_workers"),
+    ],
+)
+def test_settings_that_the_data_loader_refuses(write_json, values, reason):
+    with pytest.raises(ValueError, match=rf"args\.json: .*{reason}"):
+        read_training_args(write_json(**values))
+    read_training_args(write_json(dataloader_num_workers=2, dataloader_persistent_workers=True))
+
+
+@pytest.mark.parametrize("name", ["hub_token", "push_to_hub_token"])
+def test_token_is_not_read_from_the_json_and_so_not_saved_with_the_adapter(write_json, name):
+    with pytest.raises(ValueError, match="hub_token would be saved with the adapter; run `hf auth login`"):
+        read_training_args(write_json(push_to_hub=True, **{name: "hf_abc"}))
+
+
+# The fields that the Trainer, its callbacks, its data loaders or this project use. Those that only a reporter or the
+# upload reads, and `prediction_loss_only`, `remove_unused_columns` and `do_*`, whose effect is that of any run here.
+USED = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    optim_target_modules gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointing
+    gradient_checkpointing logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+    log_level log_level_replica disable_tqdm eval_strategy eval_steps eval_delay per_device_eval_batch_size
+    eval_on_start save_only_model save_strategy save_steps save_total_limit load_best_model_at_end
+    metric_for_best_model greater_is_better full_determinism seed data_seed use_cpu dataloader_drop_last
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context train_sampling_strategy ddp_find_unused_parameters ddp_bucket_cap_mb
+    ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics
+    report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_revision
+    prediction_loss_only remove_unused_columns do_train do_eval do_predict
+""".split()
+
+
+def test_every_field_of_training_arguments_is_used_or_refused():
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    flags = {field.name for field in dataclasses.fields(FinetuneArguments)}  # which are refused in the JSON
+    assert fields - {*USED, *NOT_FOR_THIS_TRAINER, *flags} == set()  # find out what a new one does, and add it
+    assert not set(USED) & set(NOT_FOR_THIS_TRAINER)
 
 
 def test_use_cpu_is_refused_if_there_is_a_gpu(write_json, monkeypatch):
@@ -266,7 +365,77 @@ def test_use_cpu_is_refused_if_there_is_a_gpu(write_json, monkeypatch):
 
 def test_seed_of_the_command_line_overrides_the_json(write_json):
     assert read_training_args(write_json(seed=1)).training_args.seed == 1
-    assert read_training_args(write_json(seed=1), seed=0).training_args.seed == 0
+    assert read_training_args(write_json(seed=1), {"seed": ["0"]}).training_args.seed == 0
+
+
+# Settings of the command line.
+
+
+@pytest.mark.parametrize(
+    ("flag", "key", "value"),
+    [
+        ("--learning_rate 1e-4", "learning_rate", 1e-4),
+        ("--warmup_ratio .25", "warmup_steps", 0.25),
+        ("--num_train_epochs 2", "num_train_epochs", 2),
+        ("--save_total_limit null", "save_total_limit", None),
+        ("--eval_strategy no", "eval_strategy", "no"),
+        ("--save_only_model", "save_only_model", True),
+        ("--disable_tqdm False", "disable_tqdm", False),
+        ("--group_by_length false", "train_sampling_strategy", "random"),
+        ("--lr_scheduler_type cosine", "lr_scheduler_type", "cosine"),
+        ('--lr_scheduler_kwargs {"num_cycles":2}', "lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("--run_name 5", "run_name", "5"),
+        ("--report_to tensorboard", "report_to", ["tensorboard"]),
+    ],
+)
+def test_flag_takes_the_place_of_the_json(write_json, caplog, flag, key, value):
+    caplog.set_level(logging.INFO)
+    others = {"learning_rate": 1, "warmup_ratio": 0.1, "num_train_epochs": 1, "group_by_length": False}
+    path = write_json(**others, save_total_limit=2, eval_strategy="steps", disable_tqdm=True)
+    args = read_training_args(path, parse_command_line(FinetuneArguments, flag.split()).training_args).training_args
+    assert getattr(args, key) == value
+    assert f"From the command line: {flag[2:]}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--learning_rate abc", '--learning_rate is "abc"; expected a number'),
+        ("--learning_rate nan", '--learning_rate is "nan"; expected a number'),
+        ("--max_steps 1.5 --bf16 maybe", "--max_steps is 1.5; expected a whole number"),
+        ("--logging_steps 0", "--logging_steps is 0; it must be positive"),
+        ("--learning_rate 1 2", '--learning_rate is ["1", "2"]; expected a number'),
+        ("--neftune_noise_alpha 5", "this training does not use --neftune_noise_alpha; remove it"),
+        ("--num_train_epochs 2", "--num_train_epochs has no effect while max_steps is 8; add --max_steps -1"),
+    ],
+)
+def test_wrong_flag_is_reported_like_the_json(write_json, flags, message):
+    path = write_json(max_steps=8)
+    with pytest.raises(ValueError) as raised:
+        read_training_args(path, parse_command_line(FinetuneArguments, flags.split()).training_args)
+    assert str(raised.value).startswith(f"{path} and the command line: ") and message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_output_dir_of_the_json_counts_from_the_repository_and_that_of_a_flag_from_the_current_folder(
+    write_json, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    path = write_json(output_dir="saved_files/x")
+    assert read_training_args(path).training_args.output_dir == str(ROOT / "saved_files" / "x")
+    assert read_training_args(path, {"output_dir": ["x"]}).training_args.output_dir == "x"
+
+
+def test_flag_replaces_the_keys_that_say_the_same_otherwise(write_json):
+    path = write_json(bf16=True, gradient_checkpointing=True)
+    setup = read_training_args(path, {"fp16": [], "activation_checkpointing": ["false"]})
+    assert setup.compute_dtype == torch.float16 and setup.recompute is False
+
+
+@pytest.mark.parametrize("name", ["lora_rank", "train_data_path", "dry_run", "resume_from_checkpoint"])
+def test_flag_in_the_json_is_told_where_it_belongs(write_json, name):
+    with pytest.raises(ValueError, match=rf": {name} is a flag: --{name}\.$"):
+        read_training_args(write_json(**{name: "x"}))
 
 
 def test_without_evaluation_nothing_is_evaluated(write_json):

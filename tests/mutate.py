@@ -1,0 +1,95 @@
+"""Changes lines of the code, one at a time, and runs the tests that should notice. A change that passes is reported.
+
+    python tests/mutate.py                     # all of tests/mutations.txt, about half a minute each
+    python tests/mutate.py glm_kernels/ rows   # those whose file has one of these texts in its path
+
+Works on copies of the files that git knows, so the checkout may be edited meanwhile. Exit status 1 if a change was not
+noticed, or if its line is no longer in the code.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIST = ROOT / "tests" / "mutations.txt"
+
+
+@dataclass
+class Mutation:
+    """A change: `old`, which stands in `file` once, becomes `new`; `tests` are the test files that should notice."""
+
+    file: str
+    tests: list[str]
+    old: str
+    new: str
+
+
+def read_mutations(text: str) -> list[Mutation]:
+    """Parses the list: blocks of `file: tests`, then one pair of lines `- old` and `+ new` for each change."""
+    mutations: list[Mutation] = []
+    file, tests, old = "", [], ""
+    for line in text.splitlines():
+        if line.startswith("- "):
+            old = line[2:]
+        elif line.startswith("+ "):
+            mutations.append(Mutation(file, tests, old, line[2:]))
+        elif line and not line.startswith("#"):
+            file, _, names = line.partition(": ")
+            tests = names.split()
+    return mutations
+
+
+def apply(mutation: Mutation, folder: Path):
+    """Makes the change in a copy of the project; ValueError unless `old` stands there exactly once."""
+    path = folder / mutation.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"stands {text.count(mutation.old)} times in {mutation.file}")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+
+
+def outcome(mutation: Mutation, folder: Path) -> str:
+    """`caught`, `NOT NOTICED`, or what is wrong with the list; the copy is as before afterwards."""
+    original = folder / mutation.file
+    kept = original.read_bytes()
+    try:
+        apply(mutation, folder)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *mutation.tests]
+        environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    except ValueError as error:
+        return f"STALE: {error}"
+    finally:
+        original.write_bytes(kept)
+    # 1: a test failed; 2: a test file could not be imported. Anything else is a mistake of this list.
+    return {0: "NOT NOTICED", 1: "caught", 2: "caught"}.get(run.returncode, f"STALE: {run.stdout[-300:]}")
+
+
+def main():
+    chosen = [
+        mutation
+        for mutation in read_mutations(LIST.read_text(encoding="utf-8"))
+        if not sys.argv[1:] or any(text in mutation.file for text in sys.argv[1:])
+    ]
+    known = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in known.splitlines():
+            target = Path(scratch) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target)
+        caught = 0
+        for mutation in chosen:
+            result = outcome(mutation, Path(scratch))
+            caught += result == "caught"
+            print(f"{result:<12} {mutation.file}: {mutation.old.strip()} -> {mutation.new.strip()}", flush=True)
+    print(f"{caught} of {len(chosen)} changes were caught.")
+    raise SystemExit(caught != len(chosen))
+
+
+if __name__ == "__main__":
+    main()
