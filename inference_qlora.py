@@ -5,6 +5,7 @@ python inference_qlora.py --prompt 类型#裤*风格#简约 --prompt 类型#裙*
 python inference_qlora.py --prompt_file data/dev.jsonl --do_sample --output answers.jsonl
 python inference_qlora.py --chat                                 # a conversation with the tuned model
 python inference_qlora.py --web                                  # a page for both in the browser
+python inference_qlora.py --serve                                # OpenAI's API for both
 python inference_qlora.py --adapter_path none --model_name_or_path THUDM/chatglm-6b-merged   # one model alone
 """
 
@@ -37,30 +38,32 @@ def main():
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     import torch
 
-    from qlora.adapter import base_model_path, load_adapter, read_adapter
+    from qlora.adapter import base_model_path, load_adapters, read_adapter
     from qlora.checkpoint import check_checkpoint
     from qlora.inference.decoding import make_sampler
+    from qlora.inference.serve_checks import check_serve
     from qlora.inference.web import Answerer, Page, check_web
     from qlora.layers.replacement import replace_layers
     from qlora.loading import check_hardware, choose_compute_dtype, load_quantized_model, load_tokenizer
 
     with message_instead_of_traceback():
         base_path = args.model_name_or_path or in_repository(DEFAULT_MODEL)
+        for path in args.adapter_path:
+            read_adapter(path)  # a mistake in it is reported before anything is loaded
         if args.adapter_path:
-            read_adapter(args.adapter_path)  # a mistake in it is reported before anything is loaded
-            base_path = args.model_name_or_path or base_model_path(args.adapter_path)
+            base_path = args.model_name_or_path or base_model_path(args.adapter_path[0])
         prompts = read_all_prompts(args)
         check_output(args.output)
         if args.web:
             check_web(args)
+        elif args.serve:
+            check_serve(args)
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)
-        if not (args.chat or args.web):
+        if not (args.chat or args.web or args.serve):
             check_prompts(prompts, tokenizer, config, args)
-        model = load_quantized_model(base_path, compute_dtype, config)
-        if args.adapter_path:
-            model = load_adapter(model, args.adapter_path)
+        model = load_adapters(load_quantized_model(base_path, compute_dtype, config), args.adapter_path)
     replace_layers(model.eval(), for_training=False)
     torch.manual_seed(args.seed)
     sampler = make_sampler(args.do_sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
@@ -68,6 +71,11 @@ def main():
         from qlora.inference.web_page import serve  # gradio is optional
 
         serve(Page(Answerer(model, tokenizer), args), list(prompts.values()))
+    elif args.serve:
+        from qlora.inference.server import serve  # fastapi is optional
+
+        with message_instead_of_traceback():
+            serve(model, tokenizer, args)
     elif args.chat:
         converse(model, tokenizer, sampler, args)
     else:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizer, TextIteratorStreamer
 History = list[tuple[str, str]]
 Rounds = Sequence[Sequence[str]]  # (question, answer) pairs: a history, or lists read from JSON
 
+TRAINING_TIME = "[[训练时间]]"  # which the model writes for the date of its training
 FULL_WIDTH = str.maketrans(",!:;?", "，！：；？")
 CJK = "[\u4e00-\u9fff]"
 HALF_WIDTH_BY_CJK = re.compile(f"(?<={CJK})[,!:;?]|[,!:;?](?={CJK})")
@@ -44,7 +45,7 @@ def clean_response(text: str) -> str:
         with full-width punctuation next to Chinese characters.
     Source: modeling_chatglm.py of THUDM/chatglm-6b.
     """
-    text = text.strip().replace("[[训练时间]]", "2023年")
+    text = text.strip().replace(TRAINING_TIME, "2023年")
     return HALF_WIDTH_BY_CJK.sub(lambda mark: mark.group().translate(FULL_WIDTH), text)
 
 

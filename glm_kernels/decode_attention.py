@@ -1,6 +1,6 @@
 """Triton kernel: attention of one new token a row, from the fused projection to the output, with the cache update.
 
-Formula, for each row and head; t is the cache position of the new token, `rotary` is that of `glm_kernels.rotary`:
+Formula, for each row and head; t is the cache position of its new token, `rotary` is that of `glm_kernels.rotary`:
     q, k, v   = rotary(query), rotary(key), value       of the fused projection
     keys[t]   = k          values[t] = v
     score[j]  = D ** -0.5 * q . keys[j]                 for j = t, and for j < t with visible[j]; else -inf
@@ -38,11 +38,14 @@ def load_rotated(x, cos, sin, HEAD_DIM: tl.constexpr):
 @triton.jit(do_not_specialize=["capacity"])
 def decode_attention_kernel(
     projected, cos, sin, keys, values, visible, cache_position, output, log2_scale, capacity,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PER_ROW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Output of one head of one row. `capacity` is S; `log2_scale` is D ** -0.5 * log2(e)."""
+    """Output of one head of one row.
+
+    `capacity` is S; `log2_scale` is D ** -0.5 * log2(e); PER_ROW is 1 if each row has a cache position, else 0.
+    """
     row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    past_length = tl.load(cache_position)  # scalar: tokens in the cache before the new one
+    past_length = tl.load(cache_position + row * PER_ROW)  # scalar: tokens in the cache before the new one
     dim = tl.arange(0, HEAD_DIM)  # [D]
     head_base = projected + (row * heads + head) * 3 * HEAD_DIM  # query at 0, key at D, value at 2D
     cache_offset = (row * heads + head) * capacity * HEAD_DIM
@@ -100,7 +103,7 @@ def decode_attention(
         keys: [B, H, S, D], contiguous, rotated; the new key is written at `cache_position`.
         values: [B, H, S, D], contiguous; the new value is written at `cache_position`.
         visible: [B, S], bool, contiguous: which keys before `cache_position` count.
-        cache_position: one long number on the device, below S; the same for all rows.
+        cache_position: [B], long, below S; or a single number on the device, the same for all rows.
     Returns:
         [B, C], in the dtype of `projected`.
     """
@@ -108,6 +111,7 @@ def decode_attention(
     output = projected.new_empty(B, H * D)
     launch(
         decode_attention_kernel, (B, H), projected, cos, sin, keys, values, visible, cache_position, output,
-        D**-0.5 * math.log2(math.e), S, HEAD_DIM=D, BLOCK=BLOCK, STAGES=STAGES, num_warps=4,
+        D**-0.5 * math.log2(math.e), S,
+        PER_ROW=int(cache_position.numel() > 1), HEAD_DIM=D, BLOCK=BLOCK, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     return output

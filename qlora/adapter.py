@@ -192,20 +192,32 @@ def adapter_settings(path: str) -> LoraSettings:
     return LoraSettings(config.r, config.lora_alpha, config.lora_dropout, sorted(modules))
 
 
-def load_adapter(model: PreTrainedModel, path: str, train_with_dropout: float | None = None) -> PeftModel:
+def load_adapters(model: PreTrainedModel, paths: list[str]) -> PreTrainedModel | PeftModel:
+    """Adds trained adapters to the model, in this order; errors as for `load_adapter`."""
+    for number, path in enumerate(paths):
+        model = load_adapter(model, path, name=f"adapter_{number}")
+    return model
+
+
+def load_adapter(
+    model: PreTrainedModel | PeftModel, path: str, train_with_dropout: float | None = None, name: str = "default"
+) -> PeftModel:
     """Adds a trained adapter to the model, in fp32.
 
     Args:
-        model: the base model; on the meta device its shapes are checked, and the adapter has no values either.
+        model: the base model, or one with other adapters, of which the first stays the active one; on the meta device
+            its shapes are checked, and the adapter has no values either.
         path: of the adapter's folder.
-        train_with_dropout: dropout of a training that goes on from the adapter's values; None to freeze them.
+        train_with_dropout: dropout of a training that goes on from the adapter's values; None to freeze them. Of the
+            first adapter only.
+        name: by which peft knows the adapter.
     Raises:
         FileNotFoundError: there is no adapter.
         ValueError: it is damaged, not finite or more than plain LoRA, does not fit the model's shapes, or is merged
             into the model already.
     """
     config, weights = read_adapter(path)
-    outside = [name for name in weights if ".layers." not in name]
+    outside = [key for key in weights if ".layers." not in key]
     if outside:
         raise ValueError(
             f"the adapter in {path} has a part in {outside[0]}; this project uses adapters of the linear layers in "
@@ -221,17 +233,23 @@ def load_adapter(model: PreTrainedModel, path: str, train_with_dropout: float | 
         config.lora_dropout, config.base_model_name_or_path = train_with_dropout, model.name_or_path
     is_meta = model.device.type == "meta"
     try:
-        tuned = PeftModel.from_pretrained(
-            model, path, config=config, is_trainable=train_with_dropout is not None, low_cpu_mem_usage=is_meta
-        )
-        fits = shapes(get_peft_model_state_dict(tuned, save_embedding_layers=False)) == shapes(weights)
+        if isinstance(model, PeftModel):
+            model.load_adapter(path, name, low_cpu_mem_usage=is_meta)
+            tuned = model
+        else:
+            is_trainable = train_with_dropout is not None
+            tuned = PeftModel.from_pretrained(
+                model, path, name, config=config, is_trainable=is_trainable, low_cpu_mem_usage=is_meta
+            )
+        state = get_peft_model_state_dict(tuned, adapter_name=name, save_embedding_layers=False)
+        fits = shapes(state) == shapes(weights)
     except (RuntimeError, ValueError, TypeError):
         fits = False
     if not fits:
-        name, tensor = next(iter(weights.items()), ("nothing", torch.empty(0)))
+        first, tensor = next(iter(weights.items()), ("nothing", torch.empty(0)))
         raise ValueError(
             f"the adapter in {path} does not fit the base model {model.name_or_path}: it has {len(weights)} tensors, "
-            f"the first is {name} {list(tensor.shape)}. Give the base model it was trained on with "
+            f"the first is {first} {list(tensor.shape)}. Give the base model it was trained on with "
             "--model_name_or_path."
         )
     return tuned

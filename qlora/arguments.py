@@ -307,9 +307,12 @@ class FinetuneArguments:
 class InferenceArguments:
     """What to answer, with which adapter, and how."""
 
-    adapter_path: str | None = field(
-        default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
-        metadata={"help": "Folder of the trained adapter; 'none' to ask a base or merged model alone."},
+    adapter_path: list[str] = field(
+        default_factory=lambda: [in_repository("saved_files/chatGLM_6B_QLoRA_t32")],
+        metadata={
+            "help": "Folder of the trained adapter, or with --serve of several; 'none' to ask a base or merged model "
+            "alone."
+        },
     )
     model_name_or_path: str | None = field(
         default=None,
@@ -345,14 +348,22 @@ class InferenceArguments:
     )
     seed: int = field(default=42, metadata={"help": "Random seed of the sampling."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer in tokens."})
-    batch_size: int = field(default=8, metadata={"help": "Prompts answered at once."})
+    batch_size: int = field(
+        default=8, metadata={"help": "Prompts answered at once; with --serve at most, as memory allows."}
+    )
     chat: bool = field(default=False, metadata={"help": "Hold a conversation with the model instead."})
     web: bool = field(default=False, metadata={"help": "Show a page in the browser instead; needs gradio."})
+    serve: bool = field(
+        default=False, metadata={"help": "Serve OpenAI's API instead; needs fastapi, uvicorn and prometheus_client."}
+    )
     host: str = field(
         default="127.0.0.1",
-        metadata={"help": "Address the page listens on; the environment variable QLORA_PASSWORD protects it."},
+        metadata={
+            "help": "Address that --web or --serve listens on; the environment variable QLORA_PASSWORD protects the "
+            "page, QLORA_API_KEY the API."
+        },
     )
-    port: int = field(default=7860, metadata={"help": "Port the page listens on."})
+    port: int = field(default=7860, metadata={"help": "Port that --web or --serve listens on."})
     compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
 
     def __post_init__(self) -> None:
@@ -369,14 +380,18 @@ class InferenceArguments:
             problems.append(f"--seed is {self.seed}; it must fit in 64 bits")
         if not 0 < self.port < 65536:
             problems.append(f"--port is {self.port}; it must be between 1 and 65535")
-        if self.chat and self.web:
-            problems.append("--chat is the conversation on the terminal and --web the page; give one of them")
-        if self.output and (self.chat or self.web):
-            problems.append("--output keeps the answers to prompts, not those of --chat and --web")
-        if self.adapter_path in ("none", ""):
-            self.adapter_path = None
+        if self.chat + self.web + self.serve > 1:
+            problems.append(
+                "--chat is the conversation on the terminal, --web the page and --serve the API; give one of them"
+            )
+        if self.output and (self.chat or self.web or self.serve):
+            problems.append("--output keeps the answers to prompts, not those of --chat, --web and --serve")
+        if self.adapter_path in (["none"], [""]):
+            self.adapter_path = []
             if self.web:
                 problems.append("--web compares a model with and without an adapter; without one, use --chat")
+        if len(self.adapter_path) > 1 and not self.serve:
+            problems.append(f"--adapter_path has {len(self.adapter_path)} folders; only --serve takes several")
         if problems:
             raise ValueError("; ".join(problems) + ".")
 

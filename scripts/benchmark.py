@@ -6,19 +6,28 @@
     python scripts/benchmark.py --what train  ... --compare_plain                 # the plain path, too
     python scripts/benchmark.py --what decode ... --data_path data/dev.jsonl
     python scripts/benchmark.py --what load   ...
+    python scripts/benchmark.py --what serve  ... --data_path data/dev.jsonl --batch_size 128
 
 Training runs `train_qlora.py` with the shipped JSON except for the number of steps, the samples of a step and logging,
 and without checkpoints and evaluations. Tokens are those of the samples, without padding. The last line of the output
 is one JSON object. Without the official weights, use those of scripts/make_random_checkpoint.py, of the same size.
 """
 
+import contextlib
+import http.client
 import json
 import math
+import os
 import re
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +38,8 @@ from qlora.units import GIB
 
 with one_line_on_interrupt():  # these imports take seconds
     import torch
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizer
 
     from chatglm import ChatGLMConfig
     from qlora.adapter import add_lora
@@ -37,17 +48,18 @@ with one_line_on_interrupt():  # these imports take seconds
     from qlora.data.rows import read_rows
     from qlora.inference.decoding import decode, make_sampler
     from qlora.layers.replacement import replace_layers
-    from qlora.loading import load_quantized_model, load_tokenizer
+    from qlora.loading import choose_compute_dtype, load_quantized_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 10  # training steps that are not measured
+CLIENTS = (1, 8, 32, 128)  # of the server, at a time
 
 
 @dataclass
 class BenchmarkArguments:
     """What to measure, on what."""
 
-    what: str = field(metadata={"help": "train, decode or load.", "choices": ["train", "decode", "load"]})
+    what: str = field(metadata={"help": "What to measure.", "choices": ["train", "decode", "load", "serve"]})
     model_name_or_path: str = field(
         default_factory=lambda: in_repository(DEFAULT_MODEL), metadata={"help": "Folder with the weights."}
     )
@@ -59,6 +71,8 @@ class BenchmarkArguments:
     memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})
     compare_plain: bool = field(default=False, metadata={"help": "Train the plain way too, for a few steps."})
     batch_size: int = field(default=256, metadata={"help": "Prompts answered at once."})
+    requests_per_client: int = field(default=4, metadata={"help": "Requests of each client of the server."})
+    answer_tokens: int = field(default=64, metadata={"help": "Most tokens of each answer of the server."})
 
     def __post_init__(self):
         if self.samples_per_step < 4 or self.samples_per_step % 4:
@@ -71,7 +85,13 @@ class BenchmarkArguments:
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(BenchmarkArguments)
-    result = {"train": measure_training, "decode": measure_decoding, "load": measure_loading}[args.what](args)
+    measures = {
+        "train": measure_training,
+        "decode": measure_decoding,
+        "load": measure_loading,
+        "serve": measure_serving,
+    }
+    result = measures[args.what](args)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     print(json.dumps({"what": args.what, "gpu": gpu, "torch": torch.__version__, **result}))
 
@@ -216,6 +236,105 @@ def measure_loading(args: BenchmarkArguments) -> dict:
         "allocated_gib": round(torch.cuda.memory_allocated() / GIB, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
     }
+
+
+def measure_serving(args: BenchmarkArguments) -> dict:
+    """Rates and times to the first token of `inference_qlora.py --serve`, with 1 to 128 clients at a time.
+
+    Every client asks again as soon as it has its answer. Answers are greedy, with an adapter, and end by themselves or
+    after `answer_tokens`. Beside them, the rates of the same model without a server, a prompt at a time.
+    """
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    model = load_quantized_model(args.model_name_or_path, choose_compute_dtype(None))
+    model = add_lora(model, 4, 32, 0.0, ["query_key_value"]).eval()
+    prompts = [row["query"] for row in read_rows(args.data_path)]
+    with tempfile.TemporaryDirectory() as scratch:
+        adapter = f"{scratch}/adapter"
+        model.save_pretrained(adapter)
+        replace_layers(model, for_training=False)
+        result = {"one_by_one": one_by_one(model, tokenizer, prompts[:8], args.answer_tokens)}
+        del model
+        torch.cuda.empty_cache()
+        with running_server(args, adapter) as address:
+            ask_all(address, prompts, 8, 1, 8)  # warms up
+            for clients in CLIENTS:
+                figures = ask_all(address, prompts, clients, args.requests_per_client, args.answer_tokens)
+                result[f"clients_{clients}"] = figures
+            metrics = urllib.request.urlopen(f"http://{address}/metrics").read().decode()
+    slots = int(float(re.search(r"^chatglm_slots (\S+)$", metrics, re.M).group(1)))
+    return {"slots": slots, "answer_tokens": args.answer_tokens, **result}
+
+
+def one_by_one(model: PeftModel, tokenizer: PreTrainedTokenizer, prompts: list[str], most_tokens: int) -> dict:
+    """Rates of answers one by one, without a server."""
+
+    def count_tokens_of_answer(prompt: str) -> int:
+        batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
+        pieces = decode(model.get_base_model(), **batch, max_new_tokens=most_tokens, sampler=make_sampler(False))
+        tokens = torch.cat(list(pieces), dim=1)[0].tolist()
+        return tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else len(tokens)
+
+    count_tokens_of_answer(prompts[0])  # warms up
+    counts: list[int] = []
+    seconds = timed(lambda: counts.extend(map(count_tokens_of_answer, prompts)))
+    return {"requests_per_second": round(len(prompts) / seconds, 2), "tokens_per_second": round(sum(counts) / seconds)}
+
+
+@contextlib.contextmanager
+def running_server(args: BenchmarkArguments, adapter: str) -> Iterator[str]:
+    """The address of `inference_qlora.py --serve` in a process of its own, so that the clients do not slow it down."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "inference_qlora.py", "--serve", "--adapter_path", adapter, "--port", str(port)]
+    command += ["--model_name_or_path", args.model_name_or_path, "--batch_size", str(args.batch_size)]
+    environment = {name: value for name, value in os.environ.items() if name != "QLORA_API_KEY"}
+    server, address = subprocess.Popen(command, env=environment), f"127.0.0.1:{port}"
+    try:
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://{address}/health")
+                break
+            if server.poll() is not None:
+                raise SystemExit("error: inference_qlora.py --serve failed, see above.")
+            time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def ask_all(address: str, prompts: list[str], clients: int, requests: int, most_tokens: int) -> dict:
+    """Figures of `clients` at a time, each of which sends so many requests, one after the other."""
+
+    def converse(client: int) -> list[tuple[float, int]]:
+        numbers = range(client * requests, (client + 1) * requests)
+        return [ask(address, prompts[number % len(prompts)], most_tokens) for number in numbers]
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [answer for answers in pool.map(converse, range(clients)) for answer in answers]
+    seconds = time.perf_counter() - started
+    first_tokens = sorted(first for first, _ in answers)
+    return {
+        "requests_per_second": round(len(answers) / seconds, 2),
+        "tokens_per_second": round(sum(tokens for _, tokens in answers) / seconds),
+        "first_token_median_seconds": round(statistics.median(first_tokens), 3),
+        "first_token_p95_seconds": round(first_tokens[math.ceil(0.95 * len(first_tokens)) - 1], 3),
+    }
+
+
+def ask(address: str, prompt: str, most_tokens: int) -> tuple[float, int]:
+    """Seconds until the first token of a streamed answer arrives, and the number of its tokens."""
+    body = {"model": "adapter", "prompt": prompt, "max_tokens": most_tokens, "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    started, first = time.perf_counter(), 0.0
+    with contextlib.closing(http.client.HTTPConnection(address)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        for line in connection.getresponse():
+            if line.startswith(b"data: {"):
+                first = first or time.perf_counter() - started
+                chunk = json.loads(line.removeprefix(b"data: "))
+    return first, chunk["usage"]["completion_tokens"]  # of the last chunk
 
 
 def timed(work) -> float:

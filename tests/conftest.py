@@ -195,6 +195,23 @@ def tiny_checkpoint(
     return folder
 
 
+@pytest.fixture(scope="session")
+def varied_checkpoint(
+    tokenizer: ChatGLMTokenizer, tiny_config: ChatGLMConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Like `tiny_checkpoint`; its layers change a token so much that answers are varied, and some of them end."""
+    folder = tmp_path_factory.mktemp("chatglm") / "varied"
+    torch.manual_seed(0)
+    state = ChatGLMForConditionalGeneration(tiny_config).state_dict()
+    for name, tensor in state.items():
+        if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+            tensor *= 20
+    state["lm_head.weight"][tokenizer.eos_token_id] *= 4  # the embedding is the same tensor
+    write_checkpoint(folder, tiny_config, lambda name, shape: state[name])
+    copy_tokenizer(tokenizer, folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_model(tiny_checkpoint: Path) -> ChatGLMForConditionalGeneration:
     """The model of `tiny_checkpoint` in fp32 and in evaluation mode."""

@@ -305,15 +305,23 @@ def test_sampling_is_the_official_one_by_default():
 
 
 def test_adapter_none_is_no_adapter():
-    assert parse("--adapter_path", "none", kind=InferenceArguments).adapter_path is None
+    assert parse("--adapter_path", "none", kind=InferenceArguments).adapter_path == []
     with pytest.raises(ValueError, match=r"--web compares a model with and without an adapter; .*--chat"):
         parse("--adapter_path", "none", "--web", kind=InferenceArguments)
 
 
-@pytest.mark.parametrize("flag", ["--chat", "--web"])
+@pytest.mark.parametrize("flag", ["--chat", "--web", "--serve"])
 def test_output_is_refused_where_nothing_is_kept(flag):
     with pytest.raises(ValueError, match="--output keeps the answers to prompts"):
         parse("--output", "answers.jsonl", flag, kind=InferenceArguments)
+
+
+def test_only_the_api_has_several_adapters():
+    assert parse("--serve", "--adapter_path", "a", "b", kind=InferenceArguments).adapter_path == ["a", "b"]
+    with pytest.raises(ValueError, match="--adapter_path has 2 folders; only --serve takes several"):
+        parse("--adapter_path", "a", "b", kind=InferenceArguments)
+    with pytest.raises(ValueError, match="give one of them"):
+        parse("--serve", "--web", kind=InferenceArguments)
 
 
 def test_prompts_may_be_given_many_times():

@@ -158,7 +158,7 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(dtype, shape):
 
 
 @DTYPES
-@pytest.mark.parametrize("past", [0, 1, 300, 2000])
+@pytest.mark.parametrize("past", [0, 1, 300, 2000, [2000, 0, 65]])  # for all rows, or one a row
 def test_decoding_step_of_attention(dtype, past):
     from glm_kernels.decode_attention import decode_attention
 
@@ -169,13 +169,14 @@ def test_decoding_step_of_attention(dtype, past):
     visible = torch.rand(B, S, device="cuda") < 0.8
     query, key, value = split_and_rotate(projected, *tables, D)
     all_keys, all_values = keys.float(), values.float()
-    all_keys[:, :, past], all_values[:, :, past] = key[:, 0], value[:, 0]
-    mask = visible & (torch.arange(S, device="cuda") < past) | (torch.arange(S, device="cuda") == past)
+    position, index = torch.tensor(past, device="cuda").expand(B), torch.arange(S, device="cuda")
+    all_keys[range(B), :, position], all_values[range(B), :, position] = key[:, 0].float(), value[:, 0].float()
+    mask = visible & (index < position[:, None]) | (index == position[:, None])
     expected = F.scaled_dot_product_attention(
         query.transpose(1, 2).float(), all_keys, all_values, attn_mask=mask[:, None, None]
     )
     flat = (table.reshape(-1, D) for table in tables)
-    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor([past], device="cuda"))
+    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor(past, device="cuda"))
     assert relative_error(found, expected[:, :, 0].flatten(1)) < 2 * ROUNDING[dtype]
     assert relative_error(keys, all_keys) < ROUNDING[dtype]
 
@@ -255,6 +256,31 @@ def test_graph_generates_the_tokens_of_plain_steps(model, tokenizer):
                 step()
             tokens.append(decoder.new_tokens.cpu())
     assert torch.equal(*tokens)
+
+
+def test_graphs_of_slots_generate_the_tokens_of_plain_steps(model, tokenizer):
+    from qlora.inference.slots import Slots, Task
+
+    replace_layers(model.eval(), for_training=False)
+    prompts = [tokenizer(text)["input_ids"] for text in ("类型#裙", "类型#裤*风格#简约", "白色的上衣")]
+    settings = [{}, {"temperature": 1.5, "seed": 3}, {"adapter": 0}]
+    tasks = [Task(prompt, 60, **setting) for prompt, setting in zip(prompts, settings, strict=True)]
+    tokens = []
+    for graphed in (False, True):
+        slots = Slots(model, count=4, top_k=50)
+        if not graphed:
+            slots.steps = {n: slots.step_of(n) for n in slots.steps}
+        slots.begin({0: tasks[0]})
+        found = [slots.generate(highest_slot=0)[0]]  # one row
+        slots.begin({1: tasks[1], 3: tasks[2]})
+        for _ in range(20):
+            found += slots.generate(highest_slot=3)[:2]
+        slots.end(0)
+        slots.begin({0: tasks[2]})
+        for _ in range(5):
+            found += slots.generate(highest_slot=3)
+        tokens.append(found)
+    assert tokens[0] == tokens[1]
 
 
 @pytest.fixture(scope="module")

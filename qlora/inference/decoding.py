@@ -53,6 +53,31 @@ def make_sampler(
     return sample
 
 
+def draw_tokens(
+    logits: torch.Tensor, random_numbers: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """Draws a token for each row as `make_sampler` does, with settings and a random number of the row's own.
+
+    Args:
+        logits: [B, V].
+        random_numbers: [B, 1], from 0 up to 1: where to read the cumulative distribution over the tokens, which begins
+            with the likeliest one. 0 gives this token.
+        temperature, top_p: [B, 1].
+        top_k: the same for all rows; 0 for all tokens.
+    Returns:
+        [B, 1], long.
+    """
+    V = logits.shape[-1]
+    logits, tokens = logits.topk(min(top_k or V, V))  # in descending order
+    probabilities = (logits / temperature).softmax(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
+    kept = cumulative - probabilities < top_p
+    kept[:, 0] = True
+    total = (probabilities * kept).sum(dim=-1, keepdim=True)
+    index = (kept & (cumulative <= random_numbers * total)).sum(dim=-1, keepdim=True)
+    return tokens.gather(1, index.minimum(kept.sum(dim=-1, keepdim=True) - 1))
+
+
 class Decoder:
     """The state of a batch of answers in generation; `step` changes all of it in place, as a CUDA graph requires.
 

@@ -16,8 +16,8 @@ LONGEST_TOKEN = 80  # characters, of <|blank_80|>
 
 def check_prompt(
     prompt: str, tokenizer: PreTrainedTokenizer, max_length: int, max_new_tokens: int, prompt_text: str = ""
-):
-    """Checks that a prompt can be answered.
+) -> list[int]:
+    """Checks that a prompt can be answered, and returns its token ids.
 
     Args:
         prompt: a text; control tokens written in it stay text.
@@ -33,9 +33,10 @@ def check_prompt(
     text = prompt_text + prompt
     chinese, english = f"{len(text):,} 个字符", f"{len(text):,} characters"
     if len(text) <= LONGEST_TOKEN * max_length:  # a longer text cannot fit, and would take long to tokenize
-        length = len(tokenizer(text, split_special_tokens=True)["input_ids"])
+        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+        length = len(ids)
         if length + max_new_tokens <= max_length:
-            return
+            return ids
         chinese, english = f"{length:,} 个 token", f"{length:,} tokens"
     raise ValueError(
         f"输入（含对话历史）有 {chinese}，加上最多 {max_new_tokens} 个新 token，超过模型的上限 {max_length} 个：请缩短"

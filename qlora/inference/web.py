@@ -9,7 +9,6 @@ import html
 import importlib.metadata
 import itertools
 import os
-import socket
 import threading
 from collections.abc import Iterator
 
@@ -21,6 +20,7 @@ from chatglm.chat import build_prompt
 from qlora.arguments import InferenceArguments
 from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import check_prompt, stream_answer
+from qlora.inference.serve_checks import check_address
 
 PASSWORD_VARIABLE = "QLORA_PASSWORD"  # a flag could be read in the list of processes
 # Fields of InferenceArguments on the page.
@@ -154,13 +154,4 @@ def check_web(args: InferenceArguments):
         raise ValueError(f"--web needs gradio 6 or newer, found {version}: pip install --upgrade gradio")
     if os.environ.get(PASSWORD_VARIABLE) == "":
         raise ValueError(f"{PASSWORD_VARIABLE} is empty: set it to a password, or unset it for a page without one.")
-    try:
-        with socket.socket() as probe:
-            # As the server does: a port that another server closed a moment ago can be bound.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((args.host, args.port))
-    except OSError as error:
-        raise OSError(
-            f"the page cannot listen on {args.host}, port {args.port} ({error.strerror}). Choose another --port, or "
-            "an address of this machine as --host."
-        ) from error
+    check_address(args)

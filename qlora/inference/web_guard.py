@@ -96,8 +96,8 @@ class Guard:
 
     def refusal(self, request: Request) -> tuple[str, int] | None:
         """Text and status of the answer to a request that is not passed on; None for the others."""
-        path, headers = request.url.path.rstrip("/"), request.headers
-        if "origin" in headers and urlsplit(headers["origin"]).netloc != headers.get("host"):
+        path = request.url.path.rstrip("/")
+        if is_foreign(request):
             return "another page sent this request", 403
         if request.method == "POST" and path not in POSTS:
             return "not found", 404
@@ -137,13 +137,24 @@ class Guard:
 
 
 def middleware(host: str, streams: Streams) -> list[Middleware]:
-    """The middleware for a server that listens on this address.
-
-    On a local address the Host header must be local, too: a foreign name in it has been pointed at this machine by its
-    owner. Other addresses may have any name.
-    """
-    hosts = list(LOCAL_HOSTS) if host in LOCAL_HOSTS else ["*"]
+    """The middleware for a server that listens on this address."""
+    hosts = allowed_hosts(host)
     return [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Guard, streams=streams)]
+
+
+def allowed_hosts(host: str) -> list[str]:
+    """The names that the Host header may have, for a server that listens on this address.
+
+    On a local address the name must be local, too: a foreign one has been pointed at this machine by its owner. Other
+    addresses may have any name.
+    """
+    return list(LOCAL_HOSTS) if host in LOCAL_HOSTS else ["*"]
+
+
+def is_foreign(request: Request) -> bool:
+    """Whether a page of another server sends this request."""
+    headers = request.headers
+    return "origin" in headers and urlsplit(headers["origin"]).netloc != headers.get("host")
 
 
 def limited(receive: Receive) -> Receive:

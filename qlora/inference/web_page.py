@@ -72,7 +72,7 @@ def build_page(page: Page, examples: list[str], streams: Streams) -> gr.Blocks:
         gr.HTML(
             "<h2>微调前后对比 Before and after fine-tuning</h2>"
             f"<p>基座模型 Base model: <code>{html.escape(base_path)}</code> · "
-            f"adapter: <code>{html.escape(str(args.adapter_path))}</code></p>"
+            f"adapter: <code>{html.escape(args.adapter_path[0])}</code></p>"
         )
         settings = setting_controls(args)
         with gr.Tab("对比 Compare"):

@@ -2,7 +2,7 @@
 
     NF4Linear                   x @ W.T + bias
     LoRANF4Linear               x @ W.T + bias + scaling * dropout(x) @ A.T @ B.T    with gradients, for training
-    InferenceLoRANF4Linear      the same without dropout and without gradients
+    InferenceLoRANF4Linear      the same without dropout and without gradients; each row may have an adapter of its own
 
 W is stored in NF4 and dequantized where it is used, in the forward and again in the backward pass, or once by
 `cache_dequantized`. It is constant, so its backward pass needs no input: autograd saves the input only for A and B.
@@ -95,21 +95,39 @@ class LoRANF4Linear(nn.Module, LoraLayer):
 
 
 class InferenceLoRANF4Linear(LoRANF4Linear):
-    """The same layer without gradients: A and scaling * B are converted to the compute dtype once."""
+    """The same layer without gradients: A and scaling * B are converted to the compute dtype once.
+
+    The matrices of several adapters are concatenated along r. For each row of a batch, the columns of its own adapter
+    remain; those of the others become zero. This costs little, since r is small beside C_in and C_out, and every
+    adapter can be in one batch, and in one CUDA graph.
+
+    Args:
+        layer: a peft layer.
+        adapters: the names of all adapters of the model, of which the layer may lack some.
+    """
 
     @torch.no_grad()
-    def __init__(self, layer: LoraLayer):
+    def __init__(self, layer: LoraLayer, adapters: list[str]):
         super().__init__(layer)
         dtype = layer.base_layer.weight.quant_state.dtype
-        lora_A, lora_B = self.adapter_weights()
-        self.down = lora_A.detach().to(dtype)  # [r, C_in]
-        self.up = (lora_B * self.scaling[self.adapter]).to(dtype).T  # [r, C_out]
+        own = [name for name in adapters if name in layer.lora_A]
+        lora_A, lora_B = ([cast(nn.Linear, m[name]).weight for name in own] for m in (layer.lora_A, layer.lora_B))
+        lora_B = [weight * self.scaling[name] for name, weight in zip(own, lora_B, strict=True)]
+        self.down = torch.cat(lora_A).to(dtype)  # [r, C_in], r of all adapters together
+        self.up = torch.cat(lora_B, dim=1).to(dtype).T  # [r, C_out]
+        ranks = torch.tensor([len(weight) for weight in lora_A])
+        places = torch.tensor([adapters.index(name) for name in own])
+        self.adapter_of_column = places.repeat_interleave(ranks).to(self.down.device)  # [r], places in `adapters`
+        # [B], places in `adapters`, -1 for the base model; None if all rows have the only adapter.
+        self.adapter_of_row: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., C_in] -> [..., C_out]."""
+        """[..., C_in] -> [..., C_out]; [B, T, C_in] where rows have adapters of their own."""
         output = self.base_layer(hidden_states)
         if not self.disable_adapters:
             low_rank = F.linear(hidden_states, self.down)  # [..., r]
+            if self.adapter_of_row is not None:
+                low_rank *= self.adapter_of_row[:, None, None] == self.adapter_of_column
             output.view(-1, output.shape[-1]).addmm_(low_rank.view(-1, low_rank.shape[-1]), self.up)
         return output
 

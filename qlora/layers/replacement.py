@@ -19,19 +19,21 @@ def replace_layers(model: PeftModel | PreTrainedModel, for_training: bool):
     Parameters are taken over, not copied, and keep their names: a state dict and an adapter stay the same.
 
     Args:
-        model: with one LoRA adapter, or for inference without; its linear layers are bitsandbytes' `Linear4bit`.
+        model: with one LoRA adapter, or for inference with any number (see `InferenceLoRANF4Linear`); its linear
+            layers are bitsandbytes' `Linear4bit`.
         for_training: whether gradients are needed. If not, the adapter's weights are read now and must not change.
     """
+    adapters = list(model.peft_config) if isinstance(model, PeftModel) else []
     for name, module in list(model.named_modules()):
-        replacement = replacement_of(module, for_training)
+        replacement = replacement_of(module, for_training, adapters)
         if replacement is not None:
             model.set_submodule(name, replacement.train(module.training))
 
 
-def replacement_of(module: nn.Module, for_training: bool) -> nn.Module | None:
+def replacement_of(module: nn.Module, for_training: bool, adapters: list[str]) -> nn.Module | None:
     """The layer of this package for a module; None where the module stays as it is."""
     if isinstance(module, LoraLayer):
-        return LoRANF4Linear(module) if for_training else InferenceLoRANF4Linear(module)
+        return LoRANF4Linear(module) if for_training else InferenceLoRANF4Linear(module, adapters)
     if isinstance(module, Linear4bit):
         return NF4Linear(module)
     if isinstance(module, ResidualNorm) and kernels_supported(module.weight):

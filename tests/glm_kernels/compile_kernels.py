@@ -63,7 +63,7 @@ def all_kernels(capability: int) -> dict[str, int]:
     """Name of each kernel -> shared memory in bytes, with the constants of a launch for the 6B model."""
     over_keys = HEAD | {"TILE": attention.TILE, "BLOCK_N": attention.BLOCK_N}
     over_queries = HEAD | {"TILE": attention.TILE, "BLOCK_M": attention.BLOCK_M}
-    decode = {"HEAD_DIM": 128, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
+    decode = {"PER_ROW": 1, "HEAD_DIM": 128, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
     launches = {
         "rotate": (rotary.rotate_kernel, HEAD | {"PAIRS": 4096}, 3),
         "attention": (attention.forward_kernel, over_keys, 3),

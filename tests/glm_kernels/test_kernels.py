@@ -159,7 +159,7 @@ def test_residual_norm():
     torch.testing.assert_close(grads[1], grads[0], atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("past", [0, 1, 128, 300])
+@pytest.mark.parametrize("past", [0, 1, 128, 300, [300, 0, 65]])  # one cache position for all rows, or one a row
 def test_decoding_step_of_attention(past):
     B, H, S, D = 3, 2, 310, 32
     rotary = ChatGLMRotaryEmbedding(ChatGLMConfig(hidden_size=H * D, num_attention_heads=H))
@@ -170,13 +170,14 @@ def test_decoding_step_of_attention(past):
 
     query, key, value = split_and_rotate(projected, *tables, D)
     expected_keys, expected_values = keys.clone(), values.clone()
-    expected_keys[:, :, past], expected_values[:, :, past] = key[:, 0], value[:, 0]
-    mask = visible & (torch.arange(S) < past) | (torch.arange(S) == past)
+    position = torch.tensor(past).expand(B)
+    expected_keys[range(B), :, position], expected_values[range(B), :, position] = key[:, 0], value[:, 0]
+    mask = visible & (torch.arange(S) < position[:, None]) | (torch.arange(S) == position[:, None])
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.transpose(1, 2), expected_keys, expected_values, attn_mask=mask[:, None, None]
     )
     flat = (table.reshape(-1, D) for table in tables)
-    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor([past]))
+    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor(past))
     torch.testing.assert_close(found, expected[:, :, 0].flatten(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(keys, expected_keys)
     torch.testing.assert_close(values, expected_values)

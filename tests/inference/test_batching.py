@@ -1,0 +1,169 @@
+"""qlora/inference/batching.py and slots.py: which requests run together, and their tokens."""
+
+import asyncio
+import contextlib
+
+import pytest
+import torch
+from conftest import add_random_lora
+from peft import PeftModel
+
+from chatglm import ChatGLMForConditionalGeneration
+from qlora.inference.batching import Answer, Batcher
+from qlora.inference.decoding import decode, draw_tokens, make_sampler
+from qlora.inference.slots import Slots, Task, left_padded
+from qlora.layers import replacement
+from qlora.layers.replacement import replace_layers
+from qlora.loading import load_quantized_model
+
+EOS = 2
+
+
+class Counting:
+    """Slots whose answers are the lengths of their prompts, over and over."""
+
+    capacity = 20
+
+    def __init__(self, count: int):
+        self.count, self.begun, self.lengths = count, [], {}
+
+    def begin(self, tasks: dict[int, Task]) -> list[int]:
+        self.begun.append({slot: len(task.prompt_ids) for slot, task in tasks.items()})
+        self.lengths |= self.begun[-1]
+        return list(self.begun[-1].values())
+
+    def generate(self, highest_slot: int) -> list[list[int]]:
+        assert self.lengths and highest_slot == max(self.lengths)
+        return [[self.lengths.get(slot, 0)] * 2 for slot in range(self.count)]
+
+    def end(self, slot: int):
+        del self.lengths[slot]
+
+
+async def tokens_of(answer: Answer) -> list[int]:
+    return [token async for piece in answer.tokens(EOS) for token in piece]
+
+
+def run(
+    tasks: list[Task], count: int, cancelled: tuple[int, ...] = ()
+) -> tuple[list[list[int]], list[dict[int, int]]]:
+    """The tokens of each task, and what was begun together: slot -> length of the prompt."""
+
+    async def main():
+        slots = Counting(count)
+        batcher = Batcher(slots, EOS)
+        answers = [Answer(task) for task in tasks]
+        for place, answer in enumerate(answers):
+            answer.cancelled = place in cancelled
+            assert batcher.submit(answer)
+        batcher.thread.start()
+        kept = [answer for place, answer in enumerate(answers) if place not in cancelled]
+        found = [await tokens_of(answer) for answer in kept]
+        batcher.stop()
+        return found, slots.begun
+
+    return asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def test_answer_begins_when_a_slot_is_free():
+    tasks = [Task([0] * length, most) for length, most in ((3, 1), (4, 9), (5, 4), (6, 2))]
+    found, begun = run(tasks, count=2)
+    assert found == [[3], [4] * 9, [5] * 4, [6] * 2]
+    assert begun == [{0: 3, 1: 4}, {0: 5}, {0: 6}]
+
+
+def test_prompts_computed_together_have_no_more_tokens_than_the_longest():
+    tasks = [Task([0] * length, 50) for length in (3, 4, 9, 20, 3)]
+    _, begun = run(tasks, count=5)
+    assert begun == [{0: 3, 1: 4}, {2: 9}, {3: 20}, {4: 3}]
+
+
+def test_answer_ends_with_its_token():
+    assert run([Task([0] * EOS, 9)], count=1)[0] == [[EOS]]
+
+
+def test_cancelled_request_is_not_begun():
+    found, begun = run([Task([0] * length, 3) for length in (3, 4, 5)], count=1, cancelled=(1,))
+    assert found == [[3] * 3, [5] * 3] and begun == [{0: 3}, {0: 5}]
+
+
+@pytest.fixture
+def model(varied_checkpoint) -> PeftModel:
+    model = load_quantized_model(str(varied_checkpoint), torch.float32)
+    return add_random_lora(model, ["query_key_value", "dense"], std=0.3).eval()
+
+
+def tokens_alone(model: PeftModel, task: Task) -> list[int]:
+    """The greedy tokens of a task, with peft's layers and without slots."""
+    ids, mask = left_padded([task.prompt_ids], 3, torch.device("cpu"))
+    with contextlib.nullcontext() if task.adapter == 0 else model.disable_adapter():
+        pieces = list(decode(model.get_base_model(), ids, mask, task.max_new_tokens, make_sampler(False)))
+    return torch.cat(pieces, dim=1)[0].tolist()
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_tokens_in_slots_are_those_of_each_alone(model, monkeypatch, kernel):
+    """With the kernel of attention, too, in Triton's interpreter."""
+    end, most = [model.config.gmask_token_id, model.config.bos_token_id], 5
+    tasks = [Task([*range(10, 10 + n), *end], most, adapter=adapter) for n, adapter in ((3, 0), (7, -1), (2, 0))]
+    expected = [tokens_alone(model, task) for task in tasks]
+    assert all(len(set(tokens)) > 1 for tokens in expected)
+    if kernel:
+        pytest.importorskip("triton")
+        biases = {id(layer.attention.query_key_value.bias) for layer in model.get_base_model().transformer.layers}
+        monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: id(tensor) in biases)
+    replace_layers(model, for_training=False)
+    monkeypatch.setattr(model.config, "max_sequence_length", 16)
+
+    slots = Slots(model, count=2, top_k=0)
+    found = [slots.begin({0: tasks[0]}) + slots.generate(highest_slot=0)[0]]  # alone, in the first slot
+    found.append(slots.begin({1: tasks[1]}))
+    rows = slots.generate(highest_slot=1)  # both
+    found = [tokens + row for tokens, row in zip(found, rows, strict=True)]
+    slots.end(0)
+    found.append(slots.begin({0: tasks[2]}))  # in the slot that the first one left
+    for _ in range(2):
+        rows = slots.generate(highest_slot=1)
+        found[1], found[2] = found[1] + rows[1], found[2] + rows[0]
+    assert [tokens[:most] for tokens in found] == expected
+
+
+def test_slot_whose_end_is_reached_stays_there_until_it_is_free(
+    tiny_model: ChatGLMForConditionalGeneration, monkeypatch
+):
+    monkeypatch.setattr(tiny_model.config, "max_sequence_length", 8)
+    slots = Slots(tiny_model, count=2, top_k=0)
+    slots.begin({1: Task([5, 6, 130, tiny_model.config.bos_token_id], 4)})
+    for _ in range(4):
+        slots.generate(highest_slot=1)
+    assert slots.positions[:, 1].tolist() == [7, 7] and slots.positions[:, 0].tolist() == [0, 0]
+    slots.end(1)
+    slots.generate(highest_slot=1)
+    assert not slots.positions.any()
+
+
+# Drawing of tokens, each row with settings of its own.
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_drawn_tokens_have_the_frequencies_of_the_sampler(top_k):
+    torch.manual_seed(0)
+    logits, draws = torch.randn(1, 60) * 2, 20_000
+    settings = [(1.0, 1.0), (0.5, 0.9), (1.5, 0.3)]
+    random_numbers = torch.rand(draws, 1)
+    for temperature, top_p in settings:
+        sampler = make_sampler(True, temperature=temperature, top_k=top_k, top_p=top_p)
+        expected = torch.bincount(sampler(logits.expand(draws, -1))[:, 0], minlength=60) / draws
+        columns = torch.tensor([[temperature], [top_p]]).repeat(1, draws)[..., None]
+        found = torch.bincount(
+            draw_tokens(logits.expand(draws, -1), random_numbers, *columns, top_k)[:, 0], minlength=60
+        )
+        assert (found / draws - expected).abs().max() < 0.02
+        assert not found[expected == 0].sum() > 5
+
+
+def test_extreme_random_numbers_and_settings():
+    logits = torch.tensor([[1.0, 3.0, 2.0, float("-inf")]]).repeat(4, 1)
+    random_numbers = torch.tensor([[0.0], [1 - 2**-24], [1 - 2**-24], [1 - 2**-24]])
+    temperature, top_p = torch.tensor([[2.0], [2.0], [2.0], [0.01]]), torch.tensor([[1.0], [1.0], [1e-9], [1.0]])
+    assert draw_tokens(logits, random_numbers, temperature, top_p, 0)[:, 0].tolist() == [1, 0, 1, 1]
