@@ -206,7 +206,7 @@ def varied_checkpoint(
     for name, tensor in state.items():
         if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
             tensor *= 20
-    state["lm_head.weight"][tokenizer.eos_token_id] *= 4  # the embedding is the same tensor
+    state["lm_head.weight"][tokenizer.eos_token_id] *= 2  # the embedding is the same tensor
     write_checkpoint(folder, tiny_config, lambda name, shape: state[name])
     copy_tokenizer(tokenizer, folder)
     return folder
