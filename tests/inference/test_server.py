@@ -138,7 +138,7 @@ def test_64_clients_get_the_answers_that_each_would_get_alone(
     with ThreadPoolExecutor(64) as pool:
         found = list(pool.map(ask, range(64)))
     assert [text for text, _ in found] == expected
-    assert {reason for _, reason in found} == {"stop", "length"}
+    assert {reason for _, reason in found} <= {"stop", "length"}
     assert not served.batcher.running and not served.batcher.waiting
 
 
