@@ -21,7 +21,7 @@ class StopOnSignal(TrainerCallback):
 
     Attributes:
         received: the signal that this process has received; 0 for none.
-        stopping: the signal that any process has received by the end of the present step; 0 for none.
+        stopping: the signal that any process had received when the run was stopped; 0 for none.
     """
 
     def __init__(self):
@@ -58,16 +58,18 @@ class StopOnSignal(TrainerCallback):
             highest = torch.tensor(self.received)
             torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, self.group)
             self.stopping = int(highest)
-        self.stop(args, state, control)
+        if state.global_step == state.max_steps:  # the run comes to its end anyway
+            self.stopping = 0
+        self.stop(args, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.epoch % 1 == 0:
-            self.stop(args, state, control)
+            self.stop(args, control)
         elif self.stopping:  # stopped within the epoch
             control.should_log = control.should_evaluate = control.should_save = False
 
-    def stop(self, args, state, control):
-        """Ends training if a signal was received, unless it has just come to its end."""
-        if self.stopping and state.global_step < state.max_steps:
+    def stop(self, args, control):
+        """Ends training if a signal was received."""
+        if self.stopping:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"

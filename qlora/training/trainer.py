@@ -138,7 +138,7 @@ class QLoRATrainer(Trainer):
                 result = super().train(resume_from_checkpoint)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted {self.progress()}") from None
-        if self.stop.stopping and self.state.global_step < self.state.max_steps:
+        if self.stop.stopping:
             logger.warning("%s: stopped %s", signal.Signals(self.stop.stopping).name, self.progress())
             self.accelerator.wait_for_everyone()  # torchrun ends a job when its first process exits
             self.accelerator.end_training()

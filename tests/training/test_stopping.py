@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, adapter, error_of, flags_of, history, run_main, write_json
+from conftest import ROOT, assert_same_adapter, error_of, flags_of, history, run_main, write_json
 from transformers import TrainerControl
 
 import train_qlora
@@ -186,10 +186,11 @@ def test_stop_without_checkpoints_says_so(flags, tmp_path, monkeypatch, caplog):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_signal_in_the_last_step_changes_nothing(flags, tmp_path, monkeypatch):
+def test_signal_in_the_last_step_changes_nothing(whole, flags, tmp_path, monkeypatch):
     send(monkeypatch, signal.SIGTERM, STEPS)
-    run_main(train_qlora, *flags(evaluate=False))
-    assert adapter(tmp_path / "out")
+    run_main(train_qlora, *flags(**BY_EPOCH))
+    assert_same_adapter(tmp_path / "out", whole)
+    assert history(tmp_path / "out", "eval_loss") == history(whole, "eval_loss")
 
 
 def test_ignored_signals_stay_ignored_and_handlers_are_restored():
