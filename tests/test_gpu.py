@@ -241,7 +241,7 @@ def test_offloading_and_recomputing_give_the_same_gradients_while_memory_is_reus
 
 
 def test_graph_generates_the_tokens_of_plain_steps(model, tokenizer):
-    from qlora.inference.decoding import Decoder, make_sampler
+    from qlora.inference.decoding import Decoder, make_sampler, record_step
 
     replace_layers(model.eval(), for_training=False)
     prompts = ["类型#裙", "类型#裤*风格#简约", "白色的上衣"]
@@ -251,7 +251,7 @@ def test_graph_generates_the_tokens_of_plain_steps(model, tokenizer):
         for graphed in (False, True):
             decoder = Decoder(model.get_base_model(), **batch, max_new_tokens=60, sampler=make_sampler(False))
             # The first token is there; a graph takes the second step before it is recorded.
-            step, steps = (decoder.graphed_step(), 58) if graphed else (decoder.step, 59)
+            step, steps = (record_step(decoder.step), 58) if graphed else (decoder.step, 59)
             for _ in range(steps):
                 step()
             tokens.append(decoder.new_tokens.cpu())

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import Cache, StaticCache
 
 from chatglm.chat import OFFICIAL_SAMPLING
 from chatglm.modeling_chatglm import prefix_lm_position_ids
@@ -104,20 +104,10 @@ class Decoder:
         self.cache_position = torch.zeros(1, dtype=torch.long, device=input_ids.device)  # of the next token in [B, N]
         self.finished = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
         positions = prefix_lm_position_ids(input_ids, attention_mask, model.config)  # [B, 2, T]
-        logits = self.forward(input_ids, attention_mask, positions)
+        logits = last_logits(model, input_ids, attention_mask, positions, self.cache)
         self.position_ids = positions[:, :, -1:] + torch.tensor([[0], [1]], device=input_ids.device)  # [B, 2, 1]
         self.token = torch.empty_like(input_ids[:, :1])
         self.accept(logits)
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Logits after the last token, [B, V], fp32."""
-        with sdpa_kernel(SDPA_BACKENDS):
-            outputs = self.model(
-                input_ids, attention_mask, position_ids, self.cache, use_cache=True, logits_to_keep=1, return_dict=True
-            )
-        return outputs.logits[:, -1].float()
 
     def accept(self, logits: torch.Tensor):
         """Samples and stores the next token of each answer; an answer that has ended gets padding."""
@@ -129,21 +119,37 @@ class Decoder:
 
     def step(self):
         """Generates one token of every answer."""
-        logits = self.forward(self.token, self.attention_mask, self.position_ids)
+        logits = last_logits(self.model, self.token, self.attention_mask, self.position_ids, self.cache)
         self.accept(logits)
         self.position_ids[:, 1] += 1
 
-    def graphed_step(self) -> Callable[[], None]:
-        """`step` as the replay of a CUDA graph; takes one step itself."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step()  # compiles and loads kernels, which must not happen while a graph is recorded
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph.replay
+
+def last_logits(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    cache: Cache,
+) -> torch.Tensor:
+    """Logits after the last token of each row, [B, V], fp32; arguments as for the model's `forward`."""
+    with sdpa_kernel(SDPA_BACKENDS):
+        outputs = model(
+            input_ids, attention_mask, position_ids, cache, use_cache=True, logits_to_keep=1, return_dict=True
+        )
+    return outputs.logits[:, -1].float()
+
+
+def record_step(step: Callable[[], None]) -> Callable[[], None]:
+    """A step as the replay of a CUDA graph; takes one step itself."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles and loads kernels, which must not happen while a graph is recorded
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 @torch.no_grad()
@@ -170,7 +176,7 @@ def decode(
     step, done, yielded = decoder.step, 1, 0
     while done < max_new_tokens and not decoder.finished.all():
         if input_ids.is_cuda and done == 1:
-            step = decoder.graphed_step()
+            step = record_step(decoder.step)
             done += 1
         for _ in range(min(sync_every, max_new_tokens - done)):
             step()

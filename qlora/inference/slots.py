@@ -7,17 +7,17 @@ graph, once for all slots and once for the first one, since a single row multipl
 Shapes: N slots, K of them, S positions in the cache, L layers, H heads, D head dimension, V vocabulary size.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch.nn.attention import sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 from chatglm.modeling_chatglm import prefix_lm_position_ids
-from qlora.inference.decoding import SDPA_BACKENDS, draw_tokens
+from qlora.inference.decoding import draw_tokens, last_logits, record_step
 from qlora.inference.generation import language_model
 from qlora.layers.linear import InferenceLoRANF4Linear
 from qlora.units import GIB
@@ -105,7 +105,9 @@ class Slots:
         self.key_index = torch.arange(self.capacity, device=weight.device)
         sizes = sorted({1, count})
         self.caches = {n: SlotCache(keys[:, :n], values[:, :n], self.positions[:, :n]) for n in sizes}
-        self.steps = {n: self.graphed_step(n) if weight.is_cuda else self.step_of(n) for n in sizes}
+        steps = {n: functools.partial(self.step, n) for n in sizes}
+        # All slots are free, where the step that recording takes has no effect.
+        self.steps = {n: record_step(step) if weight.is_cuda else step for n, step in steps.items()}
 
     @torch.no_grad()
     def begin(self, tasks: dict[int, Task]) -> list[int]:
@@ -168,22 +170,6 @@ class Slots:
         tokens = self.draw(logits, slice(n))
         self.recent[:n] = torch.cat((self.recent[:n, 1:], tokens), dim=1)
 
-    def step_of(self, n: int) -> Callable[[], None]:
-        """`step` of the first `n` slots."""
-        return lambda: self.step(n)
-
-    def graphed_step(self, n: int) -> Callable[[], None]:
-        """The same as the replay of a CUDA graph; all slots must be free, where a step has no effect."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step(n)  # compiles and loads kernels, which must not happen while a graph is recorded
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(n)
-        return graph.replay
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -195,11 +181,7 @@ class Slots:
         """Logits after the last token, [K, V], fp32, each row with its adapter [K]."""
         for layer in self.lora_layers:
             layer.adapter_of_row = adapter
-        with sdpa_kernel(SDPA_BACKENDS):
-            outputs = self.model(
-                input_ids, attention_mask, position_ids, cache, use_cache=True, logits_to_keep=1, return_dict=True
-            )
-        return outputs.logits[:, -1].float()
+        return last_logits(self.model, input_ids, attention_mask, position_ids, cache)
 
     def draw(self, logits: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
         """The next token of some slots, [K, 1], from their logits [K, V]."""
