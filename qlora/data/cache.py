@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
-from qlora.data.row_files import data_file
+from qlora.data.row_files import update_hash
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +30,7 @@ def cache_folder(path: str, version: int) -> Path:
         FileNotFoundError: there is no such file.
     """
     digest = hashlib.sha256(f"{version}:".encode())
-    with data_file(path).open("rb") as file:
-        for piece in iter(lambda: file.read(2**20), b""):
-            digest.update(piece)
+    update_hash(digest, path)
     return Path(datasets.config.HF_DATASETS_CACHE) / "chatglm_qlora" / digest.hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """The rows of a file, one JSON value a line or in one array, and the message that lists those that cannot be used."""
 
 import codecs
+import hashlib
 import itertools
 import json
 import re
@@ -95,6 +96,13 @@ def data_file(path: str) -> Path:
             hint = " What follows the colon is no weight."
         raise FileNotFoundError(f"there is no data file {path}.{hint}")
     return Path(path)
+
+
+def update_hash(digest: "hashlib._Hash", path: str):
+    """Adds the content of a file to a hash, a part at a time; errors as for `data_file`."""
+    with data_file(path).open("rb") as file:
+        for piece in iter(lambda: file.read(2**20), b""):
+            digest.update(piece)
 
 
 def split_lines(path: str) -> Iterator[tuple[Place, Text]]:

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from qlora.arguments import REPOSITORY, FinetuneArguments, LoraSettings
 from qlora.checkpoint import TOKENIZER_FILES
+from qlora.data.row_files import update_hash
 from qlora.training.same_run import MAY_CHANGE
 from qlora.training.training_args import TrainingSetup
 
@@ -177,9 +178,7 @@ def data_files(args: FinetuneArguments, train: "Dataset", evaluation: "Dataset |
 def sha256(path: str) -> str:
     """The hash of a file, as `sha256sum` prints it."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
+    update_hash(digest, path)
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from qlora.arguments import FinetuneArguments
+from qlora.data.row_files import update_hash
 from qlora.training.training_args import TrainingSetup, samples_per_step
 
 RUN_FILE = "run.json"
@@ -92,9 +93,7 @@ def digest(files: list[tuple[str, float]]) -> str:
     """The first digits of a SHA-256 of the contents of files and their weights."""
     whole = hashlib.sha256()
     for path, weight in files:
-        with open(path, "rb") as file:
-            for chunk in iter(lambda: file.read(2**20), b""):
-                whole.update(chunk)
+        update_hash(whole, path)
         whole.update(f"\0{weight:g}\0".encode())
     return whole.hexdigest()[:12]
 
