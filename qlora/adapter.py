@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qlora.arguments import LoraSettings
 from qlora.checkpoint import HOW_TO_GET, is_finite
+from qlora.errors import first_line
 
 # Fields of a LoRA configuration that may have any value; the others must be off or have their default.
 PLAIN_LORA = (
@@ -86,11 +87,6 @@ def adapter_config(path: str) -> LoraConfig:
     if problem:
         raise ValueError(f"{file}: {problem}.")
     return config
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0]
 
 
 def check_plain_lora(path: str, config: PeftConfig):

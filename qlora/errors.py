@@ -12,6 +12,11 @@ class TrainingStopped(Exception):
     """A run that cannot continue; the message says why, what is saved, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0]
+
+
 def is_main_process() -> bool:
     """Whether this is the process that prints, as torchrun numbers processes; known before torch is imported."""
     return os.environ.get("RANK", "0") == "0"

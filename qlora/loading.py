@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from chatglm import ChatGLMConfig
 from qlora.checkpoint import check_checkpoint, is_finite, is_quantized
+from qlora.errors import first_line
 from qlora.units import GIB
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,8 +54,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizer:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # damaged files make transformers and SentencePiece raise many types
         files = f"{path}: tokenizer_config.json or ice_text.model is damaged or incomplete"
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ValueError(f"{files}: download both again ({reason}).") from error
+        raise ValueError(f"{files}: download both again ({first_line(error)[:200]}).") from error
 
 
 def load_quantized_model(
@@ -179,7 +179,7 @@ def check_bitsandbytes():
         works = bool(((weight - restored).abs().mean() < 0.5).item())
         reason = "its result is wrong"
     except (RuntimeError, AttributeError, NotImplementedError) as error:
-        works, reason = False, str(error).strip().splitlines()[0]
+        works, reason = False, first_line(error)
     if not works:
         major, minor = torch.cuda.get_device_capability()
         raise ValueError(

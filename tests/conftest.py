@@ -11,13 +11,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, by other libraries too
 
+import contextlib
 import importlib.util
 import itertools
 import json
 import random
+import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -187,12 +189,7 @@ def tiny_checkpoint(
     tokenizer: ChatGLMTokenizer, tiny_config: ChatGLMConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A complete folder in the official format with random weights and `tokenizer`. Do not change it."""
-    folder = tmp_path_factory.mktemp("chatglm") / "tiny"
-    torch.manual_seed(0)
-    state = ChatGLMForConditionalGeneration(tiny_config).state_dict()
-    write_checkpoint(folder, tiny_config, lambda name, shape: state[name])
-    copy_tokenizer(tokenizer, folder)
-    return folder
+    return random_checkpoint(tmp_path_factory.mktemp("chatglm") / "tiny", tiny_config, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -200,16 +197,14 @@ def varied_checkpoint(
     tokenizer: ChatGLMTokenizer, tiny_config: ChatGLMConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Like `tiny_checkpoint`; its layers change a token so much that answers are varied, and some of them end."""
-    folder = tmp_path_factory.mktemp("chatglm") / "varied"
-    torch.manual_seed(0)
-    state = ChatGLMForConditionalGeneration(tiny_config).state_dict()
-    for name, tensor in state.items():
-        if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
-            tensor *= 20
-    state["lm_head.weight"][tokenizer.eos_token_id] *= 2  # the embedding is the same tensor
-    write_checkpoint(folder, tiny_config, lambda name, shape: state[name])
-    copy_tokenizer(tokenizer, folder)
-    return folder
+
+    def change(state: dict[str, torch.Tensor]):
+        for name, tensor in state.items():
+            if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")):
+                tensor *= 20
+        state["lm_head.weight"][tokenizer.eos_token_id] *= 2  # the embedding is the same tensor
+
+    return random_checkpoint(tmp_path_factory.mktemp("chatglm") / "varied", tiny_config, tokenizer, change)
 
 
 @pytest.fixture
@@ -222,6 +217,32 @@ def tiny_model(tiny_checkpoint: Path) -> ChatGLMForConditionalGeneration:
 def golden_folder(tokenizer: ChatGLMTokenizer, tmp_path: Path) -> Path:
     """A copy of the golden checkpoint with the files of `tokenizer`; a test may change it."""
     folder = shutil.copytree(GOLDEN_CHECKPOINT, tmp_path / "golden")
+    copy_tokenizer(tokenizer, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing a file of more bytes fails, as on a full disk."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def random_checkpoint(
+    folder: Path,
+    config: ChatGLMConfig,
+    tokenizer: ChatGLMTokenizer,
+    change: Callable[[dict[str, torch.Tensor]], None] = lambda state: None,
+) -> Path:
+    """Writes a complete folder in the official format with random weights, which `change` may edit in place."""
+    torch.manual_seed(0)
+    state = ChatGLMForConditionalGeneration(config).state_dict()
+    change(state)
+    write_checkpoint(folder, config, lambda name, shape: state[name])
     copy_tokenizer(tokenizer, folder)
     return folder
 

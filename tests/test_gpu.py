@@ -11,15 +11,14 @@ import gc
 import bitsandbytes
 import pytest
 import torch
-from conftest import add_random_lora, copy_tokenizer, flags_of, history, run_main, write_json
+from conftest import add_random_lora, flags_of, history, random_checkpoint, run_main, write_json
 from torch.nn import functional as F
 
 import train_qlora
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, PackedSequences
+from chatglm import ChatGLMConfig, PackedSequences
 from chatglm.loss import linear_cross_entropy
 from chatglm.packed_attention import attention_by_sample, packed_attention
 from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
-from qlora.export.official_folder import write_checkpoint
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 from qlora.training import memory_plan
@@ -186,14 +185,9 @@ def test_decoding_step_of_attention(dtype, past):
 
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer, tiny_config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpu") / "checkpoint"
     sizes = {"hidden_size": 1024, "inner_hidden_size": 4096, "num_layers": 8, "num_attention_heads": 8}
     config = ChatGLMConfig(**tiny_config.to_dict() | sizes | {"initializer_range": 0.02})
-    torch.manual_seed(0)
-    state = ChatGLMForConditionalGeneration(config).state_dict()
-    write_checkpoint(folder, config, lambda name, shape: state[name])
-    copy_tokenizer(tokenizer, folder)
-    return folder
+    return random_checkpoint(tmp_path_factory.mktemp("gpu") / "checkpoint", config, tokenizer)
 
 
 @pytest.fixture

@@ -16,6 +16,9 @@ MOST_WAITING = 1024  # requests
 class GenerationFailed(Exception):
     """The thread that generates has ended by an error, which the log has."""
 
+    def __init__(self):
+        super().__init__("the generation failed; the log of the server says why")
+
 
 class Answer:
     """The tokens of an answer, for the event loop in which it was made.
@@ -45,7 +48,7 @@ class Answer:
             while True:
                 piece = await self.pieces.get()
                 if piece is None:
-                    raise GenerationFailed("the generation failed; the log of the server says why")
+                    raise GenerationFailed
                 yield piece
                 received += len(piece)
                 if received >= self.task.max_new_tokens or piece[-1] == eos_token_id:
@@ -78,7 +81,7 @@ class Batcher:
         """
         with self.changed:
             if self.failed:
-                raise GenerationFailed("the generation failed; the log of the server says why")
+                raise GenerationFailed
             if len(self.waiting) >= MOST_WAITING:
                 return False
             self.waiting.append(answer)

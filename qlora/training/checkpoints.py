@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from qlora.arguments import LoraSettings
 from qlora.checkpoint import file_problem
-from qlora.errors import TrainingStopped
+from qlora.errors import TrainingStopped, first_line
 from qlora.training.same_run import RUN_FILE, tensor_shapes
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ def staging_dir(output_dir: str | Path, owner: bool) -> Iterator[Path]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):
             raise  # not an error of torch.save in writing
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         if is_out_of_space(error):
             reason += f" ({shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB are free there). Make room"
         raise TrainingStopped(f"saving in {output_dir} failed: {reason}. {resume_advice(output_dir)}") from error

@@ -33,7 +33,7 @@ from qlora.adapter import adapter_settings, add_adapter, base_model_path
 from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, check_tokenizer
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
-from qlora.errors import is_main_process
+from qlora.errors import first_line, is_main_process
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
     check_bitsandbytes,
@@ -345,7 +345,7 @@ def check_optimizer(path: str, args: TrainingArguments, steps: int):
                 trainer.optimizer.step()
                 trainer.lr_scheduler.step()
     except (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0].removesuffix(".")
+        reason = first_line(error).removesuffix(".")
         names = f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}"
         raise ValueError(f"{path}: {names} cannot be used: {reason}.") from error
 

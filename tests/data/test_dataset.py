@@ -1,17 +1,15 @@
 """qlora/data/dataset.py: tokenized samples, mixtures of files, and the cache."""
 
-import contextlib
 import logging
 import os
 import re
-import resource
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import GOOD, GOOD_LINE, to_json, write_lines
+from conftest import GOOD, GOOD_LINE, largest_file, to_json, write_lines
 from datasets import Dataset
 
 from chatglm import ChatGLMTokenizer
@@ -261,17 +259,6 @@ def test_rows_that_a_damaged_cache_has_lost_are_read_again_for_another_encoder(r
     (file,) = own_cache.rglob("generator-train.arrow")
     file.write_bytes(damage(1, 0.3)(file.read_bytes()))
     assert len(load_samples(path, fresh_encoder(tokenizer, 100, 100))) == 350
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Writing a file of more bytes fails, as on a full disk."""
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("size", [5_000, 60_000], ids=["rows", "samples"])

@@ -19,18 +19,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, add_random_lora, copy_tokenizer
+from conftest import ROOT, add_random_lora, random_checkpoint
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 import inference_qlora
 import qlora.inference.web
-from chatglm import ChatGLMForConditionalGeneration
 from chatglm.chat import CJK, build_prompt
 from qlora.adapter import load_adapter
 from qlora.arguments import InferenceArguments
 from qlora.data.rows import read_prompts
-from qlora.export.official_folder import write_checkpoint
 from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import generate_answers
 from qlora.inference.web import Answerer, Page, check_web, conversation_html, with_settings
@@ -46,15 +44,13 @@ PASSWORD = "芝麻开门"
 @pytest.fixture(scope="module")
 def checkpoint(tiny_config, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that generates only Chinese characters, and never `<eop>`."""
-    torch.manual_seed(0)
-    state = ChatGLMForConditionalGeneration(tiny_config).state_dict()
     chinese = [bool(re.fullmatch(CJK, tokenizer.decode([i]))) for i in range(tiny_config.vocab_size)]
-    for name in ("transformer.word_embeddings.weight", "lm_head.weight"):
-        state[name] = state[name] * torch.tensor(chinese)[:, None]
-    folder = tmp_path_factory.mktemp("chatglm") / "chinese"
-    write_checkpoint(folder, tiny_config, lambda name, shape: state[name])
-    copy_tokenizer(tokenizer, folder)
-    return folder
+
+    def change(state: dict[str, torch.Tensor]):
+        for name in ("transformer.word_embeddings.weight", "lm_head.weight"):
+            state[name] = state[name] * torch.tensor(chinese)[:, None]
+
+    return random_checkpoint(tmp_path_factory.mktemp("chatglm") / "chinese", tiny_config, tokenizer, change)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """qlora/training/checkpoints.py: a checkpoint or adapter is complete or absent, even if writing it fails."""
 
-import contextlib
 import errno
 import json
 import logging
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -26,6 +24,7 @@ from conftest import (
     flags_of,
     history,
     hostile_random,
+    largest_file,
     run_main,
     write_json,
 )
@@ -634,17 +633,6 @@ def test_run_does_not_delete_folders_of_the_user(tiny_checkpoint, train_file, tm
 LARGEST = [7_000, *hostile_random("disk").choices(range(9_000), k=HOSTILE_TIMES - 1)]  # the adapter has 9 kB
 
 
-@contextlib.contextmanager
-def small_files(size: int) -> None:
-    """Limits the files that this process can write to a number of bytes."""
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.fixture
 def message_of_full_disk(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> Callable[[str, str, str], str]:
     """Trains, and lets a method of the Trainer fail when it writes a file of a folder, as on a full disk.
@@ -660,7 +648,7 @@ def message_of_full_disk(tiny_checkpoint, train_file, tmp_path, monkeypatch) -> 
             if target.name not in (f"checkpoint-{self.state.global_step}", Path(str(args[0])).name):
                 return write(self, *args)
             if isinstance(file, int):
-                with small_files(file):
+                with largest_file(file):
                     return write(self, *args)
             target.mkdir(parents=True)
             (target / file).symlink_to("/dev/full")

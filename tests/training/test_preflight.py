@@ -286,7 +286,6 @@ def test_optimizers_and_schedules_that_can_be_made(values, optim, schedule):
     assert not Path(values["output_dir"]).exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_memory_budget_without_a_gpu(flags):
     assert problem_of(flags, memory_budget="8GiB") == "--memory_budget plans the memory of a GPU; there is none."
 
@@ -316,7 +315,6 @@ def test_rows_are_tokenized_without_weights(flags, tokenizer, tmp_path):
     assert "dev.jsonl, line 1: field 'instruction' has nothing but characters" in problems[1]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_large_model_needs_a_gpu(flags, monkeypatch):
     monkeypatch.setattr(loading, "LARGEST_CPU_MODEL", 1000)
     assert "no CUDA GPU was found" in problem_of(flags)
