@@ -219,11 +219,8 @@ def samples_per_step(args: TrainingArguments) -> int:
 def check_keys(values: dict) -> list[str]:
     """A problem for each wrong key or value that can be found before `TrainingArguments` is constructed."""
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    flags = [
-        key
-        for key in values
-        if f"--{key}" in flag_names(FinetuneArguments) and is_in_use(values[key], defaults.get(key, values))
-    ]
+    ours = flag_names(FinetuneArguments)
+    flags = [key for key in values if f"--{key}" in ours and is_in_use(values[key], defaults.get(key, values))]
     unknown = [f"{key}{nearest(key, list(defaults))}" for key in values if key not in defaults and key not in flags]
     problems = [f"{key} is a flag: --{key}" for key in flags]
     if unknown:
