@@ -48,17 +48,20 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, gradient: bool) -> torch.Tensor:
-    """Losses of the rows, [N], fp32; with `gradient`, logits [N, V] are overwritten with the gradient of their sum."""
+    """Losses of the rows, [N], fp32; with `gradient`, logits [N, V] are overwritten with the gradient of their sum.
+
+    A row with a negative label does not count: its loss and its gradient are zero.
+    """
     if logits.is_cuda:
         from glm_kernels import cross_entropy
 
         return cross_entropy.cross_entropy_in_place(logits, labels, gradient)
     log_probabilities = logits.float().log_softmax(dim=-1)
-    losses = -log_probabilities.gather(1, labels[:, None])[:, 0]
+    counts, labels = labels >= 0, labels.clamp(min=0)
     if gradient:
         one_hot = F.one_hot(labels, logits.shape[1])
-        logits.copy_(log_probabilities.exp() - one_hot)
-    return losses
+        logits.copy_((log_probabilities.exp() - one_hot) * counts[:, None])
+    return -log_probabilities.gather(1, labels[:, None])[:, 0] * counts
 
 
 def linear_cross_entropy(
@@ -72,10 +75,10 @@ def linear_cross_entropy(
     Args:
         hidden_states: [N, C].
         weight: [V, C], of the head, in the dtype of the hidden states.
-        labels: [N], long, without ignored labels.
-        num_items_in_batch: divisor of the summed loss; None for N.
+        labels: [N], long; a negative label does not count.
+        num_items_in_batch: divisor of the summed loss; None for the number of labels that count.
     Returns:
         Scalar, fp32.
     """
-    divisor = len(labels) if num_items_in_batch is None else num_items_in_batch
+    divisor = (labels >= 0).sum() if num_items_in_batch is None else num_items_in_batch
     return LinearCrossEntropy.apply(hidden_states, weight, labels, divisor)

@@ -202,6 +202,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         self.mlp = ChatGLMMLP(config)
         self.recompute_attention = False
         self.recompute_mlp = False
+        self.preserve_rng_state = True  # recomputing restores the random generators, for layers that draw from them
         self.offload = None  # an ActivationOffload, in whose `context()` the inputs are saved
 
     def forward(
@@ -228,7 +229,8 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         """The output of a sub-layer, whose activations are saved for the backward pass or recomputed in it."""
         if recompute and self.training and torch.is_grad_enabled():
             with self.offload.context() if self.offload else contextlib.nullcontext():
-                return checkpoint(sublayer, hidden_states, use_reentrant=False, **kwargs)
+                kwargs |= {"use_reentrant": False, "preserve_rng_state": self.preserve_rng_state}
+                return checkpoint(sublayer, hidden_states, **kwargs)
         return sublayer(hidden_states, **kwargs)
 
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -427,7 +429,7 @@ class ChatGLMForConditionalGeneration(ChatMixin, ChatGLMPreTrainedModel, Generat
             use_cache: whether to return a cache; None for the configuration's value. In training a cache is returned
                 only if one was given.
             logits_to_keep: number of the last positions that get logits, 0 for all; or a 1-D tensor of positions.
-            shift_labels: [B, output positions], long, without -100: the label of each position of `logits_to_keep`.
+            shift_labels: [B, output positions], long: the label of each position of `logits_to_keep`; -100 for none.
                 The loss is then computed a slice of rows at a time, and no logits are returned.
             packed_sequences: where the samples lie, if several are concatenated in a single row; `attention_mask` is
                 then not used.

@@ -4,6 +4,7 @@ Formula, for each row x [V] of logits with label y:
     log_sum_exp = log(sum(exp(x)))
     loss        = log_sum_exp - x[y]
     x           = exp(x - log_sum_exp) - one_hot(y)         with GRADIENT: the gradient of the sum of the losses
+A negative label makes both of them zero.
 Computed in fp32. The sum is an online softmax: a running maximum and a running sum that is rescaled when the maximum
 grows, so that one pass over the logits computes both.
 
@@ -27,7 +28,9 @@ def cross_entropy_kernel(logits, labels, losses, vocab_size, GRADIENT: tl.conste
     row = tl.program_id(0).to(tl.int64)  # int64, because row * V may pass 2**31
     row_base = logits + row * vocab_size
     label = tl.load(labels + row)  # scalar
-    label_logit = tl.load(row_base + label).to(tl.float32)  # scalar, read before the gradient overwrites it
+    counts = tl.where(label >= 0, 1.0, 0.0)  # scalar
+    # Read before the gradient overwrites it.
+    label_logit = tl.load(row_base + label, mask=label >= 0, other=0.0).to(tl.float32)  # scalar
     # Each of the BLOCK elements has a maximum and a sum of its own; they are reduced to one after the loop.
     running_max = tl.full([BLOCK], float("-inf"), tl.float32)
     running_sum = tl.zeros([BLOCK], tl.float32)
@@ -42,12 +45,12 @@ def cross_entropy_kernel(logits, labels, losses, vocab_size, GRADIENT: tl.conste
     row_max = tl.max(running_max, 0)  # scalar
     rescaled_sum = tl.where(running_max == float("-inf"), 0.0, running_sum * tl.exp(running_max - row_max))
     log_sum_exp = row_max + tl.log(tl.sum(rescaled_sum, 0))  # scalar
-    tl.store(losses + row, log_sum_exp - label_logit)  # scalar
+    tl.store(losses + row, counts * (log_sum_exp - label_logit))  # scalar
     if GRADIENT:
         for first in range(0, vocab_size, BLOCK):
             index = first + tl.arange(0, BLOCK)
             logit = tl.load(row_base + index, mask=index < vocab_size, other=0.0).to(tl.float32)  # [BLOCK]
-            grad = tl.exp(logit - log_sum_exp) - tl.where(index == label, 1.0, 0.0)
+            grad = counts * (tl.exp(logit - log_sum_exp) - tl.where(index == label, 1.0, 0.0))
             tl.store(row_base + index, grad.to(logits.dtype.element_ty), mask=index < vocab_size)  # [BLOCK]
 
 
@@ -56,7 +59,7 @@ def cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, gradient:
 
     Args:
         logits: [N, V], contiguous; overwritten with `gradient`.
-        labels: [N], long, each in 0 .. V - 1; -100 is not ignored.
+        labels: [N], long, each in 0 .. V - 1, or negative for a row that does not count.
         gradient: compute the gradient too.
     Returns:
         [N], fp32, in nats.

@@ -4,9 +4,10 @@ Formula; weight [r, N] is A [r, in] or B.T [r, out], p is the dropout probabilit
     lora_down:         low_rank [T, r]    = scale * dropout(x) @ weight.T
     lora_up_add:       output [T, N]      = output + scale * dropout(low_rank @ weight)
     lora_weight_grad:  weight_grad [r, N] = scale * low_rank.T @ dropout(x)
-    dropout(x) = x * mask / (1 - p)         mask[i] = hash(i, seed) >= p * 2**32, i = token * N + feature
-The hash makes the mask a function of the seed: the backward pass recomputes it, and no mask is stored. r is small, so
-that each product takes about as long as reading or writing the matrix [T, N] once.
+    dropout(x) = x * mask / (1 - p)         mask[i] = hash(i, seed + layer) >= p * 2**32, i = token * N + feature
+The hash makes the mask a function of the seed: the backward pass recomputes it, and no mask is stored. The seed is in
+GPU memory, so that a CUDA graph takes another one in each replay. r is small, so that each product takes about as long
+as reading or writing the matrix [T, N] once.
 
 Shapes: T tokens, N features, r rank. A tile is TOKENS x FEATURES, of R rows of A or B.T: r rounded up to a power of 2,
 at least the 16 that `tl.dot` takes, and at most MOST_R; a larger rank takes several tiles. SPLITS programs share the
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from glm_kernels.launch import launch
+from glm_kernels.lora_reference import Dropout
 
 TOKENS = 32  # tokens of a tile, in every kernel
 SPLITS = 8  # programs that share the sum over the tokens, in lora_weight_grad
@@ -38,6 +40,12 @@ def keep_mask(index, seed, threshold):
 
 
 @triton.jit
+def load_seed(seed, layer, DROPOUT: tl.constexpr):
+    """The seed of a layer's mask, a scalar; 0 without dropout, when `seed` points to something else."""
+    return tl.load(seed) + layer if DROPOUT else 0
+
+
+@triton.jit
 def load_with_dropout(x, token, feature, tokens, features, seed, threshold, DROPOUT: tl.constexpr):
     """A tile [TOKENS, FEATURES] of x [T, N]; zero where dropped or out of range. `scale` includes 1 / (1 - p)."""
     index = token.to(tl.int64)[:, None] * features + feature[None, :]
@@ -47,18 +55,20 @@ def load_with_dropout(x, token, feature, tokens, features, seed, threshold, DROP
     return tl.load(x + index, mask=mask, other=0.0)  # [TOKENS, FEATURES]
 
 
-@triton.jit(do_not_specialize=["seed", "tokens"])
+@triton.jit(do_not_specialize=["layer", "tokens"])
 def lora_down_kernel(
-    x, weight, low_rank, rank_stride, feature_stride, scale, seed, threshold, tokens, features, rank,
+    x, weight, low_rank, rank_stride, feature_stride, scale, seed, layer, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """low_rank [T, r] = scale * dropout(x [T, N]) @ weight [r, N].T, for TOKENS tokens and R rows of the weight."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     r = tl.program_id(1) * R + tl.arange(0, R)
+    layer_seed = load_seed(seed, layer, DROPOUT)
     acc = tl.zeros([TOKENS, R], tl.float32)
     for first_feature in range(0, features, FEATURES):
         feature = first_feature + tl.arange(0, FEATURES)
-        x_tile = load_with_dropout(x, token, feature, tokens, features, seed, threshold, DROPOUT)  # [TOKENS, FEATURES]
+        # [TOKENS, FEATURES]
+        x_tile = load_with_dropout(x, token, feature, tokens, features, layer_seed, threshold, DROPOUT)
         mask = (r < rank)[None, :] & (feature < features)[:, None]
         # Loaded transposed, as the product needs it.
         weight_offsets = r[None, :] * rank_stride + feature[:, None] * feature_stride
@@ -69,9 +79,9 @@ def lora_down_kernel(
     tl.store(low_rank + offsets, (acc * scale).to(low_rank.dtype.element_ty), mask=mask)  # [TOKENS, R]
 
 
-@triton.jit(do_not_specialize=["seed", "tokens"])
+@triton.jit(do_not_specialize=["layer", "tokens"])
 def lora_up_add_kernel(
-    low_rank, weight, output, rank_stride, feature_stride, scale, seed, threshold, tokens, features, rank,
+    low_rank, weight, output, rank_stride, feature_stride, scale, seed, layer, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TILES_R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """output [T, N] += scale * dropout(low_rank [T, r] @ weight [r, N]), for one tile of the output."""
@@ -90,14 +100,14 @@ def lora_up_add_kernel(
     index = token.to(tl.int64)[:, None] * features + feature[None, :]
     mask = (token < tokens)[:, None] & (feature < features)[None, :]
     if DROPOUT:
-        update = tl.where(keep_mask(index, seed, threshold), update, 0.0)
+        update = tl.where(keep_mask(index, load_seed(seed, layer, DROPOUT), threshold), update, 0.0)
     updated = tl.load(output + index, mask=mask, other=0.0).to(tl.float32) + update  # [TOKENS, FEATURES]
     tl.store(output + index, updated.to(output.dtype.element_ty), mask=mask)  # [TOKENS, FEATURES]
 
 
-@triton.jit(do_not_specialize=["seed", "tokens"])
+@triton.jit(do_not_specialize=["layer", "tokens"])
 def lora_weight_grad_kernel(
-    low_rank, x, weight_grad, scale, seed, threshold, tokens, features, rank,
+    low_rank, x, weight_grad, scale, seed, layer, threshold, tokens, features, rank,
     DROPOUT: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """weight_grad [r, N] += scale * low_rank [T, r].T @ dropout(x [T, N]), for a tile R x FEATURES and a share of T.
@@ -106,6 +116,7 @@ def lora_weight_grad_kernel(
     """
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     r = tl.program_id(2) * R + tl.arange(0, R)
+    layer_seed = load_seed(seed, layer, DROPOUT)
     acc = tl.zeros([R, FEATURES], tl.float32)
     # Program s of SPLITS takes the tiles s, s + SPLITS, s + 2 * SPLITS and so on of the tokens.
     for first_token in range(tl.program_id(1) * TOKENS, tokens, SPLITS * TOKENS):
@@ -113,44 +124,44 @@ def lora_weight_grad_kernel(
         mask = (token < tokens)[None, :] & (r < rank)[:, None]
         # Loaded transposed, as the product needs it.
         low_rank_tile = tl.load(low_rank + token[None, :] * rank + r[:, None], mask=mask, other=0.0)  # [R, TOKENS]
-        x_tile = load_with_dropout(x, token, feature, tokens, features, seed, threshold, DROPOUT)  # [TOKENS, FEATURES]
+        # [TOKENS, FEATURES]
+        x_tile = load_with_dropout(x, token, feature, tokens, features, layer_seed, threshold, DROPOUT)
         acc += tl.dot(low_rank_tile, x_tile)  # [R, FEATURES]
     offsets = r[:, None] * features + feature[None, :]
     mask = (r < rank)[:, None] & (feature < features)[None, :]
     tl.atomic_add(weight_grad + offsets, acc * scale, mask=mask)  # [R, FEATURES]
 
 
-def kernel_arguments(x: torch.Tensor, rank: int, scale: float, dropout: float, seed: int) -> tuple[tuple, dict]:
+def kernel_arguments(x: torch.Tensor, rank: int, scale: float, dropout: Dropout | None) -> tuple[tuple, dict]:
     """The arguments that all kernels share.
 
     Args:
         x: the matrix [T, N] that dropout applies to.
         rank: r.
-        scale, dropout, seed: those of the public functions.
+        scale, dropout: those of the public functions.
     Returns:
         The run-time arguments from `scale` to `rank`, with dropout's 1 / (1 - p) in the scale and the probability as a
         threshold of 32 bits; and the constexpr parameters.
     """
-    threshold = int(dropout * 2**32)
+    probability, seed, layer = dropout or (0.0, x, 0)
     rows = min(max(16, triton.next_power_of_2(rank)), MOST_R)
-    constants = {"DROPOUT": dropout > 0, "R": rows, "TOKENS": TOKENS}
-    return (scale / (1 - dropout), seed, threshold, *x.shape, rank), constants
+    constants = {"DROPOUT": probability > 0, "R": rows, "TOKENS": TOKENS}
+    return (scale / (1 - probability), seed, layer, int(probability * 2**32), *x.shape, rank), constants
 
 
-def lora_down(x: torch.Tensor, weight: torch.Tensor, scale: float, dropout: float, seed: int) -> torch.Tensor:
+def lora_down(x: torch.Tensor, weight: torch.Tensor, scale: float, dropout: Dropout | None) -> torch.Tensor:
     """scale * dropout(x) @ weight.T
 
     Args:
         x: [T, N], contiguous, bf16 or fp16.
         weight: [r, N], of any strides; converted to the dtype of `x` tile by tile.
         scale: factor of the product.
-        dropout: probability p, 0 <= p < 1.
-        seed: of the dropout mask, 0 <= seed < 2**31.
+        dropout: of x; None for none.
     Returns:
         [T, r], in the dtype of `x`.
     """
     low_rank = x.new_empty(len(x), len(weight))
-    values, constants = kernel_arguments(x, len(weight), scale, dropout, seed)
+    values, constants = kernel_arguments(x, len(weight), scale, dropout)
     grid = (triton.cdiv(len(x), TOKENS), triton.cdiv(len(weight), constants["R"]))
     constants |= {"FEATURES": DOWN_TILE // constants["R"], "num_stages": 4}
     launch(lora_down_kernel, grid, x, weight, low_rank, *weight.stride(), *values, **constants)
@@ -158,7 +169,7 @@ def lora_down(x: torch.Tensor, weight: torch.Tensor, scale: float, dropout: floa
 
 
 def lora_up_add(
-    output: torch.Tensor, low_rank: torch.Tensor, weight: torch.Tensor, scale: float, dropout: float, seed: int
+    output: torch.Tensor, low_rank: torch.Tensor, weight: torch.Tensor, scale: float, dropout: Dropout | None
 ):
     """output += scale * dropout(low_rank @ weight)
 
@@ -167,30 +178,28 @@ def lora_up_add(
         low_rank: [T, r], contiguous, in the dtype of `output`.
         weight: [r, N], of any strides; converted to the dtype of `low_rank` tile by tile.
         scale: factor of the product.
-        dropout: probability p, 0 <= p < 1; the mask is that of `lora_down` for a matrix [T, N].
-        seed: of the dropout mask, 0 <= seed < 2**31.
+        dropout: of the product, with the mask that `lora_down` has for a matrix [T, N]; None for none.
     """
-    values, constants = kernel_arguments(output, len(weight), scale, dropout, seed)
+    values, constants = kernel_arguments(output, len(weight), scale, dropout)
     grid = (triton.cdiv(len(output), TOKENS), triton.cdiv(output.shape[1], UP_FEATURES))
     constants |= {"TILES_R": triton.cdiv(len(weight), constants["R"]), "FEATURES": UP_FEATURES}
     launch(lora_up_add_kernel, grid, low_rank, weight, output, *weight.stride(), *values, **constants)
 
 
-def lora_weight_grad(low_rank: torch.Tensor, x: torch.Tensor, scale: float, dropout: float, seed: int) -> torch.Tensor:
+def lora_weight_grad(low_rank: torch.Tensor, x: torch.Tensor, scale: float, dropout: Dropout | None) -> torch.Tensor:
     """scale * low_rank.T @ dropout(x)
 
     Args:
         low_rank: [T, r], contiguous, in the dtype of `x`.
         x: [T, N], contiguous, bf16 or fp16.
         scale: factor of the product.
-        dropout: probability p, 0 <= p < 1; the mask is that of `lora_down`.
-        seed: of the dropout mask, 0 <= seed < 2**31.
+        dropout: of x, with the mask of `lora_down`; None for none.
     Returns:
         [r, N], fp32. The programs add in no fixed order, so that the last bits may differ from run to run.
     """
     rank = low_rank.shape[1]
     weight_grad = torch.zeros(rank, x.shape[1], dtype=torch.float32, device=x.device)
-    values, constants = kernel_arguments(x, rank, scale, dropout, seed)
+    values, constants = kernel_arguments(x, rank, scale, dropout)
     grid = (triton.cdiv(x.shape[1], GRAD_FEATURES), SPLITS, triton.cdiv(rank, constants["R"]))
     constants |= {"FEATURES": GRAD_FEATURES, "SPLITS": SPLITS}
     launch(lora_weight_grad_kernel, grid, low_rank, x, weight_grad, *values, **constants, num_stages=4)

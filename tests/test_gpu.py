@@ -19,9 +19,11 @@ from chatglm import ChatGLMConfig, PackedSequences
 from chatglm.loss import linear_cross_entropy
 from chatglm.packed_attention import attention_by_sample, packed_attention
 from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
+from qlora.data.collator import PaddingFreeCollator
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 from qlora.training import memory_plan
+from qlora.training.graphs import GraphedPasses
 from qlora.training.memory_plan import MemoryPlan, apply_plan
 from qlora.units import GIB
 
@@ -78,12 +80,12 @@ def test_lora_products(dtype, rank, tokens):
     x, low_rank = randn(tokens, features, dtype=dtype), randn(tokens, rank, dtype=dtype)
     for weight in (randn(rank, features), randn(features, rank).T):  # A, and B.T
         rounded = weight.to(dtype).float()
-        down = lora.lora_down(x, weight, 2.0, 0.0, 0)
+        down = lora.lora_down(x, weight, 2.0, None)
         assert relative_error(down, 2 * x.float() @ rounded.T) < ROUNDING[dtype]
         added = x.clone()
-        lora.lora_up_add(added, low_rank, weight, 2.0, 0.0, 0)
+        lora.lora_up_add(added, low_rank, weight, 2.0, None)
         assert relative_error(added, x.float() + 2 * low_rank.float() @ rounded) < ROUNDING[dtype]
-    grad = lora.lora_weight_grad(low_rank, x, 2.0, 0.0, 0)
+    grad = lora.lora_weight_grad(low_rank, x, 2.0, None)
     assert relative_error(grad, 2 * low_rank.float().T @ x.float()) < 1e-5  # fp32, with exact products
 
 
@@ -91,17 +93,18 @@ def test_lora_products(dtype, rank, tokens):
 def test_dropout_has_one_mask_in_every_lora_product(dtype):
     from glm_kernels import lora
 
-    tokens, features, rank, dropout, seed = 1000, 4096, 128, 0.25, 7
+    tokens, features, rank = 1000, 4096, 128
+    dropout = lora.Dropout(0.25, torch.tensor([7], dtype=torch.int32, device="cuda"), layer=3)
     mask = torch.zeros(tokens, features, device="cuda", dtype=dtype)
     one = torch.ones(tokens, 1, device="cuda", dtype=dtype)
-    lora.lora_up_add(mask, one, torch.ones(1, features, device="cuda"), 0.75, dropout, seed)
+    lora.lora_up_add(mask, one, torch.ones(1, features, device="cuda"), 0.75, dropout)
     assert mask.unique().tolist() == [0, 1]
-    assert mask.float().mean().item() == pytest.approx(1 - dropout, abs=0.01)
+    assert mask.float().mean().item() == pytest.approx(0.75, abs=0.01)
     x, low_rank, weight = randn(tokens, features, dtype=dtype), randn(tokens, rank, dtype=dtype), randn(rank, features)
-    kept = (x * mask).float() / (1 - dropout)
-    down = lora.lora_down(x, weight, 1.0, dropout, seed)
+    kept = (x * mask).float() / 0.75
+    down = lora.lora_down(x, weight, 1.0, dropout)
     assert relative_error(down, kept @ weight.to(dtype).float().T) < ROUNDING[dtype]
-    assert relative_error(lora.lora_weight_grad(low_rank, x, 1.0, dropout, seed), low_rank.float().T @ kept) < 1e-5
+    assert relative_error(lora.lora_weight_grad(low_rank, x, 1.0, dropout), low_rank.float().T @ kept) < 1e-5
 
 
 @DTYPES
@@ -195,16 +198,19 @@ def model(checkpoint):
     return add_random_lora(load_quantized_model(str(checkpoint), torch.bfloat16))
 
 
-def packed_batch(config: ChatGLMConfig, lengths: list[tuple[int, int]]) -> dict:
-    """Random tokens of samples of (prompt, answer) tokens, in one row."""
-    from qlora.data.collator import PaddingFreeCollator
-
+def random_samples(config: ChatGLMConfig, lengths: list[tuple[int, int]]) -> list[dict]:
+    """Random tokens of samples of (prompt, answer) tokens."""
     samples = []
     for prompt, answer in lengths:
         ids = torch.randint(10, 500, (prompt + answer,))
         ids[prompt - 1] = config.gmask_token_id
         ids[prompt] = config.bos_token_id
         samples.append({"input_ids": ids, "labels": ids.where(torch.arange(len(ids)) > prompt, -100)})
+    return samples
+
+
+def packed_batch(config: ChatGLMConfig, samples: list[dict]) -> dict:
+    """The samples in one row."""
     return {name: value.to("cuda") for name, value in PaddingFreeCollator(config)(samples).items()}
 
 
@@ -217,7 +223,7 @@ def gradients(model, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def test_offloading_and_recomputing_give_the_same_gradients_while_memory_is_reused(model):
     replace_layers(model.train(), for_training=True)
-    batch = packed_batch(model.config, [(100, 400), (300, 20), (2, 900)])
+    batch = packed_batch(model.config, random_samples(model.config, [(100, 400), (300, 20), (2, 900)]))
     found = {}
     for name, layers, offload in (("kept", 0, False), ("recomputed", 8, False), ("offloaded", 8, True)):
         apply_plan(model, MemoryPlan(4096, layers, layers, offload=offload))
@@ -232,6 +238,43 @@ def test_offloading_and_recomputing_give_the_same_gradients_while_memory_is_reus
         torch.testing.assert_close(found[name][0], found["kept"][0], atol=1e-3, rtol=0)
         for grad, expected in zip(found[name][1], found["kept"][1], strict=True):
             assert relative_error(grad, expected) < 1e-2
+
+
+@pytest.mark.parametrize(("recomputed", "offload"), [(0, False), (5, False), (8, True)])
+def test_graphs_give_the_losses_and_gradients_of_plain_passes(checkpoint, recomputed, offload):
+    model = add_random_lora(load_quantized_model(str(checkpoint), torch.bfloat16), dropout=0.1).train()
+    replace_layers(model, for_training=True)
+    apply_plan(model, MemoryPlan(4096, recomputed, recomputed, offload=offload))
+    graphs = GraphedPasses(model, PaddingFreeCollator(model.config), most_samples=8)
+    sizes = [[(100, 400), (300, 20), (2, 900)], [(30, 40)], [(50, 1000), (3, 30)], [(200, 1500), (10, 2)]]
+    for number in range(10):  # each size several times, with other tokens
+        samples = random_samples(model.config, sizes[number % 4])
+        model.zero_grad()
+        loss = graphs.forward_backward([samples], 100, None if number % 2 else torch.tensor(8.0, device="cuda"))
+        found = [p.grad / (1 if number % 2 else 8) for p in graphs.parameters]
+        # The dropout seed is still that of the graph.
+        expected, grads = gradients(model, packed_batch(model.config, samples) | {"num_items_in_batch": 100})
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+        for gradient, expected_gradient in zip(found, grads, strict=True):
+            assert relative_error(gradient, expected_gradient) < 1e-2
+        with torch.no_grad():
+            torch.testing.assert_close(graphs.loss([samples], 100), expected, rtol=1e-1, atol=0)  # without gradients
+    assert len(graphs.graphs) == 8
+
+
+def test_graphs_of_several_micro_batches_add_up(model):
+    replace_layers(model.train(), for_training=True)
+    graphs = GraphedPasses(model, PaddingFreeCollator(model.config), most_samples=8)
+    micro_batches = [random_samples(model.config, lengths) for lengths in ([(50, 60), (7, 8)], [(100, 200)])]
+    loss = graphs.forward_backward(micro_batches, 50, None)
+    found = [parameter.grad.clone() for parameter in graphs.parameters]
+    losses, grads = zip(
+        *(gradients(model, packed_batch(model.config, m) | {"num_items_in_batch": 50}) for m in micro_batches),
+        strict=True,
+    )
+    torch.testing.assert_close(loss, sum(losses), rtol=1e-3, atol=0)
+    for gradient, parts in zip(found, zip(*grads, strict=True), strict=True):
+        assert relative_error(gradient, sum(parts)) < 1e-2
 
 
 def test_graph_generates_the_tokens_of_plain_steps(model, tokenizer):

@@ -1,11 +1,17 @@
 """The samples of an optimizer step, and their division into micro-batches."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 
+from glm_kernels import TILE
 from qlora.data.dataset import IGNORE_INDEX
+
+LEAST_TOKENS = 64  # of a row that is filled up, and what its number of tokens is a multiple of
+TOKEN_SIZES = 32  # numbers of tokens to fill a row up to, between n and 2n: on average 1 % of its tokens is filled in
+LABEL_SIZES = 16  # numbers of labels to fill it up to, between none and all tokens
 
 Sample: TypeAlias = dict  # `input_ids` and `labels`, [tokens], long; `line`, `element` and `file` where they are known
 
@@ -58,6 +64,34 @@ def count_tokens(samples: list[Sample]) -> int:
 def count_labels(samples: list[Sample]) -> int:
     """Label tokens of samples."""
     return sum(int((sample["labels"] != IGNORE_INDEX).sum()) for sample in samples)
+
+
+class RowSize(NamedTuple):
+    """The sizes of everything in a packed row: its tokens, the positions with a label, the tiles of its samples."""
+
+    tokens: int
+    labels: int
+    tiles: int
+
+
+def size_of_row(samples: list[Sample], most_samples: int) -> RowSize:
+    """The size that a row of these samples is filled up to, one of few.
+
+    Args:
+        samples: of a micro-batch.
+        most_samples: of any micro-batch.
+    """
+    tokens = filled_tokens(count_tokens(samples))
+    step = tokens // LABEL_SIZES
+    labels = math.ceil(count_labels(samples) / step) * step
+    return RowSize(tokens, labels, tokens // TILE + most_samples)
+
+
+def filled_tokens(tokens: int) -> int:
+    """The number of tokens that a row of so many is filled up to."""
+    octave = 2 ** (tokens - 1).bit_length() // 2
+    step = max(LEAST_TOKENS, octave // TOKEN_SIZES)
+    return math.ceil(tokens / step) * step
 
 
 def split_evenly(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from chatglm import ChatGLMConfig, PackedSequences
 from chatglm.modeling_chatglm import prefix_lm_position_ids
-from qlora.data.batching import Sample
+from qlora.data.batching import RowSize, Sample, count_tokens
 from qlora.data.dataset import IGNORE_INDEX
 
 
@@ -34,6 +35,9 @@ class PaddingCollator:
 class PaddingFreeCollator:
     """Concatenates samples into one row; each keeps its own positions and attends to itself only.
 
+    A row can be filled up to a given size: with a sample of padding, with positions whose label is -100, and with
+    empty tiles. What is added changes neither the loss nor a gradient.
+
     Returns, for N samples of T tokens altogether, L of which are labels:
         input_ids [1, T]; position_ids [1, 2, T]; packed_sequences, where the samples lie; logits_to_keep [L], the
         positions that predict a label; shift_labels [1, L], what they predict. All long.
@@ -41,7 +45,27 @@ class PaddingFreeCollator:
 
     config: ChatGLMConfig
 
-    def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor | PackedSequences]:
+    def __call__(
+        self, samples: list[Sample], size: RowSize | None = None
+    ) -> dict[str, torch.Tensor | PackedSequences]:
+        missing = size.tokens - count_tokens(samples) if size else 0
+        if missing:
+            samples = [*samples, self.padding(missing)]
+        inputs = self.concatenate(samples)
+        if size:
+            labels = size.labels - inputs["shift_labels"].shape[1]
+            inputs["logits_to_keep"] = F.pad(inputs["logits_to_keep"], (0, labels))
+            inputs["shift_labels"] = F.pad(inputs["shift_labels"], (0, labels), value=IGNORE_INDEX)
+            inputs["packed_sequences"] = inputs["packed_sequences"].fill_up(size.tiles)
+        return inputs
+
+    def padding(self, tokens: int) -> Sample:
+        """A sample without labels."""
+        pad_token_id = self.config.pad_token_id or 0
+        return {"input_ids": torch.full((tokens,), pad_token_id), "labels": torch.full((tokens,), IGNORE_INDEX)}
+
+    def concatenate(self, samples: list[Sample]) -> dict:
+        """The row without anything added."""
         ids = [sample["input_ids"] for sample in samples]
         labels = torch.cat([sample["labels"] for sample in samples])  # [T]
         padded = pad_sequence(ids, batch_first=True, padding_value=self.config.pad_token_id or 0)  # [N, longest]

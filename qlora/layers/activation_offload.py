@@ -1,7 +1,8 @@
 """Activation offloading: the inputs that activation checkpointing saves wait in host memory for the backward pass.
 
 Copies run on a stream of their own, so that they overlap with the computation. In the backward pass the copy of the
-next sub-layer's input starts while the present sub-layer is computed.
+next sub-layer's input starts while the present sub-layer is computed. All of it can be recorded in a CUDA graph: the
+host buffers are allocated before the first pass, and the same pass always takes the same ones.
 """
 
 import contextlib
@@ -12,14 +13,27 @@ import torch
 
 
 class OffloadedTensor:
-    """A tensor that autograd saved, on its way to pinned host memory and back."""
+    """A tensor that autograd saved, on its way to a host buffer and back.
+
+    Args:
+        tensor: that was saved.
+        host_tensor: of its shape and dtype, in pinned memory.
+        stream: of the copies.
+        previous: the tensor that was saved before this one, so that the backward pass needs it after this one.
+    """
 
     device_tensor: torch.Tensor | None = None  # None while the tensor is in host memory only
 
-    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream, previous: "OffloadedTensor | None"):
-        self.previous = previous  # saved before this one, so needed after it in the backward pass
-        self.host_tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self.copied = self.copy(tensor, self.host_tensor, stream)
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        host_tensor: torch.Tensor,
+        stream: torch.cuda.Stream,
+        previous: "OffloadedTensor | None",
+    ):
+        self.previous, self.host_tensor = previous, host_tensor
+        self.number: int = 0 if previous is None else previous.number + 1
+        self.copied = self.copy(tensor, host_tensor, stream)
         self.device_tensor = tensor
 
     @staticmethod
@@ -53,10 +67,17 @@ class OffloadedTensor:
 
 
 class ActivationOffload:
-    """Saved-tensor hooks that offload what autograd saves within `with offload.context():`."""
+    """Saved-tensor hooks that offload what autograd saves within `with offload.context():`.
 
-    def __init__(self):
+    Args:
+        count: tensors that a pass offloads, at most.
+        numel: elements of a tensor, at most.
+        dtype: of the tensors.
+    """
+
+    def __init__(self, count: int, numel: int, dtype: torch.dtype):
         self.stream = torch.cuda.Stream()
+        self.buffers = [torch.empty(numel, dtype=dtype, pin_memory=True) for _ in range(count)]
         # A weak reference: the graph owns its offloaded tensors, so they go with the graph of a failed attempt.
         self.last: Callable[[], OffloadedTensor | None] = lambda: None
 
@@ -71,7 +92,9 @@ class ActivationOffload:
         previous = self.last()
         if previous is not None:
             previous.release()
-        offloaded = OffloadedTensor(tensor, self.stream, previous)
+        buffer = self.buffers[0 if previous is None else previous.number + 1]
+        host_tensor = buffer[: tensor.numel()].view(tensor.shape)
+        offloaded = OffloadedTensor(tensor, host_tensor, self.stream, previous)
         self.last = weakref.ref(offloaded)
         return offloaded
 

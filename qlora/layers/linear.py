@@ -22,7 +22,15 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
+from glm_kernels.lora_reference import Dropout
 from qlora.layers.nf4 import dequantize
+
+MOST_SEED = 2**30  # of dropout; with the number of a layer it stays within 31 bits
+
+
+def draw_seed(dropout_seed: torch.Tensor):
+    """Draws the seed [1] of the dropout masks, in place, from the generator of its device."""
+    dropout_seed.random_(MOST_SEED)
 
 
 class NF4Linear(nn.Module):
@@ -58,6 +66,15 @@ class LoRANF4Linear(nn.Module, LoraLayer):
     """A 4-bit layer with one LoRA adapter; takes over the base layer and the adapter of a peft layer.
 
     It is one of peft's `LoraLayer`s, so that saving, loading and `disable_adapter` work as for peft's own.
+
+    Args:
+        layer: a peft layer.
+
+    Attributes:
+        dropout_seed: [1], int32, at most MOST_SEED, on the layer's device; the same tensor in all layers of a model.
+            Whoever trains draws it anew before each forward pass. The mask is a function of it and of `number`: it is
+            the same in the backward pass, and where activations are recomputed.
+        number: of the layer.
     """
 
     adapter_layer_names: tuple[str, ...]
@@ -67,6 +84,8 @@ class LoRANF4Linear(nn.Module, LoraLayer):
     lora_B: nn.ModuleDict
     lora_dropout: nn.ModuleDict
     scaling: dict[str, float]
+    dropout_seed: torch.Tensor
+    number: int
 
     def __init__(self, layer: LoraLayer):
         nn.Module.__init__(self)
@@ -85,13 +104,15 @@ class LoRANF4Linear(nn.Module, LoraLayer):
         """[..., C_in] -> [..., C_out]."""
         if self.disable_adapters:
             return self.base_layer(hidden_states)
-        dropout = getattr(self.lora_dropout[self.adapter], "p", 0.0) if self.training else 0.0  # Identity has no p
-        # The seed comes from the CPU generator, whose state activation checkpointing restores before it recomputes.
-        seed = int(torch.randint(2**31, ())) if dropout else 0
         scaling = self.scaling[self.adapter]
         return LoRALinearFunction.apply(
-            hidden_states, *self.adapter_weights(), self.base_layer, scaling, dropout, seed
+            hidden_states, *self.adapter_weights(), self.base_layer, scaling, self.dropout()
         )
+
+    def dropout(self) -> Dropout | None:
+        """The dropout before A; None where there is none."""
+        probability = getattr(self.lora_dropout[self.adapter], "p", 0.0) if self.training else 0.0  # Identity has no p
+        return Dropout(probability, self.dropout_seed, self.number) if probability else None
 
 
 class InferenceLoRANF4Linear(LoRANF4Linear):
@@ -162,16 +183,15 @@ class LoRALinearFunction(torch.autograd.Function):
         lora_B: torch.Tensor,
         layer: NF4Linear,
         scaling: float,
-        dropout: float,
-        seed: int,
+        dropout: Dropout | None,
     ) -> torch.Tensor:
         x = hidden_states.flatten(0, -2)  # [T, C_in]
         operations = lora_operations(x)
-        low_rank = operations.lora_down(x, lora_A, 1.0, dropout, seed)  # [T, r]
+        low_rank = operations.lora_down(x, lora_A, 1.0, dropout)  # [T, r]
         output = F.linear(x, layer.dequantized_weight(), layer.bias)  # [T, C_out]
-        operations.lora_up_add(output, low_rank, lora_B.T, scaling, 0.0, 0)
+        operations.lora_up_add(output, low_rank, lora_B.T, scaling, None)
         ctx.save_for_backward(x, low_rank, lora_A, lora_B)
-        ctx.layer, ctx.scaling, ctx.dropout, ctx.seed = layer, scaling, dropout, seed
+        ctx.layer, ctx.scaling, ctx.dropout = layer, scaling, dropout
         return output.view(*hidden_states.shape[:-1], -1)
 
     @staticmethod
@@ -179,15 +199,15 @@ class LoRALinearFunction(torch.autograd.Function):
         x, low_rank, lora_A, lora_B = ctx.saved_tensors
         grad = grad_output.flatten(0, -2)  # [T, C_out]
         operations = lora_operations(grad)
-        low_rank_grad = operations.lora_down(grad, lora_B.T, ctx.scaling, 0.0, 0)  # [T, r] = scaling * G @ B
-        grad_A = operations.lora_weight_grad(low_rank_grad, x, 1.0, ctx.dropout, ctx.seed)  # [r, C_in]
-        grad_B = operations.lora_weight_grad(low_rank, grad, ctx.scaling, 0.0, 0).T  # [C_out, r]
+        low_rank_grad = operations.lora_down(grad, lora_B.T, ctx.scaling, None)  # [T, r] = scaling * G @ B
+        grad_A = operations.lora_weight_grad(low_rank_grad, x, 1.0, ctx.dropout)  # [r, C_in]
+        grad_B = operations.lora_weight_grad(low_rank, grad, ctx.scaling, None).T  # [C_out, r]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ ctx.layer.dequantized_weight()  # [T, C_in]
-            operations.lora_up_add(grad_x, low_rank_grad, lora_A, 1.0, ctx.dropout, ctx.seed)
+            operations.lora_up_add(grad_x, low_rank_grad, lora_A, 1.0, ctx.dropout)
             grad_x = grad_x.view(*grad_output.shape[:-1], -1)
-        return grad_x, grad_A, grad_B, None, None, None, None
+        return grad_x, grad_A, grad_B, None, None, None
 
 
 def lora_operations(tensor: torch.Tensor) -> ModuleType:

@@ -1,12 +1,15 @@
 """Puts the layers of this package into a model that bitsandbytes quantized and peft gave an adapter."""
 
+import itertools
+
+import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from chatglm.modeling_chatglm import ChatGLMAttention, ResidualNorm
+from chatglm.modeling_chatglm import ChatGLMAttention, ChatGLMBlock, ResidualNorm
 from glm_kernels import kernels_supported
 from qlora.layers.decoding_attention import DecodingAttention
 from qlora.layers.linear import InferenceLoRANF4Linear, LoRANF4Linear, NF4Linear
@@ -28,6 +31,8 @@ def replace_layers(model: PeftModel | PreTrainedModel, for_training: bool):
         replacement = replacement_of(module, for_training, adapters)
         if replacement is not None:
             model.set_submodule(name, replacement.train(module.training))
+    if for_training:
+        share_dropout_seed(model)
 
 
 def replacement_of(module: nn.Module, for_training: bool, adapters: list[str]) -> nn.Module | None:
@@ -41,3 +46,18 @@ def replacement_of(module: nn.Module, for_training: bool, adapters: list[str]) -
     if isinstance(module, ChatGLMAttention) and not for_training and kernels_supported(module.query_key_value.bias):
         return DecodingAttention(module)
     return None
+
+
+def share_dropout_seed(model: nn.Module):
+    """Gives all LoRA layers one seed for their dropout masks, which then is all that is random in a forward pass."""
+    seed, numbers = torch.zeros(1, dtype=torch.int32, device=next(model.parameters()).device), itertools.count()
+    for module in model.modules():
+        if isinstance(module, LoRANF4Linear):
+            module.dropout_seed, module.number = seed, next(numbers)
+        if isinstance(module, ChatGLMBlock):
+            module.preserve_rng_state = False
+
+
+def dropout_seed(model: nn.Module) -> torch.Tensor | None:
+    """The seed [1] of the dropout masks, to be drawn before each forward pass; None with the layers of peft."""
+    return next((module.dropout_seed for module in model.modules() if isinstance(module, LoRANF4Linear)), None)

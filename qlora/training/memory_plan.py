@@ -21,6 +21,7 @@ from peft import PeftModel
 
 from chatglm import ChatGLMConfig
 from chatglm.loss import ROWS_AT_ONCE
+from qlora.data.batching import filled_tokens
 from qlora.layers.activation_offload import ActivationOffload
 from qlora.layers.linear import NF4Linear
 from qlora.units import GIB, parse_size
@@ -146,7 +147,7 @@ class MemoryPlan:
 
 def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
     """Bytes allocated at the worst moment of a step."""
-    T, layers = plan.max_tokens, sizes.layers
+    T, layers = filled_tokens(plan.max_tokens), sizes.layers
     copies = 3 if sizes.processes == 1 else 4  # gradient, two moments, and the buckets in which DDP sums gradients
     optimizer = 4 * copies * sizes.trainable  # all of them fp32
     dequantized = plan.dequantized_layers * sizes.config.weights_per_layer * sizes.bytes_per_number
@@ -272,7 +273,10 @@ def memory_budget(requested: str | None) -> int:
 def apply_plan(model: PeftModel, plan: MemoryPlan):
     """Sets a model's blocks up as planned, and holds the process to the budget; `replace_layers` comes before."""
     layers = model.get_base_model().transformer.layers
-    offload = ActivationOffload() if plan.offload else None
+    offload = None
+    if plan.offload:
+        numel = filled_tokens(plan.max_tokens) * model.config.hidden_size
+        offload = ActivationOffload(plan.recompute_mlp + plan.recompute_attention, numel, model.dtype)
     for number, block in enumerate(layers):
         block.recompute_mlp = number >= len(layers) - plan.recompute_mlp
         block.recompute_attention = number >= len(layers) - plan.recompute_attention

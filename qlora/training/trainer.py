@@ -23,10 +23,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from glm_kernels import kernels_supported
 from qlora.atomic import publish_files, publish_folder, write_json
 from qlora.data.batching import Sample, StepBatch, count_labels, count_tokens, own_samples, split_evenly
 from qlora.data.collator import PaddingCollator, PaddingFreeCollator
 from qlora.errors import TrainingStopped, stop_all_processes
+from qlora.layers.linear import draw_seed
+from qlora.layers.replacement import dropout_seed
 from qlora.training.checkpoints import (
     STAGING,
     best_checkpoint,
@@ -35,6 +38,7 @@ from qlora.training.checkpoints import (
     resume_advice,
     staging_dir,
 )
+from qlora.training.graphs import GraphedPasses
 from qlora.training.model_card import UPLOADED
 from qlora.training.same_run import RUN_FILE
 from qlora.training.step_check import Step, StepCheck, name_rows
@@ -120,6 +124,12 @@ class QLoRATrainer(Trainer):
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.max_tokens, self.plain_rows = max_tokens, args.per_device_train_batch_size
         self.collate = (PaddingFreeCollator if max_tokens else PaddingCollator)(self.model.config)
+        self.dropout_seed = dropout_seed(self.model)
+        self.graphs: GraphedPasses | None = None
+        if isinstance(self.collate, PaddingFreeCollator) and self.args.world_size == 1:
+            most_samples = max(step_args.per_device_train_batch_size, step_args.per_device_eval_batch_size)
+            if kernels_supported(self.model.get_input_embeddings().weight):
+                self.graphs = GraphedPasses(self.model, self.collate, most_samples)
         self.tokens_since_log, self.log_started = 0, time.perf_counter()
         self.step_check = StepCheck(self.accelerator, args.output_dir)
         self.run, self.has_trained = run or {}, False
@@ -174,6 +184,10 @@ class QLoRATrainer(Trainer):
         num_labels, random_state = self.count_labels(inputs), random_states()
 
         def forward_backward(micro_batches: list[list[Sample]]) -> torch.Tensor:
+            if self.graphs:
+                scaler = self.accelerator.scaler
+                scale = scaler.scale(torch.ones((), device=self.args.device)) if scaler else None
+                return self.graphs.forward_backward(micro_batches, num_labels, scale)
             step_loss = torch.zeros((), device=self.args.device)
             for number, micro_batch in enumerate(micro_batches, 1):
                 last = number == len(micro_batches)  # DDP averages the gradients in its backward pass
@@ -181,6 +195,8 @@ class QLoRATrainer(Trainer):
                     contextlib.nullcontext() if last else self.accelerator.no_sync(model),
                     self.compute_loss_context_manager(),
                 ):
+                    if self.dropout_seed is not None:
+                        draw_seed(self.dropout_seed)
                     loss = model(**self.model_inputs(micro_batch), num_items_in_batch=num_labels).loss
                     self.accelerator.backward(loss)
                 step_loss += loss.detach()
@@ -229,6 +245,8 @@ class QLoRATrainer(Trainer):
             TrainingStopped: the micro-batches are single samples, or other processes wait for this one's gradients.
         """
         gc.collect()
+        if self.graphs:
+            self.graphs.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         divisible = (micro_batch for micro_batch in micro_batches if len(micro_batch) > 1)
@@ -320,6 +338,10 @@ class QLoRATrainer(Trainer):
 
         def loss_and_labels(micro_batches: list[list[Sample]]) -> torch.Tensor:
             sums = torch.zeros_like(totals)
+            if self.graphs:
+                sums[0] = self.graphs.loss(micro_batches, divisor=1)
+                sums[1] = sum(map(count_labels, micro_batches))
+                return sums
             for micro_batch in micro_batches:
                 with self.compute_loss_context_manager():
                     sums[0] += model(**self.model_inputs(micro_batch), num_items_in_batch=1).loss

@@ -22,14 +22,14 @@ TYPES = {
     "*bf16": "projected cos sin output output_grad projected_grad keys values x weight low_rank logits bias x_grad"
     " branch_grad sum_grad",
     "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad",
-    "*i32": "tiles",
+    "*i32": "tiles seed",
     "*i64": "labels cache_position",
     "*u8": "packed scale_codes",
     "*i1": "visible",
     "fp32": "scale log2_scale eps residual_scale sign",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-VARYING = {"tokens", "seed", "capacity"}  # integers that change between launches: kernels must not specialize on them
+VARYING = {"tokens", "layer", "capacity"}  # integers that change between launches: kernels must not specialize on them
 
 
 def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, **types) -> int:

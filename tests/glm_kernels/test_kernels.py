@@ -87,35 +87,35 @@ def test_lora_products(tokens, features, rank, transposed):
     weight = weight.T.contiguous().T if transposed else weight
     low_rank = torch.randn(tokens, rank)
     close = {"atol": 1e-4, "rtol": 1e-4}
-    expected = lora_reference.lora_down(x, weight, 2.0, 0.0, 0)
-    torch.testing.assert_close(lora.lora_down(x, weight, 2.0, 0.0, 0), expected, **close)
-    expected = lora_reference.lora_weight_grad(low_rank, x, 2.0, 0.0, 0)
-    torch.testing.assert_close(lora.lora_weight_grad(low_rank, x, 2.0, 0.0, 0), expected, **close)
+    expected = lora_reference.lora_down(x, weight, 2.0, None)
+    torch.testing.assert_close(lora.lora_down(x, weight, 2.0, None), expected, **close)
+    expected = lora_reference.lora_weight_grad(low_rank, x, 2.0, None)
+    torch.testing.assert_close(lora.lora_weight_grad(low_rank, x, 2.0, None), expected, **close)
     added, expected = x.clone(), x.clone()
-    lora.lora_up_add(added, low_rank, weight, 2.0, 0.0, 0)
-    lora_reference.lora_up_add(expected, low_rank, weight, 2.0, 0.0, 0)
+    lora.lora_up_add(added, low_rank, weight, 2.0, None)
+    lora_reference.lora_up_add(expected, low_rank, weight, 2.0, None)
     torch.testing.assert_close(added, expected, **close)
 
 
 def test_dropout_is_the_same_mask_in_every_kernel():
-    tokens, features, rank, dropout, seed = 60, 300, 4, 0.3, 2**31 - 5
+    tokens, features, rank, probability = 60, 300, 4, 0.3
+    dropout = lora.Dropout(probability, torch.tensor([2**30], dtype=torch.int32), layer=27)
+    next_layer = dropout._replace(layer=28)
     mask = torch.zeros(tokens, features)
     one = torch.ones(tokens, 1)
-    lora.lora_up_add(mask, one, torch.ones(1, features), 1.0, dropout, seed)
+    lora.lora_up_add(mask, one, torch.ones(1, features), 1.0, dropout)
     is_kept = mask.bool()
-    assert is_kept.float().mean().item() == pytest.approx(1 - dropout, abs=0.02)
-    torch.testing.assert_close(mask[is_kept], torch.full_like(mask[is_kept], 1 / (1 - dropout)))
+    assert is_kept.float().mean().item() == pytest.approx(1 - probability, abs=0.02)
+    torch.testing.assert_close(mask[is_kept], torch.full_like(mask[is_kept], 1 / (1 - probability)))
     x = torch.randn(tokens, features)
     weight = torch.randn(rank, features)
     low_rank = torch.randn(tokens, rank)
     close = {"atol": 1e-4, "rtol": 1e-4}
-    torch.testing.assert_close(lora.lora_down(x, weight, 1.0, dropout, seed), (x * mask) @ weight.T, **close)
-    torch.testing.assert_close(
-        lora.lora_weight_grad(low_rank, x, 1.0, dropout, seed), low_rank.T @ (x * mask), **close
-    )
+    torch.testing.assert_close(lora.lora_down(x, weight, 1.0, dropout), (x * mask) @ weight.T, **close)
+    torch.testing.assert_close(lora.lora_weight_grad(low_rank, x, 1.0, dropout), low_rank.T @ (x * mask), **close)
     other = torch.zeros_like(mask)
-    lora.lora_up_add(other, one, torch.ones(1, features), 1.0, dropout, seed + 1)
-    # Kept elements are independent of their neighbours, and of the same elements with the next seed.
+    lora.lora_up_add(other, one, torch.ones(1, features), 1.0, next_layer)
+    # Kept elements are independent of their neighbours, and of the same elements in the next layer.
     for one_mask, other_mask in ((mask[:, 1:], mask[:, :-1]), (mask[1:], mask[:-1]), (mask, other)):
         correlation = torch.corrcoef(torch.stack((one_mask.flatten(), other_mask.flatten())))[0, 1]
         assert abs(correlation) < 0.04  # five standard deviations

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import add_random_lora
 from peft import PeftModel
-from transformers import set_seed
 
 from glm_kernels import lora_reference
+from glm_kernels.lora_reference import Dropout
 from qlora.layers import linear, replacement
 from qlora.layers.linear import LoRALinearFunction, NF4Linear
-from qlora.layers.replacement import replace_layers
+from qlora.layers.replacement import dropout_seed, replace_layers
 from qlora.loading import load_quantized_model
 
 TARGETS = ["query_key_value", "dense_4h_to_h"]
@@ -82,10 +82,10 @@ def test_dropout_is_the_same_when_activations_are_recomputed(golden_folder, batc
     for recompute in (False, True):
         for block in model.get_base_model().transformer.layers:
             block.recompute_attention = block.recompute_mlp = recompute
-        set_seed(1)
+        dropout_seed(model).fill_(1)
         results.append(copy.deepcopy(loss_and_gradients(model, batch)))
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-6)
-    set_seed(2)
+    dropout_seed(model).fill_(2)
     other, _ = loss_and_gradients(model, batch)
     assert (other - results[0][0]).abs() > 1e-4
 
@@ -98,7 +98,11 @@ def test_dropout_keeps_the_expected_output(golden_folder, batch):
     with torch.no_grad():
         expected = layer.eval()(hidden_states)
         layer.train()
-        mean = torch.stack([layer(hidden_states) for _ in range(4000)]).mean(0)
+        outputs = []
+        for seed in range(4000):
+            dropout_seed(model).fill_(seed)
+            outputs.append(layer(hidden_states))
+        mean = torch.stack(outputs).mean(0)
     scale = (expected - layer.base_layer(hidden_states)).abs().mean()
     assert (mean - expected).abs().mean() < 0.05 * scale
 
@@ -117,10 +121,10 @@ def test_layers_run_under_autocast(golden_folder):
 # Gradients of `scaling * dropout(x) @ A.T @ B.T`, with the same dropout mask in the forward and backward pass.
 
 
-def dropout_mask(operations: ModuleType, shape: tuple[int, int], dropout: float, seed: int) -> torch.Tensor:
+def dropout_mask(operations: ModuleType, shape: tuple[int, int], dropout: Dropout) -> torch.Tensor:
     """The factors of dropout for a matrix, 0 or 1 / (1 - dropout)."""
     mask = torch.zeros(shape)
-    operations.lora_up_add(mask, torch.ones(shape[0], 1), torch.ones(1, shape[1]), 1.0, dropout, seed)
+    operations.lora_up_add(mask, torch.ones(shape[0], 1), torch.ones(1, shape[1]), 1.0, dropout)
     return mask
 
 
@@ -132,15 +136,16 @@ def test_gradients_with_dropout_are_those_of_autograd(golden_folder, monkeypatch
         operations = importlib.import_module("glm_kernels.lora")
     monkeypatch.setattr(linear, "lora_operations", lambda tensor: operations)
     base = make_model(golden_folder).get_base_model().transformer.layers[0].attention.query_key_value.base_layer
-    layer, (T, rank), (dropout, seed) = NF4Linear(base), (50, 4), (0.3, 12345)
+    layer, (T, rank) = NF4Linear(base), (50, 4)
+    dropout = Dropout(0.3, torch.tensor([12345], dtype=torch.int32), layer=2)
     torch.manual_seed(0)
     x, A, B = torch.randn(T, layer.in_features), torch.randn(rank, layer.in_features), torch.randn(192, rank)
     direction = torch.randn(T, layer.out_features)
     inputs = [tensor.requires_grad_() for tensor in (x, A, B)]
 
-    mask = dropout_mask(operations, (T, layer.in_features), dropout, seed)
+    mask = dropout_mask(operations, (T, layer.in_features), dropout)
     expected = x @ layer.dequantized_weight().T + layer.bias + 2.0 * (x * mask) @ A.T @ B.T
-    found = LoRALinearFunction.apply(x, A, B, layer, 2.0, dropout, seed)
+    found = LoRALinearFunction.apply(x, A, B, layer, 2.0, dropout)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     expected_grads = torch.autograd.grad((expected * direction).sum(), inputs)
     for gradient, other in zip(torch.autograd.grad((found * direction).sum(), inputs), expected_grads, strict=True):
