@@ -46,6 +46,10 @@ class PackedSequences:
         """The same layout in pinned memory, from which a copy to the GPU does not block the host."""
         return PackedSequences(self.lengths, self.tiles.pin_memory())
 
+    def clone(self) -> "PackedSequences":
+        """The same layout with tiles of its own."""
+        return PackedSequences(self.lengths, self.tiles.clone())
+
     def copy_(self, other: "PackedSequences", non_blocking: bool = False) -> "PackedSequences":
         """Takes over the tiles of a layout with as many tiles, in place; `lengths` are not taken over."""
         self.tiles.copy_(other.tiles, non_blocking=non_blocking)

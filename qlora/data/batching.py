@@ -10,7 +10,8 @@ from glm_kernels import TILE
 from qlora.data.dataset import IGNORE_INDEX
 
 LEAST_TOKENS = 64  # of a row that is filled up, and what its number of tokens is a multiple of
-TOKEN_SIZES = 32  # numbers of tokens to fill a row up to, between n and 2n: on average 1 % of its tokens is filled in
+LARGE_ROW = 1024  # tokens; matrix products of more of them take as long for any number up to a multiple of 128
+TOKEN_SIZES = 32  # numbers of tokens to fill a row up to, at most, between n and 2n
 LABEL_SIZES = 16  # numbers of labels to fill it up to, between none and all tokens
 
 Sample: TypeAlias = dict  # `input_ids` and `labels`, [tokens], long; `line`, `element` and `file` where they are known
@@ -83,14 +84,14 @@ def size_of_row(samples: list[Sample], most_samples: int) -> RowSize:
     """
     tokens = filled_tokens(count_tokens(samples))
     step = tokens // LABEL_SIZES
-    labels = math.ceil(count_labels(samples) / step) * step
+    labels = max(1, math.ceil(count_labels(samples) / step)) * step
     return RowSize(tokens, labels, tokens // TILE + most_samples)
 
 
 def filled_tokens(tokens: int) -> int:
     """The number of tokens that a row of so many is filled up to."""
     octave = 2 ** (tokens - 1).bit_length() // 2
-    step = max(LEAST_TOKENS, octave // TOKEN_SIZES)
+    step = max(LEAST_TOKENS if tokens <= LARGE_ROW else 128, octave // TOKEN_SIZES)
     return math.ceil(tokens / step) * step
 
 

@@ -21,35 +21,72 @@ from qlora.layers.linear import draw_seed
 from qlora.layers.replacement import dropout_seed
 
 
+class GraphRecorder:
+    """Records work on the GPU as CUDA graphs with a common memory pool."""
+
+    def __init__(self):
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Callable[[], None]):
+        """Does the work, which compiles and loads its kernels: that must not happen during a recording."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            work()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Records the work without doing it; the result does it.
+
+        Raises:
+            torch.OutOfMemoryError: there is too little memory for it.
+        """
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                work()
+        except RuntimeError as error:
+            # After an error the end of the recording fails too, and hides it.
+            raise (error.__context__ if isinstance(error.__context__, torch.OutOfMemoryError) else error) from None
+        return graph.replay
+
+
 class GraphedPasses:
-    """Records and replays the forward and backward passes over micro-batches.
+    """The forward and backward passes over micro-batches, by CUDA graphs.
 
     Args:
-        model: in layers for training, see `replace_layers`, on a GPU on which the kernels run.
+        model: in layers for training, see `replace_layers`.
         collate: makes the row of a micro-batch.
         most_samples: of a micro-batch.
+        recorder: makes a recorder of graphs.
     """
 
-    def __init__(self, model: torch.nn.Module, collate: PaddingFreeCollator, most_samples: int):
-        self.model, self.collate, self.most_samples = model, collate, most_samples
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        collate: PaddingFreeCollator,
+        most_samples: int,
+        recorder: Callable[[], GraphRecorder] = GraphRecorder,
+    ):
+        self.model, self.collate, self.most_samples, self.make_recorder = model, collate, most_samples, recorder
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.device = self.parameters[0].device
-        # What the graphs read, beside their rows, and what they add to.
+        # What the graphs read beside their rows, and what they add to.
         self.dropout_seed = cast(torch.Tensor, dropout_seed(model))
         self.divisor, self.loss_scale, self.loss_sum = (torch.ones((), device=self.device) for _ in range(3))
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.stream = torch.cuda.Stream()
         self.forget()
 
     def forget(self):
-        """Drops all graphs and their memory."""
+        """Drops all graphs and frees their memory."""
         self.graphs: dict[tuple[RowSize, bool], tuple[dict, Callable[[], None]]] = {}
-        self.pool, self.is_warm = torch.cuda.graph_pool_handle(), False
+        self.recorder = None
         gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def forward_backward(
-        self, micro_batches: list[list[Sample]], divisor: int | torch.Tensor, loss_scale: torch.Tensor | None
+        self, micro_batches: list[list[Sample]], divisor: int | torch.Tensor, loss_scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Adds to the gradients of the parameters.
 
@@ -68,7 +105,7 @@ class GraphedPasses:
         return self.loss(micro_batches, divisor)
 
     def loss(self, micro_batches: list[list[Sample]], divisor: int | torch.Tensor) -> torch.Tensor:
-        """The loss, a scalar in fp32; where gradients are enabled they are added to as well."""
+        """The loss, a scalar in fp32; where gradients are enabled, their passes too."""
         self.loss_sum.zero_()
         self.divisor.fill_(divisor)
         for samples in micro_batches:
@@ -77,49 +114,35 @@ class GraphedPasses:
         return self.loss_sum.clone()
 
     def replay(self, samples: list[Sample]):
-        """The passes over a micro-batch, by the graph of its size."""
+        """The passes over a micro-batch, by the graph of its size, which is recorded if there is none."""
         size = size_of_row(samples, self.most_samples)
-        inputs = {name: value.pin_memory() for name, value in self.collate(samples, size).items()}
+        inputs = self.collate(samples, size)
         key = size, torch.is_grad_enabled()
         if key not in self.graphs:
             self.graphs[key] = self.record(inputs)
         graph_inputs, replay = self.graphs[key]
         for name, value in inputs.items():
-            graph_inputs[name].copy_(value, non_blocking=True)
+            pinned = value.pin_memory() if self.device.type == "cuda" else value
+            graph_inputs[name].copy_(pinned, non_blocking=True)
         replay()
 
     def record(self, inputs: dict) -> tuple[dict, Callable[[], None]]:
-        """The graph for rows of the size of these inputs: its own inputs on the GPU, and the function that replays it.
+        """A graph for rows of the size of these inputs: the inputs that it reads, and the function that replays it."""
+        if self.recorder is None:
+            self.recorder = self.make_recorder()
+            size = RowSize(LEAST_TOKENS, LEAST_TOKENS, LEAST_TOKENS // TILE + self.most_samples)
+            padding = self.to_device(self.collate([], size))
+            self.recorder.warm_up(lambda: self.passes(padding))
+        inputs = self.to_device(inputs)
+        return inputs, self.recorder.record(lambda: self.passes(inputs))
 
-        Raises:
-            torch.OutOfMemoryError: there is too little memory for these rows.
-        """
-        if not self.is_warm:
-            self.warm_up()
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # The data loader and other threads may go on meanwhile.
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                self.passes(inputs)
-        except RuntimeError as error:
-            # The recording cannot be ended properly after an error, and this hides the first one.
-            cause = error.__context__ if isinstance(error.__context__, torch.OutOfMemoryError) else error
-            raise cause from None
-        return inputs, graph.replay
-
-    def warm_up(self):
-        """Compiles and loads the kernels, which must not happen while a graph is recorded, with a row of padding."""
-        size = RowSize(LEAST_TOKENS, LEAST_TOKENS, LEAST_TOKENS // TILE + self.most_samples)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.passes({name: value.to(self.device) for name, value in self.collate([], size).items()})
-        torch.cuda.current_stream().wait_stream(self.stream)
-        self.is_warm = True
+    def to_device(self, inputs: dict) -> dict:
+        """New tensors on the device of the model."""
+        return {name: value.clone().to(self.device) for name, value in inputs.items()}
 
     def passes(self, inputs: dict):
         """The work of a graph."""
         loss = self.model(**inputs, num_items_in_batch=self.divisor).loss
         self.loss_sum += loss.detach()
         if torch.is_grad_enabled():
-            torch._foreach_add_(self.gradients, torch.autograd.grad(loss * self.loss_scale, self.parameters))
+            (loss * self.loss_scale).backward()

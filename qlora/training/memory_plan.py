@@ -30,7 +30,8 @@ RESERVE = GIB // 2  # bytes of the free memory, for the workspaces of libraries
 CPU_TOKENS = 1024  # tokens of a micro-batch without a GPU
 FLOPS_PER_BYTE = 250  # operations in the time of one byte of memory traffic; only relative costs matter here
 MICRO_BATCH_TOKENS = 300  # launching the kernels of a micro-batch takes the GPU as long as this many tokens
-HOST_TOKENS = 2000  # tokens that an H100 computes while its host launches one micro-batch; twice that if recomputed
+HOST_TOKENS = 2000  # tokens that an H100 computes while its host launches the kernels of one micro-batch without a
+# CUDA graph; twice that if recomputed
 MARGIN = 0.03  # share of the budget that fragmentation may waste
 MOST_MICRO_BATCHES = 64  # that a step is split into
 
@@ -46,7 +47,7 @@ class Sizes:
         trainable: parameters of the adapter.
         targets: layers with an adapter, which save their input for the gradient of A.
         rank: of the adapter.
-        processes: that train together, each with a copy of the gradients in the buckets of DDP.
+        processes: that train together, each with a copy of the gradients in the buckets of DDP, and without graphs.
         fused_attention: whether the attention kernel runs; otherwise queries and keys are saved before and after
             the rotation.
     """
@@ -168,7 +169,10 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
 
 
 def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
-    """Time of a step in units of one floating-point operation: that of the GPU, or of the host if it is slower."""
+    """Time of a step in units of one floating-point operation: that of the GPU.
+
+    With several processes, which use no CUDA graphs, it is that of the host if the host is slower.
+    """
     config, layers = sizes.config, sizes.layers
     weights = config.weights_per_layer
     micro_batches = math.ceil(step_tokens / plan.max_tokens)
@@ -181,7 +185,7 @@ def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
     dequantizing = micro_batches * reads * (sizes.bytes_per_number + 0.5) * FLOPS_PER_BYTE
     launching = micro_batches * MICRO_BATCH_TOKENS * 4 * weights * layers
     recomputed_share = (plan.recompute_mlp + plan.recompute_attention) / (2 * layers)
-    host = micro_batches * HOST_TOKENS * (1 + recomputed_share) * 4 * weights * layers
+    host = micro_batches * HOST_TOKENS * (1 + recomputed_share) * 4 * weights * layers if sizes.processes > 1 else 0
     return max(arithmetic + dequantizing + launching, host) * (1.1 if plan.offload else 1.0)
 
 
