@@ -7,6 +7,8 @@
     python scripts/benchmark.py --what decode ... --data_path data/dev.jsonl
     python scripts/benchmark.py --what load   ...
     python scripts/benchmark.py --what serve  ... --data_path data/dev.jsonl --batch_size 128
+    python scripts/benchmark.py --what train  ... --throttle_host                 # one core, shared with a busy loop
+    python scripts/benchmark.py --what train  ... --record docs/benchmarks.jsonl  # for the tables in the documentation
 
 Training runs `train_qlora.py` with the shipped JSON except for the number of steps, the samples of a step and logging,
 and without checkpoints and evaluations. Tokens are those of the samples, without padding. The last line of the output
@@ -14,24 +16,21 @@ is one JSON object. Without the official weights, use those of scripts/make_rand
 """
 
 import contextlib
-import http.client
 import json
 import math
 import os
 import re
-import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qlora.arguments import DEFAULT_MODEL, in_repository
+from qlora.benchmark.api_client import ask_all, running_server
+from qlora.benchmark.host import BusyShare, throttled_host
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 from qlora.units import GIB
@@ -41,17 +40,17 @@ with one_line_on_interrupt():  # these imports take seconds
     from peft import PeftModel
     from transformers import PreTrainedTokenizer
 
-    from chatglm import ChatGLMConfig
     from qlora.adapter import add_lora
-    from qlora.data.batching import StepBatch, count_labels, count_tokens
-    from qlora.data.dataset import SampleEncoder, load_samples
+    from qlora.benchmark.arithmetic import flops_per_token, matmul_rate
+    from qlora.benchmark.records import append_record, code_hash, machine
+    from qlora.data.dataset import SampleEncoder
     from qlora.data.rows import read_rows
     from qlora.inference.decoding import decode, make_sampler
     from qlora.layers.replacement import replace_layers
     from qlora.loading import choose_compute_dtype, load_quantized_model, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP = 10  # training steps that are not measured
+WARM_UP = 40  # training steps that are not measured: in these, rows of nearly all sizes have been seen
 CLIENTS = (1, 8, 32, 128)  # of the server, at a time
 
 
@@ -66,19 +65,31 @@ class BenchmarkArguments:
     data_path: str = field(
         default_factory=lambda: in_repository("data/train.jsonl"), metadata={"help": "Rows to train on or to answer."}
     )
-    steps: int = field(default=40, metadata={"help": "Training steps to count, after the warm-up."})
+    steps: int = field(default=60, metadata={"help": "Training steps to count, after the warm-up."})
     samples_per_step: int = field(default=32, metadata={"help": "Effective batch; 32 is that of the shipped JSON."})
     memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})
     compare_plain: bool = field(default=False, metadata={"help": "Train the plain way too, for a few steps."})
     batch_size: int = field(default=256, metadata={"help": "Prompts answered at once."})
     requests_per_client: int = field(default=4, metadata={"help": "Requests of each client of the server."})
     answer_tokens: int = field(default=64, metadata={"help": "Most tokens of each answer of the server."})
+    throttle_host: bool = field(default=False, metadata={"help": "Use one core only, which a busy loop uses as well."})
+    record: str | None = field(default=None, metadata={"help": "File of JSON lines to which the result is added."})
 
     def __post_init__(self):
         if self.samples_per_step < 4 or self.samples_per_step % 4:
             raise ValueError(f"--samples_per_step is {self.samples_per_step}; the shipped JSON takes 4 at a time.")
         if self.steps < 1:
             raise ValueError(f"--steps is {self.steps}; it must be at least 1.")
+
+    @property
+    def name(self) -> str:
+        """What was measured, by the flags that make a difference to the figures."""
+        name = self.what
+        if self.memory_budget:
+            name += f" --memory_budget {self.memory_budget}"
+        if self.samples_per_step != 32:
+            name += f" --samples_per_step {self.samples_per_step}"
+        return name + " --throttle_host" * self.throttle_host
 
 
 @one_line_on_interrupt()
@@ -91,9 +102,12 @@ def main():
         "load": measure_loading,
         "serve": measure_serving,
     }
-    result = measures[args.what](args)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    print(json.dumps({"what": args.what, "gpu": gpu, "torch": torch.__version__, **result}))
+    with throttled_host() if args.throttle_host else contextlib.nullcontext():
+        result = measures[args.what](args)
+    record = {"name": args.name, "date": time.strftime("%Y-%m-%d"), "code": code_hash(), **result, **machine()}
+    if args.record:
+        append_record(Path(args.record), record)
+    print(json.dumps(record))
 
 
 def measure_training(args: BenchmarkArguments) -> dict:
@@ -101,39 +115,13 @@ def measure_training(args: BenchmarkArguments) -> dict:
     measured_rate = matmul_rate() if torch.cuda.is_available() else None
     result = train(args, args.steps, [])
     if measured_rate:
-        flops = flops_per_token(args) * result["tokens_per_second"]
+        flops = flops_per_token(args.model_name_or_path, args.data_path) * result["tokens_per_second"]
         result |= {"matmul_tflops": round(measured_rate / 1e12), "mfu": round(flops / measured_rate, 3)}
     if args.compare_plain:
         plain = train(args, 5, ["--plain"], warm_up=2)
         ratio = round(result["tokens_per_second"] / plain["tokens_per_second"], 1)
         result |= {"plain": plain, "times_plain": ratio}
     return result
-
-
-def flops_per_token(args: BenchmarkArguments) -> float:
-    """Operations of a training step for each token, with the share of label tokens of the first 2,000 samples."""
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    samples = load_samples(args.data_path, SampleEncoder(tokenizer, "", 512, 1536))
-    samples = StepBatch.collate(list(samples.select(range(min(2000, len(samples)))))).samples
-    tokens, labels = count_tokens(samples), count_labels(samples)
-    return ChatGLMConfig.from_pretrained(args.model_name_or_path).training_flops(tokens, labels) / tokens
-
-
-def matmul_rate(size: int = 8192, repeats: int = 50) -> float:
-    """Floating-point operations per second of a product of two bf16 matrices [size, size], mean over `repeats`."""
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(5):
-        left @ right
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        left @ right
-    end.record()
-    torch.cuda.synchronize()
-    rate = 2 * size**3 * repeats / (start.elapsed_time(end) / 1e3)
-    del left, right
-    torch.cuda.empty_cache()
-    return rate
 
 
 def train(args: BenchmarkArguments, steps: int, flags: list[str], warm_up: int = WARM_UP) -> dict:
@@ -158,23 +146,37 @@ def train(args: BenchmarkArguments, steps: int, flags: list[str], warm_up: int =
         command += ["--model_name_or_path", args.model_name_or_path, "--train_data_path", args.data_path, *flags]
         if args.memory_budget and "--plain" not in flags:
             command += ["--memory_budget", args.memory_budget]
-        started = time.time()
-        run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        seconds = time.time() - started
-        print(run.stdout, file=sys.stderr)
-        if run.returncode:
-            raise SystemExit("error: train_qlora.py failed, see above.")
+        with BusyShare() if torch.cuda.is_available() else contextlib.nullcontext() as busy:
+            started = time.monotonic()
+            output, logged = run_training(command)
+            seconds = time.monotonic() - started
         log = json.loads((Path(scratch) / "trainer_state.json").read_text())["log_history"]
     counted = [entry for entry in log if "loss" in entry and entry["step"] > warm_up]
-    predicted = re.search(r"predicted peak memory +([\d.]+)", run.stdout)
+    predicted = re.search(r"predicted peak memory +([\d.]+)", output)
     return {
         "tokens_per_second": round(sum(entry["tokens_per_second"] for entry in counted) / len(counted)),
         "peak_memory_gib": max(entry.get("peak_memory_gib", 0.0) for entry in counted),
         "predicted_memory_gib": float(predicted.group(1)) if predicted else None,
+        "gpu_busy": busy.between(logged[warm_up // settings["logging_steps"] - 1], logged[-1]) if busy else None,
         "samples_per_step": args.samples_per_step,
         "seconds_until_training": round(seconds - log[-1]["train_runtime"], 1),
         "losses": [entry["loss"] for entry in log if "loss" in entry],
     }
+
+
+def run_training(command: list) -> tuple[str, list[float]]:
+    """Runs train_qlora.py; its output, which is shown too, and the moments at which it logged a loss."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    lines, logged = [], []
+    for line in run.stdout:
+        lines.append(line)
+        print(line, end="", file=sys.stderr)
+        if "'loss': " in line:
+            logged.append(time.monotonic())
+    if run.wait():
+        raise SystemExit("error: train_qlora.py failed, see above.")
+    return "".join(lines), logged
 
 
 def measure_decoding(args: BenchmarkArguments) -> dict:
@@ -255,7 +257,8 @@ def measure_serving(args: BenchmarkArguments) -> dict:
         result = {"one_by_one": one_by_one(model, tokenizer, prompts[:8], args.answer_tokens)}
         del model
         torch.cuda.empty_cache()
-        with running_server(args, adapter) as address:
+        flags = ["--adapter_path", adapter, "--model_name_or_path", args.model_name_or_path]
+        with running_server(*flags, "--batch_size", str(args.batch_size)) as address:
             ask_all(address, prompts, 8, 1, 8)  # warms up
             for clients in CLIENTS:
                 figures = ask_all(address, prompts, clients, args.requests_per_client, args.answer_tokens)
@@ -278,63 +281,6 @@ def one_by_one(model: PeftModel, tokenizer: PreTrainedTokenizer, prompts: list[s
     counts: list[int] = []
     seconds = timed(lambda: counts.extend(map(count_tokens_of_answer, prompts)))
     return {"requests_per_second": round(len(prompts) / seconds, 2), "tokens_per_second": round(sum(counts) / seconds)}
-
-
-@contextlib.contextmanager
-def running_server(args: BenchmarkArguments, adapter: str) -> Iterator[str]:
-    """The address of `inference_qlora.py --serve` in a process of its own, so that the clients do not slow it down."""
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "inference_qlora.py", "--serve", "--adapter_path", adapter, "--port", str(port)]
-    command += ["--model_name_or_path", args.model_name_or_path, "--batch_size", str(args.batch_size)]
-    environment = {name: value for name, value in os.environ.items() if name != "QLORA_API_KEY"}
-    server, address = subprocess.Popen(command, env=environment), f"127.0.0.1:{port}"
-    try:
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://{address}/health")
-                break
-            if server.poll() is not None:
-                raise SystemExit("error: inference_qlora.py --serve failed, see above.")
-            time.sleep(0.2)
-        yield address
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def ask_all(address: str, prompts: list[str], clients: int, requests: int, most_tokens: int) -> dict:
-    """Figures of `clients` at a time, each of which sends so many requests, one after the other."""
-
-    def converse(client: int) -> list[tuple[float, int]]:
-        numbers = range(client * requests, (client + 1) * requests)
-        return [ask(address, prompts[number % len(prompts)], most_tokens) for number in numbers]
-
-    started = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        answers = [answer for answers in pool.map(converse, range(clients)) for answer in answers]
-    seconds = time.perf_counter() - started
-    first_tokens = sorted(first for first, _ in answers)
-    return {
-        "requests_per_second": round(len(answers) / seconds, 2),
-        "tokens_per_second": round(sum(tokens for _, tokens in answers) / seconds),
-        "first_token_median_seconds": round(statistics.median(first_tokens), 3),
-        "first_token_p95_seconds": round(first_tokens[math.ceil(0.95 * len(first_tokens)) - 1], 3),
-    }
-
-
-def ask(address: str, prompt: str, most_tokens: int) -> tuple[float, int]:
-    """Seconds until the first token of a streamed answer arrives, and the number of its tokens."""
-    body = {"model": "adapter", "prompt": prompt, "max_tokens": most_tokens, "temperature": 0}
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
-    started, first = time.perf_counter(), 0.0
-    with contextlib.closing(http.client.HTTPConnection(address)) as connection:
-        connection.request("POST", "/v1/completions", json.dumps(body))
-        for line in connection.getresponse():
-            if line.startswith(b"data: {"):
-                first = first or time.perf_counter() - started
-                chunk = json.loads(line.removeprefix(b"data: "))
-    return first, chunk["usage"]["completion_tokens"]  # of the last chunk
 
 
 def timed(work) -> float:

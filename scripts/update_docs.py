@@ -1,10 +1,13 @@
-"""Write the tables of flags in docs/ from the code.
+"""Write the tables of flags from the code, and the tables of figures from docs/benchmarks.jsonl.
 
     python scripts/update_docs.py             # rewrites the tables
     python scripts/update_docs.py --check     # ends with an error if one of them is out of date
 
 A table is between `<!-- flags: common -->` or `<!-- flags: expert -->` and `<!-- end of flags -->`. In pages in
 Chinese, `*_zh.md`, the meanings are not changed; flags and defaults come from the code.
+
+A row of a table of figures has `<!-- measured: NAME -->` in its first column. Its other columns come from the newest
+record of this name, as `scripts/benchmark.py --record docs/benchmarks.jsonl` adds them.
 """
 
 import os
@@ -13,11 +16,13 @@ from dataclasses import Field, dataclass, field
 from pathlib import Path
 
 from qlora.arguments import FinetuneArguments
+from qlora.benchmark.records import newest_records
 from qlora.command_line import fields_of, parse_command_line, shown_default
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = re.compile(r"(<!-- flags: (\w+) -->\n(?:\|[^\n]*\n){2})((?:\|[^\n]*\n)*)(<!-- end of flags -->)")
+MEASURED = re.compile(r"^(\|[^|\n]*<!-- measured: (.+?) -->[^|\n]*\|)([^\n]*)\|$", re.M)
 ROW = re.compile(r"^\| `--(\w+)` \|.*?\| (.*) \|$", re.M)
 CONTROL_TOKEN = re.compile(r"(\[gMASK\]|<\w+>)")
 
@@ -34,9 +39,11 @@ def main():
     with message_instead_of_traceback():
         args = parse_command_line(DocsArguments)
         os.chdir(DOCS.parent)  # from where the defaults are shown
-        for page in sorted(DOCS.glob("*.md")):
+        records = newest_records(DOCS / "benchmarks.jsonl")
+        for page in sorted([*DOCS.glob("*.md"), *DOCS.parent.glob("README*.md")]):
             text = page.read_text(encoding="utf-8")
             updated = TABLE.sub(lambda table, page=page: rewritten(table, page), text)
+            updated = MEASURED.sub(lambda row: measured_row(row, records), updated)
             if updated != text and args.check:
                 raise ValueError(f"{page} is out of date: run `python scripts/update_docs.py`.")
             if updated != text:
@@ -54,6 +61,24 @@ def rewritten(table: re.Match, page: Path) -> str:
         raise ValueError(f"{page}: the table needs a row with a meaning for --{', --'.join(missing)}.")
     lines = [row(flag, meaning(flag) if given is None else given[flag.name]) for flag in shown]
     return head + "".join(lines) + end
+
+
+def measured_row(row: re.Match, records: dict[str, dict]) -> str:
+    """A row of a table of figures, with as many columns as it has."""
+    head, name, columns = row.groups()
+    if name not in records:
+        raise ValueError(f"docs/benchmarks.jsonl has no record {name!r}.")
+    count = columns.count("|") + 1
+    cells = figures(records[name]) + [""] * count
+    return head + "".join(f" {cell} |" if cell else " |" for cell in cells[:count])
+
+
+def figures(record: dict) -> list[str]:
+    """The figures of a record as they are shown: of training tokens/s, memory, predicted memory, and busy share."""
+    if not record["name"].startswith("train"):
+        return [f"{record['tokens_per_second_batch_1']:,}"]
+    memory = [f"{record[key]:.1f} GiB" for key in ("peak_memory_gib", "predicted_memory_gib")]
+    return [f"{record['tokens_per_second']:,}", *memory, f"{record['gpu_busy']:.0%}"]
 
 
 def audience_of(flag: Field) -> str:
