@@ -8,6 +8,7 @@ All graphs use one memory pool, which nothing else uses: a graph leaves nothing 
 since losses and gradients are added to tensors outside of it.
 """
 
+import functools
 import gc
 from collections.abc import Callable
 from typing import cast
@@ -21,11 +22,17 @@ from qlora.layers.linear import draw_seed
 from qlora.layers.replacement import dropout_seed
 
 
+@functools.cache
+def recording_stream() -> torch.cuda.Stream:
+    """The stream of all recordings, one for the process: cuBLAS keeps a workspace for each stream."""
+    return torch.cuda.Stream()
+
+
 class GraphRecorder:
     """Records work on the GPU as CUDA graphs with a common memory pool."""
 
     def __init__(self):
-        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        self.stream, self.pool = recording_stream(), torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], None]):
         """Does the work, which compiles and loads its kernels: that must not happen during a recording."""
