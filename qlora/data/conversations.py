@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from qlora.data.fields import check_spelling, optional_text, text_field
+from qlora.data.fields import check_spelling, first_field, optional_text, text_field
 
 FIELDS = ("messages", "conversations", "conversation")
+ROLE, TEXT = ("role", "from"), ("content", "value")  # the second ones are ShareGPT's
 SPEAKERS = {
     "system": ("system", "developer"),
     "user": ("user", "human", "prompter"),
@@ -31,10 +32,10 @@ class Conversation:
         """Adds a message; ValueError with the reason for one that cannot follow."""
         message, speaker = check_message(message)
         if speaker == "system":
-            self.add_system(optional_text(message, "content" if "content" in message else "value"))
+            self.add_system(optional_text(message, first_field(message, *TEXT, of="message")))
             return
         self.check_turn(speaker)
-        self.texts.append(text_field(message, "content", "value", of="message"))
+        self.texts.append(text_field(message, *TEXT, of="message"))
         if speaker == "assistant" and is_trained(message):
             self.turns.append(len(self.texts) // 2)
 
@@ -68,7 +69,7 @@ def check_message(message: object) -> tuple[dict, str]:
     """A message and who speaks; ValueError if it is no object, or has no role that is known."""
     if not isinstance(message, dict):
         raise ValueError(f"expected an object with role and content, found a {type(message).__name__}")
-    role = text_field(message, "role", "from", of="message")
+    role = text_field(message, *ROLE, of="message")
     if role.lower() not in ROLES:
         raise ValueError(f"unknown role '{role}'; expected system, user or assistant, or human or gpt")
     return message, ROLES[role.lower()]

@@ -20,13 +20,19 @@ def resembles(field: str, name: str) -> bool:
 
 def text_field(row: dict, *names: str, of: str = "row") -> str:
     """The text of the first of these fields in a row; ValueError without one, or if it is no string or blank."""
-    name = next((name for name in names if name in row), None)
-    if name is None:
-        raise ValueError(f"field '{names[0]}' is missing; the {of} has {', '.join(map(repr, row)) or 'no fields'}")
+    name = first_field(row, *names, of=of)
     text = string(row[name], name)
     if not text.strip():
         raise ValueError(f"field '{name}' is empty")
     return text
+
+
+def first_field(row: dict, *names: str, of: str = "row") -> str:
+    """The first of these names that the row has; ValueError without one."""
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise ValueError(f"field '{names[0]}' is missing; the {of} has {', '.join(map(repr, row)) or 'no fields'}")
+    return name
 
 
 def optional_text(row: dict, name: str) -> str:

@@ -48,6 +48,7 @@ def samples_of(rows_file, rows: list[dict], encoder: SampleEncoder) -> Dataset:
         ({"messages": [SYSTEM | {"content": None}, *messages()]}, ""),
         ({"system": "客气。", "messages": [SYSTEM, *messages()]}, "客气。\n简短回答。"),
         ({"system": " ", "conversations": messages(roles=("human", "gpt"), keys=("from", "value"))}, ""),
+        ({"conversations": [{"from": "system", "value": "客气。"}, *messages()]}, "客气。"),
         ({"conversation": messages(roles=("User", "Assistant")), "instruction": None, "output": "", "id": 7}, ""),
     ],
 )
@@ -109,6 +110,7 @@ USER, ASSISTANT = messages()[:2]
         ({"messages": "x"}, "field 'messages' must be a list of messages, found a str"),
         ({"messages": {}}, "field 'messages' must be a list of messages, found a dict"),
         ({"conversations": []}, "field 'conversations' has no question"),
+        ({"messages": [{"role": "system", "text": "x"}]}, "message 1 of 'messages': field 'content' is missing"),
         ({"messages": [SYSTEM]}, "field 'messages' has no question"),
         ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "no answer to train on: each has the weight 0"),
         ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "field 'weight' is 0.5; expected 0"),
