@@ -71,7 +71,7 @@ def check_message(message: object) -> tuple[dict, str]:
         raise ValueError(f"expected an object with role and content, found a {type(message).__name__}")
     role = text_field(message, *ROLE, of="message")
     if role.lower() not in ROLES:
-        raise ValueError(f"unknown role '{role}'; expected system, user or assistant, or human or gpt")
+        raise ValueError(f"unknown role {role!r}; expected system, user or assistant, or human or gpt")
     return message, ROLES[role.lower()]
 
 
@@ -99,7 +99,8 @@ def find_conversation(row: dict, other_fields: tuple[str, ...]) -> Conversation 
     if not set(FIELDS) & set(given):
         return None
     if len(given) > 1:
-        raise ValueError(f"both '{given[0]}' and '{given[1]}'; a row has one conversation, or one question and answer")
+        both = f"both '{given[0]}' and '{given[1]}' are given"
+        raise ValueError(f"{both}; a row has one conversation, or one question and its answer")
     check_spelling(row, "system")
     return parse_messages(row[given[0]], given[0], optional_text(row, "system"))
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from chatglm.chat import ChatMixin, Prompt
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
-from qlora.data.conversations import SPEAKERS
+from qlora.data.conversations import FIELDS, SPEAKERS
 from qlora.data.dataset import SampleEncoder, load_samples
-from qlora.data.rows import parse_prompt, read_prompts, read_rows
+from qlora.data.rows import parse_prompt, parse_row, read_prompts, read_rows
 from qlora.training.preflight_report import show_sample
 
 TEXTS = ["那里冷吗？", "很冷。", "夏天呢？", "凉爽。", "<sop>好[gMASK]", "不客气。<eop>"]
@@ -114,7 +114,7 @@ USER, ASSISTANT = messages()[:2]
         ({"messages": [SYSTEM]}, "field 'messages' has no question"),
         ({"messages": [USER, ASSISTANT | {"weight": 0}]}, "no answer to train on: each has the weight 0"),
         ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "field 'weight' is 0.5; expected 0"),
-        ({"messages": messages(), "instruction": "x"}, "both 'messages' and 'instruction'; a row has one conversa"),
+        ({"messages": messages(), "instruction": "x"}, "both 'messages' and 'instruction' are given; a row has"),
         ({"messages": messages(), "conversations": messages()}, "both 'messages' and 'conversations'"),
         ({"messages": messages(), "history": ROUNDS}, "both 'messages' and 'history'"),
         ({"messages": messages(), "sytem": "x"}, "unknown field 'sytem' (did you mean 'system'?)"),
@@ -131,6 +131,21 @@ def test_broken_conversation_is_refused_with_file_place_and_reason(rows_file, ro
         list(read_rows(str(rows_file)))
     place = "element 2 (line 2)" if array else "line 2"
     assert str(raised.value).startswith(f"{rows_file}, {place}: ") and reason in str(raised.value)
+
+
+json_values = st.none() | st.sampled_from([0, 1, 0.5, "", "x\ny", "user", "gpt", [], {}, [{}]])
+keys = st.sampled_from(["role", "from", "content", "value", "weight", "x"])
+random_messages = st.lists(st.dictionaries(keys, json_values) | json_values, max_size=4)
+
+
+@hostile_examples(100)
+@given(row=st.dictionaries(st.sampled_from([*FIELDS, "system", "x"]), random_messages | json_values, min_size=1))
+def test_random_conversation_is_read_or_refused_in_one_line(row):
+    for parse in (parse_row, parse_prompt):
+        try:
+            parse(row)
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1
 
 
 # Prompts.
@@ -158,11 +173,16 @@ spoken = st.tuples(texts, pieces, texts).map("".join).filter(str.strip)
 
 
 @hostile_examples(40)
-@given(rounds=st.lists(st.tuples(spoken, spoken), max_size=3), query=spoken, system=spoken | st.just(""))
+@given(
+    rounds=st.lists(st.tuples(spoken, spoken), max_size=3),
+    query=spoken,
+    system=spoken | st.sampled_from(["", "\n ", "\u3000"]),
+)
 def test_prompt_of_a_random_conversation_is_that_of_chat(rounds, query, system, tokenizer):
     spoken_texts = [text for pair in rounds for text in pair] + [query]
-    conversation = [SYSTEM | {"content": system}] * bool(system) + messages(spoken_texts)
+    conversation = [SYSTEM | {"content": system}, *messages(spoken_texts)]
     prompt = parse_prompt({"messages": conversation})
+    system = system if system.strip() else ""
     assert prompt == (query, [list(pair) for pair in rounds], system)
     ids = tokenizer.build_prompt_ids(*prompt)
     assert tokenizer.apply_chat_template(conversation, tokenize=False) == tokenizer.build_prompt(*prompt)
