@@ -138,7 +138,7 @@ keys = st.sampled_from(["role", "from", "content", "value", "weight", "x"])
 random_messages = st.lists(st.dictionaries(keys, json_values) | json_values, max_size=4)
 
 
-@hostile_examples(100)
+@hostile_examples(40)
 @given(row=st.dictionaries(st.sampled_from([*FIELDS, "system", "x"]), random_messages | json_values, min_size=1))
 def test_random_conversation_is_read_or_refused_in_one_line(row):
     for parse in (parse_row, parse_prompt):
@@ -170,14 +170,11 @@ class Recorder(ChatMixin):
 texts = st.text(st.sampled_from("问答裙 ,\n\t{}%<n>a\u3000") | st.characters(exclude_categories=["Cs"]), max_size=8)
 pieces = st.sampled_from(["<sop>", "<eop>", "[gMASK]", "<pad>", "{{ x }}", "[Round 0]\n问：", "<|blank_2|>", "  "])
 spoken = st.tuples(texts, pieces, texts).map("".join).filter(str.strip)
+blank = st.sampled_from(["", "\n ", "\u3000"])
 
 
 @hostile_examples(40)
-@given(
-    rounds=st.lists(st.tuples(spoken, spoken), max_size=3),
-    query=spoken,
-    system=spoken | st.sampled_from(["", "\n ", "\u3000"]),
-)
+@given(rounds=st.lists(st.tuples(spoken, spoken), max_size=3), query=spoken, system=spoken | blank)
 def test_prompt_of_a_random_conversation_is_that_of_chat(rounds, query, system, tokenizer):
     spoken_texts = [text for pair in rounds for text in pair] + [query]
     conversation = [SYSTEM | {"content": system}, *messages(spoken_texts)]
