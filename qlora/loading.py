@@ -5,9 +5,10 @@ import shutil
 
 import bitsandbytes
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from chatglm import ChatGLMConfig
+from chatglm.chat import ChatTokenizer
 from qlora.checkpoint import check_checkpoint, is_finite, is_quantized
 from qlora.errors import first_line
 from qlora.units import GIB
@@ -42,7 +43,7 @@ def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizer:
+def load_tokenizer(path: str) -> ChatTokenizer:
     """The tokenizer of a checkpoint folder.
 
     Args:

@@ -148,6 +148,7 @@ def test_conversation_is_the_official_prompt(served, client):
     served.completer.task = lambda form, prompt: task.append(prompt) or original(form, prompt)
     messages = [
         {"role": "system", "content": "你是裁缝。"},
+        {"role": "system", "content": " "},
         {"role": "user", "content": [{"type": "text", "text": "裙"}, {"type": "text", "text": "子"}]},
         {"role": "assistant", "content": "白裙。"},
         {"role": "user", "content": "裤"},
