@@ -43,7 +43,6 @@ with one_line_on_interrupt():  # these imports take seconds
     from qlora.adapter import add_lora
     from qlora.benchmark.arithmetic import flops_per_token, matmul_rate
     from qlora.benchmark.records import append_record, code_hash, machine
-    from qlora.data.dataset import SampleEncoder
     from qlora.data.rows import read_rows
     from qlora.inference.decoding import decode, make_sampler
     from qlora.layers.replacement import replace_layers
