@@ -46,8 +46,8 @@ class Sizes:
         targets: layers with an adapter, which save their input for the gradient of A.
         rank: of the adapter.
         processes: that train together, each with a copy of the gradients in the buckets of DDP.
-        fused_attention: whether the attention kernel runs; otherwise queries and keys are saved before and after
-            the rotation.
+        has_kernels: whether the kernels of attention and adapter run; otherwise queries and keys are saved before and
+            after the rotation, and the gradients of A and B are computed from copies in fp32.
     """
 
     config: ChatGLMConfig
@@ -57,7 +57,7 @@ class Sizes:
     targets: frozenset[str] = frozenset()
     rank: int = 0
     processes: int = 1
-    fused_attention: bool = True
+    has_kernels: bool = True
 
     @property
     def layers(self) -> int:
@@ -77,7 +77,7 @@ class Sizes:
         the log-sum-exp of each head in fp32, and the statistics of the norm. Without it also the rotated queries and
         keys, and the values as SDPA saves them. `dropout(x) @ A.T` of the linear layers that have an adapter.
         """
-        saved = (5 if self.fused_attention else 8) * self.input_bytes + 4 * self.config.num_attention_heads + 16
+        saved = (5 if self.has_kernels else 8) * self.input_bytes + 4 * self.config.num_attention_heads + 16
         return saved + self.low_rank_bytes("query_key_value", "dense")
 
     @property
@@ -100,9 +100,17 @@ class Sizes:
         """Bytes a token of the temporary tensors in the backward pass of a sub-layer: an upper bound.
 
         Two of the inner width, the GELU's input and output gradient, and four of the hidden width, the gradients of
-        the sub-layer's output, of its norm, of the residual and of its input.
+        the sub-layer's output, of its norm, of the residual and of its input. Without kernels also the copies from
+        which the widest adapter's gradients are computed: `dropout(x)`, and x or the output's gradient in fp32.
         """
-        return 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.input_bytes
+        working = 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.input_bytes
+        if self.has_kernels or self.bytes_per_number == 4:
+            return working
+        C, inner = self.config.hidden_size, self.config.inner_hidden_size
+        widths = {"query_key_value": (C, 3 * C), "dense": (C, C), "dense_h_to_4h": (C, inner)}
+        widths["dense_4h_to_h"] = (inner, C)
+        copies = [max((self.bytes_per_number + 4) * widths[name][0], 4 * widths[name][1]) for name in self.targets]
+        return working + max(copies, default=0)
 
 
 @dataclass(frozen=True)
