@@ -4,12 +4,14 @@
     python train_qlora.py --train_args_json my.json --train_data_path my.jsonl --lora_rank 8
     bash train.sh --check                          # every check that needs no loaded model
     bash train.sh --dry_run 3                      # three samples as the model will see them; needs no GPU
+    python train_qlora.py --demo                   # training and inference of a tiny model, on a CPU
 
 The JSON holds transformers' TrainingArguments; `python train_qlora.py --help` lists the rest.
 """
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ from qlora.errors import (
     one_line_on_interrupt,
     set_up_logging,
 )
+from qlora.training.demo import run_demo
 from qlora.training.processes import end_with_parents, go_on_without_output
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ def main():
     set_up_logging()
     with message_instead_of_traceback():
         args = parse_command_line(FinetuneArguments)
+    if args.demo:
+        run_demo(sys.argv[1:])
+        return
     # Freed memory can then be reused in larger pieces, so that a tight memory plan holds. Read when torch is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     train(args)

@@ -10,6 +10,10 @@
     launch.py            launches of compiled kernels with little host time
 
 This file does not import Triton: code that also runs without a GPU needs TILE and `kernels_supported` from it.
+
+On a GPU older than Ampere, `dequantize` and `cross_entropy_in_place` run, which have no matrix products. For `tl.dot`
+Triton uses no tensor cores there, and the gradients of the attention need more shared memory than such a GPU has:
+PyTorch's operations take the place of the other kernels.
 """
 
 import torch
@@ -20,7 +24,7 @@ TILE = 64
 
 
 def kernels_supported(tensor: torch.Tensor) -> bool:
-    """Whether the kernels support the tensor's device and dtype.
+    """Whether the kernels of attention, norm, adapter and rotary positions are used for the tensor's device and dtype.
 
     Args:
         tensor: any shape; an activation or a weight.

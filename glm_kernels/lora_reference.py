@@ -1,4 +1,4 @@
-"""The products of `glm_kernels.lora` in plain PyTorch, for the CPU and for fp32.
+"""The products of `glm_kernels.lora` in plain PyTorch, for the CPU, for fp32 and for GPUs older than Ampere.
 
 Formula; weight [r, N] is A [r, in] or B.T [r, out], p is the dropout probability:
     lora_down:         low_rank [T, r]    = scale * dropout(x) @ weight.T

@@ -181,6 +181,10 @@ class FinetuneArguments:
             "const": 1,
         },
     )
+    demo: bool = field(
+        default=False,
+        metadata={"help": "Make, train and ask a tiny model, to see the whole way; needs no weights and no GPU."},
+    )
     kept_mlp: int | None = field(
         default=None, metadata={"help": "Use --recompute_mlp, which counts the other layers.", "hidden": True}
     )

@@ -66,8 +66,10 @@ def set_permissions(paths: Iterable[Path]):
 def flush(*paths: Path):
     """Waits until files and folders are on the disk; some file systems cannot do so for folders."""
     for path in paths:
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            descriptor = os.open(path, os.O_RDONLY)
+        is_folder = path.is_dir()
+        with contextlib.suppress(OSError) if is_folder else contextlib.nullcontext():
+            # Windows flushes only what is open for writing, Linux opens folders only for reading.
+            descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
             try:
                 os.fsync(descriptor)
             finally:

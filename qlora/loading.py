@@ -1,5 +1,6 @@
 """Loads the tokenizer and the base model in 4 bits; checks the hardware."""
 
+import logging
 import os
 import shutil
 
@@ -12,6 +13,8 @@ from chatglm.chat import ChatTokenizer
 from qlora.checkpoint import check_checkpoint, is_finite, is_quantized
 from qlora.errors import first_line
 from qlora.units import GIB
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WORKING_MEMORY = 1.5 * GIB  # bytes that loading needs in addition to the loaded model
@@ -142,14 +145,17 @@ def check_values(model: PreTrainedModel, path: str, compute_dtype: torch.dtype):
 
 
 def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
-    """ValueError unless a GPU has enough free memory for the model, or there is none and the model is small."""
+    """ValueError unless a GPU has enough free memory for the model, or there is none and the model is small.
+
+    Logs what is different on a GPU older than Ampere.
+    """
     if not torch.cuda.is_available():
         weights = config.multiplied_weights
         if weights > LARGEST_CPU_MODEL:
             raise ValueError(
                 f"no CUDA GPU was found (torch {torch.__version__}), and {weights / 1e9:.1f} billion parameters need "
-                "one. Check `nvidia-smi` and that torch is a CUDA build, or try `bash train.sh --demo`, which runs on "
-                "a CPU."
+                "one. Check `nvidia-smi` and that torch is a CUDA build, or try `python train_qlora.py --demo`, which "
+                "runs on a CPU."
             )
         return
     quantized = config.num_layers * config.weights_per_layer * BITS_PER_QUANTIZED_WEIGHT / 8
@@ -161,6 +167,18 @@ def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
             f"least {needed / GIB:.1f} GiB. Stop other programs on this GPU (`nvidia-smi`), or choose another one "
             "with CUDA_VISIBLE_DEVICES."
         )
+    name_what_older_gpus_lack(compute_dtype)
+
+
+def name_what_older_gpus_lack(compute_dtype: torch.dtype):
+    """Logs that a GPU older than Ampere runs fewer of the project's kernels, and warns if it is to compute in bf16."""
+    capability = torch.cuda.get_device_capability()
+    if capability >= (8, 0):
+        return
+    gpu = "{}, compute capability {}.{}".format(torch.cuda.get_device_name(), *capability)
+    if compute_dtype == torch.bfloat16:
+        logger.warning("%s, has no bf16 and emulates it: choose fp16, its default, with --compute_dtype.", gpu)
+    logger.info("%s: PyTorch's operations take the place of the kernels that are made for 8.0 and newer.", gpu)
 
 
 def check_compiler():

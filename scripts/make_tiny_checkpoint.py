@@ -143,6 +143,7 @@ def pretrain(rows: list[dict], tokenizer: ChatGLMTokenizer, max_steps: int, seed
             save_strategy="no",
             report_to="none",
             dataloader_pin_memory=False,
+            use_cpu=not torch.cuda.is_available(),  # not Apple's GPU
             seed=seed,
         )
         QLoRATrainer(model, training_args, max_tokens=2048, train_dataset=samples).train()

@@ -221,7 +221,7 @@ def test_6b_model_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"no CUDA GPU was found .*6\.2 billion parameters need one") as raised:
         check_hardware(ChatGLMConfig(), torch.float32)
-    assert "train.sh --demo" in one_line(raised)
+    assert "train_qlora.py --demo" in one_line(raised)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
+from glm_kernels import kernels_supported
 from glm_kernels.lora_reference import Dropout
 from qlora.layers.nf4 import dequantize
 
@@ -212,7 +213,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 def lora_operations(tensor: torch.Tensor) -> ModuleType:
     """The module with `lora_down`, `lora_up_add` and `lora_weight_grad` for this device and dtype."""
-    if tensor.is_cuda and tensor.dtype != torch.float32:
+    if kernels_supported(tensor):
         from glm_kernels import lora
 
         return lora

@@ -47,9 +47,9 @@ class Sizes:
         trainable: parameters of the adapter.
         targets: layers with an adapter, which save their input for the gradient of A.
         rank: of the adapter.
-        processes: that train together, each with a copy of the gradients in the buckets of DDP, and without graphs.
-        fused_attention: whether the attention kernel runs; otherwise queries and keys are saved before and after
-            the rotation.
+        processes: that train together, each with a copy of the gradients in the buckets of DDP.
+        has_kernels: whether the kernels of attention and adapter run; otherwise queries and keys are saved before and
+            after the rotation, and the gradients of A and B are computed from copies in fp32.
     """
 
     config: ChatGLMConfig
@@ -59,7 +59,12 @@ class Sizes:
     targets: frozenset[str] = frozenset()
     rank: int = 0
     processes: int = 1
-    fused_attention: bool = True
+    has_kernels: bool = True
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the passes over a micro-batch are CUDA graphs."""
+        return self.has_kernels and self.processes == 1
 
     @property
     def layers(self) -> int:
@@ -79,7 +84,7 @@ class Sizes:
         the log-sum-exp of each head in fp32, and the statistics of the norm. Without it also the rotated queries and
         keys, and the values as SDPA saves them. `dropout(x) @ A.T` of the linear layers that have an adapter.
         """
-        saved = (5 if self.fused_attention else 8) * self.input_bytes + 4 * self.config.num_attention_heads + 16
+        saved = (5 if self.has_kernels else 8) * self.input_bytes + 4 * self.config.num_attention_heads + 16
         return saved + self.low_rank_bytes("query_key_value", "dense")
 
     @property
@@ -102,9 +107,17 @@ class Sizes:
         """Bytes a token of the temporary tensors in the backward pass of a sub-layer: an upper bound.
 
         Two of the inner width, the GELU's input and output gradient, and four of the hidden width, the gradients of
-        the sub-layer's output, of its norm, of the residual and of its input.
+        the sub-layer's output, of its norm, of the residual and of its input. Without kernels also the copies from
+        which the widest adapter's gradients are computed: `dropout(x)`, and x or the output's gradient in fp32.
         """
-        return 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.input_bytes
+        working = 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.input_bytes
+        if self.has_kernels or self.bytes_per_number == 4:
+            return working
+        C, inner = self.config.hidden_size, self.config.inner_hidden_size
+        widths = {"query_key_value": (C, 3 * C), "dense": (C, C), "dense_h_to_4h": (C, inner)}
+        widths["dense_4h_to_h"] = (inner, C)
+        copies = [max((self.bytes_per_number + 4) * widths[name][0], 4 * widths[name][1]) for name in self.targets]
+        return working + max(copies, default=0)
 
 
 @dataclass(frozen=True)
@@ -171,7 +184,7 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
 def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
     """Time of a step in units of one floating-point operation: that of the GPU.
 
-    With several processes, which use no CUDA graphs, it is that of the host if the host is slower.
+    Without CUDA graphs it is that of the host if the host is slower.
     """
     config, layers = sizes.config, sizes.layers
     weights = config.weights_per_layer
@@ -185,7 +198,7 @@ def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
     dequantizing = micro_batches * reads * (sizes.bytes_per_number + 0.5) * FLOPS_PER_BYTE
     launching = micro_batches * MICRO_BATCH_TOKENS * 4 * weights * layers
     recomputed_share = (plan.recompute_mlp + plan.recompute_attention) / (2 * layers)
-    host = micro_batches * HOST_TOKENS * (1 + recomputed_share) * 4 * weights * layers if sizes.processes > 1 else 0
+    host = 0.0 if sizes.has_graphs else micro_batches * HOST_TOKENS * (1 + recomputed_share) * 4 * weights * layers
     return max(arithmetic + dequantizing + launching, host) * (1.1 if plan.offload else 1.0)
 
 

@@ -63,7 +63,8 @@ A LoRA adapter for {{ base }}, trained with QLoRA (4-bit NF4) by chatglm-6b-qlor
 In the repository of chatglm-6b-qlora, with this folder as `saved_files/{{ name }}`:
 
 ```bash
-python inference_qlora.py --adapter_path saved_files/{{ name }}{{ prompt_flag }}
+python inference_qlora.py --adapter_path saved_files/{{ name }}{{ prompt_flag }}            # answers before and after
+python inference_qlora.py --adapter_path saved_files/{{ name }}{{ prompt_flag }} --serve    # OpenAI's API
 ```
 
 Or from Python with peft:
@@ -219,6 +220,8 @@ def describe_settings(flags: FinetuneArguments, setup: TrainingSetup, lora: Lora
             for name, value in values.items()
             if name in ALWAYS_SHOWN or (not name.startswith(NOT_SHOWN) and value != defaults.get(name))
         }
+    if training_args.max_steps > 0:  # which is stronger
+        del shown["num_train_epochs"]
     return shown
 
 

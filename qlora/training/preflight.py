@@ -279,12 +279,12 @@ def model_sizes(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings,
         frozenset(lora.target_modules),
         lora.rank,
         preflight.setup.training_args.world_size if preflight.setup else 1,
-        attention_kernels_supported(dtype),
+        gpu_has_kernels(dtype),
     )
 
 
-def attention_kernels_supported(dtype: torch.dtype) -> bool:
-    """Whether the GPU can run the attention kernels in this dtype."""
+def gpu_has_kernels(dtype: torch.dtype) -> bool:
+    """Whether the kernels of attention and adapter are used on the GPU in this dtype."""
     return kernels_supported(torch.empty(0, dtype=dtype, device="cuda"))
 
 

@@ -17,10 +17,12 @@ def end_with_parents():
     """Lets no process outlive its parent, even one that is killed; further calls do nothing.
 
     Processes that this one forks, to tokenize and to load data, end with it. A process of torchrun ends with torchrun.
+    Only Linux can do this; elsewhere the processes of a run that is killed may go on until they are ended by hand.
     """
-    os.register_at_fork(after_in_child=end_with_run)
-    if LAUNCHED_BY_TORCHRUN in os.environ:
-        end_with_parent()
+    if sys.platform == "linux":
+        os.register_at_fork(after_in_child=end_with_run)
+        if LAUNCHED_BY_TORCHRUN in os.environ:
+            end_with_parent()
 
 
 def end_with_run():
@@ -30,8 +32,9 @@ def end_with_run():
 
 
 def end_with_parent():
-    """Asks the kernel to kill this process when its parent has ended."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Asks Linux to kill this process when its parent has ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class LossyStream:

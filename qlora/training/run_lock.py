@@ -2,10 +2,10 @@
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -23,14 +23,16 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
     """Holds the lock of a run's folder, which is created; in the main process only.
 
     The file names the process that holds the lock. A file that a run left behind when it was killed is not locked, and
-    is used again. Where the file system has no locks, a warning says so and the run goes on.
+    is used again. On Windows, and where the file system has no locks, a warning says so and the run goes on.
 
     Args:
         output_dir: of the run.
     Raises:
         TrainingStopped: another run holds the lock, or the file cannot be written.
     """
-    if not is_main_process():
+    if sys.platform == "win32":
+        logger.warning("%s: on Windows no folder is locked, so that nothing prevents a second run there.", output_dir)
+    if sys.platform == "win32" or not is_main_process():
         yield
         return
     path = output_dir / LOCK_FILE
@@ -38,7 +40,7 @@ def lock_output_dir(output_dir: Path) -> Iterator[None]:
         file = None
         while not file or not is_at(path, file):  # the run that held the lock may have deleted its file
             file = stack.enter_context(open_lock_file(path))
-            if problem := lock_problem(file, fcntl.LOCK_EX):
+            if problem := lock_problem(file, exclusive=True):
                 raise TrainingStopped(problem)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -62,16 +64,21 @@ def check_not_locked(output_dir: str):
     if not os.access(path, os.R_OK):
         return
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-        if problem := lock_problem(file, fcntl.LOCK_SH):
+        if problem := lock_problem(file, exclusive=False):
             raise ValueError(problem)
 
 
-def lock_problem(file: TextIO, kind: int) -> str | None:
+def lock_problem(file: TextIO, exclusive: bool) -> str | None:
     """Locks an open lock file, shared or exclusively, without waiting.
 
     Returns:
-        A sentence for the user, if another process has locked it.
+        A sentence for the user, if another process has locked it; None on Windows, where nothing is locked.
     """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
     folder = Path(file.name).parent
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +11,9 @@ from transformers import TrainerCallback
 
 from qlora.training.processes import LAUNCHED_BY_TORCHRUN
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # of schedulers, and of a terminal that is closed
+STOP_SIGNALS = [signal.SIGTERM]
+if sys.platform != "win32":  # further ones of schedulers, and of a terminal that is closed
+    STOP_SIGNALS += [signal.SIGUSR1, signal.SIGHUP]
 
 
 class StopOnSignal(TrainerCallback):

@@ -2,7 +2,8 @@
 
 Without TRITON_INTERPRET:
     python tests/glm_kernels/compile_kernels.py all 86          # every kernel, for compute capability 8.6
-    python tests/glm_kernels/compile_kernels.py lora 75 120     # the LoRA kernels, for 7.5 and 12.0
+    python tests/glm_kernels/compile_kernels.py lora 80 120     # the LoRA kernels, for 8.0 and 12.0
+    python tests/glm_kernels/compile_kernels.py older 70 75     # what runs on GPUs older than Ampere, for 7.0 and 7.5
 """
 
 import json
@@ -72,10 +73,18 @@ def all_kernels(capability: int) -> dict[str, int]:
         "decoding step": (decode_attention.decode_attention_kernel, decode, 3),
         "norm": (layer_norm.norm_kernel, {"BLOCK": 4096}, 3),
         "norm gradient": (layer_norm.norm_grad_kernel, {"BLOCK": 4096}, 3),
-        "loss": (cross_entropy.cross_entropy_kernel, {"GRADIENT": True, "BLOCK": cross_entropy.BLOCK}, 3),
-        "dequantize": (nf4.dequantize_kernel, {"BLOCKS": nf4.BLOCKS}, 3),
     }
-    return {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
+    found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
+    return found | kernels_of_older_gpus(capability) | lora_kernels(capability)
+
+
+def kernels_of_older_gpus(capability: int) -> dict[str, int]:
+    """The same for the kernels without matrix products, which also run where `kernels_supported` is false."""
+    loss = {"GRADIENT": True, "BLOCK": cross_entropy.BLOCK}
+    return {
+        "loss": shared_memory(cross_entropy.cross_entropy_kernel, capability, loss),
+        "dequantize": shared_memory(nf4.dequantize_kernel, capability, {"BLOCKS": nf4.BLOCKS}),
+    }
 
 
 def lora_kernels(capability: int) -> dict[str, int]:
@@ -95,5 +104,5 @@ def lora_kernels(capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    which = {"all": lambda capability: all_kernels(capability) | lora_kernels(capability), "lora": lora_kernels}
+    which = {"all": all_kernels, "lora": lora_kernels, "older": kernels_of_older_gpus}
     print(json.dumps({capability: which[sys.argv[1]](int(capability)) for capability in sys.argv[2:]}, indent=2))

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import write_rows
@@ -34,6 +35,19 @@ def test_special_tokens_have_the_official_places(folder):
     start = tokenizer.convert_tokens_to_ids("[MASK]")
     names = ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>", "<|tab|>"]
     assert tokenizer.convert_ids_to_tokens(range(start, start + 11)) == [*names, "<|blank_2|>", "<|blank_3|>"]
+
+
+def test_cpu_is_used_where_there_is_no_cuda(tiny_script, sample_rows, tokenizer, monkeypatch):
+    """Otherwise the Trainer would take Apple's GPU."""
+    rows = [{"query": row["instruction"], "answer": row["output"]} for row in sample_rows[:4]]
+    used = []
+
+    def trainer(model, args, **kwargs):
+        return SimpleNamespace(train=lambda: used.append(args.use_cpu))
+
+    monkeypatch.setattr(tiny_script, "QLoRATrainer", trainer)
+    tiny_script.pretrain(rows, tokenizer, 1, seed=0)
+    assert used == [True]
 
 
 def test_trained_model_decodes_with_a_cache(folder):

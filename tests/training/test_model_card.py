@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
 
 import train_qlora
-from qlora.arguments import FinetuneArguments, LoraSettings
+from qlora.arguments import FinetuneArguments, InferenceArguments, LoraSettings
+from qlora.command_line import parse_command_line
 from qlora.errors import TrainingStopped
 from qlora.training.model_card import UPLOADED, add_section, describe_losses, shown_path, write_model_card
 from qlora.training.run_lock import LOCK_FILE
@@ -77,12 +79,21 @@ def test_card_describes_data_settings_and_losses(folder, train_file, dev_file):
     settings = dict(re.findall(r"^\| (\w+) \| (.*) \|$", text, re.M))
     expected = {"lora_rank": "2", "weight_decay": "0.25", "learning_rate": "0.01", "max_steps": "4", "seed": "42"}
     assert expected.items() <= settings.items() and settings["lora_target_modules"] == "query_key_value"
+    assert "num_train_epochs" not in settings  # max_steps is stronger
     assert not [name for name in settings if name.startswith(("hub", "push", "save", "dataloader", "output", "accel"))]
     losses = [entry for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]]
     first, *_, last = [entry["loss"] for entry in losses if "loss" in entry]
     assert f"training loss: {first:.3f} (step 1) → {last:.3f} (step 4)" in text and "evaluation loss: " in text
     assert "](loss.png)" in text and "transformers " in text and "saved_files/adapter" in text
     assert TOKEN not in text and str(folder.parent) not in text
+
+
+def test_commands_of_the_card_are_accepted(folder):
+    text = ModelCard.load(folder / "README.md").text
+    commands = [shlex.split(line, comments=True) for line in re.findall("^python .*", text, re.M)]
+    parsed = [parse_command_line(InferenceArguments, flags) for _, script, *flags in commands]
+    assert [args.adapter_path for args in parsed] == [["saved_files/adapter"]] * 2
+    assert [args.serve for args in parsed] == [False, True]
 
 
 def test_scores_are_added_to_a_card_and_replaced(folder, tmp_path):

@@ -337,7 +337,7 @@ def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Preflight:
     found.setup = read_training_args(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
     found.train_samples = load_samples(str(genuine_rows), SampleEncoder(genuine_tokenizer, "", 512, 1536))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(preflight, "attention_kernels_supported", lambda dtype: True)
+    monkeypatch.setattr(preflight, "gpu_has_kernels", lambda dtype: True)
     return found
 
 

@@ -357,6 +357,10 @@ def test_every_field_of_training_arguments_is_used_or_refused():
     assert not set(USED) & set(NOT_FOR_THIS_TRAINER)
 
 
+def test_cpu_is_used_where_there_is_no_cuda(write_json):
+    assert read_training_args(write_json()).training_args.use_cpu  # otherwise the Trainer would take Apple's GPU
+
+
 def test_use_cpu_is_refused_if_there_is_a_gpu(write_json, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="hide it with CUDA_VISIBLE_DEVICES= instead"):

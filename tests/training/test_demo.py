@@ -1,0 +1,156 @@
+"""qlora/training/demo.py: the phases of `python train_qlora.py --demo`, with a stand-in for the programs it starts."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, error_of, import_script, run_main
+
+import train_qlora
+from qlora import arguments
+from qlora.arguments import InferenceArguments
+from qlora.command_line import parse_command_line
+from qlora.training import demo, processes
+from qlora.training.run_lock import lock_output_dir
+
+STAND_IN = """#!/bin/sh
+echo "$OMP_NUM_THREADS threads: $*"
+echo "PYTHONPATH=$PYTHONPATH PYTHONUTF8=$PYTHONUTF8" >&2
+case "$*" in *make_tiny_checkpoint*) exit "${STATUS:-0}" ;; esac
+"""
+ADAPTER = Path("saved_files", "chatglm_tiny_demo")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch) -> Path:
+    """The current folder: a repository with the settings of the demo, an earlier demo, and a stand-in for python."""
+    folder = tmp_path / "my repository"
+    for name in ("scripts", "bin", ADAPTER):
+        (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "demo.json", folder / "scripts")
+    python = folder / "bin" / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PATH", f"{python.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for module in (arguments, demo):
+        monkeypatch.setattr(module, "REPOSITORY", folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_three_phases_on_one_thread(repository, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    run_main(train_qlora, "--demo", "--lora_rank", "8")
+    printed, errors = capfd.readouterr()
+    programs = ("scripts/make_tiny_checkpoint", "train_qlora", "inference_qlora")
+    parts = [rf"{number}/3 \w[^\n]*\n1 threads: {name}\.py" for number, name in enumerate(programs, 1)]
+    assert re.search(".*".join(parts), printed, re.S), printed
+    assert (
+        "--eval_data_path none --model_name_or_path THUDM/chatglm-tiny --demo --lora_rank 8 --demo false\n" in printed
+    )
+    assert f"--adapter_path {ADAPTER} --prompt_file data/dev.jsonl" in printed
+    assert errors.count(f"PYTHONPATH={repository}{os.pathsep}elsewhere PYTHONUTF8=1") == 3
+    assert not ADAPTER.exists()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    run_main(train_qlora, "--demo")
+    assert "3 threads: " in capfd.readouterr().out
+
+
+def test_tiny_model_is_made_once(repository, capfd):
+    (repository / "THUDM" / "chatglm-tiny").mkdir(parents=True)
+    (repository / "THUDM" / "chatglm-tiny" / "config.json").touch()
+    run_main(train_qlora, "--demo")
+    printed = capfd.readouterr().out
+    assert "THUDM/chatglm-tiny is there, from an earlier demo" in printed and "make_tiny_checkpoint" not in printed
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_commands_at_the_end_can_be_typed(repository, capfd, monkeypatch, place):
+    monkeypatch.chdir(place)
+    run_main(train_qlora, "--demo", "--output_dir", "my adapter")
+    (end,) = re.findall(r"\nGo on with it:\n(.*)", capfd.readouterr().out, re.S)
+    evaluation = import_script(ROOT / "scripts" / "evaluate_qlora.py").EvaluationArguments
+    kinds = {"inference_qlora.py": InferenceArguments, "scripts/evaluate_qlora.py": evaluation}
+    commands = [shlex.split(line) for line in end.splitlines()]
+    assert len(commands) == 5 and {python for python, *_ in commands} == {"python"}
+    for _, script, *flags in commands:
+        if script != "-m":
+            kind = kinds[os.path.relpath(script, repository)]
+            assert parse_command_line(kind, flags).adapter_path in ("my adapter", ["my adapter"])
+
+
+def test_commands_are_quoted_for_windows_and_name_an_interpreter_that_is_not_on_the_path(monkeypatch):
+    monkeypatch.setattr(demo, "sys", SimpleNamespace(platform="win32", executable=r"C:\My Python\python.exe"))
+    assert demo.as_typed(["train_qlora.py", r"D:\my data"]) == r'"C:\My Python\python.exe" train_qlora.py "D:\my data"'
+
+
+def test_nothing_of_the_user_is_deleted(repository, capfd):
+    own = repository / "own"
+    own.mkdir()
+    run_main(train_qlora, "--demo", "--output_dir", own)
+    assert own.is_dir() and ADAPTER.is_dir()
+
+
+@pytest.mark.parametrize("flag", ["--check", "--dry_run=2"])
+def test_check_trains_and_deletes_nothing(repository, capfd, flag):
+    run_main(train_qlora, "--demo", flag)
+    printed = capfd.readouterr().out
+    assert "train_qlora.py --train_args_json scripts/demo.json" in printed and "inference_qlora.py" not in printed
+    assert ADAPTER.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_rnak", "8"], "unknown argument --lora_rnak"),
+        (["--learning_rate", "fast"], "--learning_rate is"),
+        (["--lora_dropout", "1"], "--lora_dropout is 1.0"),
+    ],
+)
+def test_wrong_flag_ends_the_demo_before_anything_is_made_or_deleted(repository, capfd, flags, message):
+    assert message in error_of(train_qlora, "--demo", *flags)
+    assert "threads" not in capfd.readouterr().out and ADAPTER.is_dir()
+
+
+def test_demo_that_another_one_is_writing_is_not_deleted(repository, capfd):
+    with lock_output_dir(ADAPTER):
+        assert "is in use by another run" in error_of(train_qlora, "--demo")
+    assert ADAPTER.is_dir()
+
+
+def test_program_that_fails_ends_the_demo_with_its_status(repository, capfd, monkeypatch):
+    monkeypatch.setenv("STATUS", "3")
+    with pytest.raises(SystemExit, match="3"):
+        run_main(train_qlora, "--demo")
+    assert "2/3" not in capfd.readouterr().out and ADAPTER.is_dir()
+
+
+def test_interrupted_program_ends_the_demo_after_its_own_message(repository, monkeypatch):
+    """Ctrl-C reaches all processes of a terminal: the demo waits for the one it has started, and adds nothing."""
+    waits = iter([KeyboardInterrupt, 130])
+
+    class Program:
+        def wait(self):
+            result = next(waits)
+            if result is KeyboardInterrupt:
+                raise result
+            return result
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: Program())
+    with pytest.raises(SystemExit, match="130"):
+        demo.start("train_qlora.py")
+    assert next(waits, None) is None
+
+
+def test_torchrun_is_refused(repository, monkeypatch):
+    monkeypatch.setenv(processes.LAUNCHED_BY_TORCHRUN, "id")
+    monkeypatch.setattr(train_qlora, "end_with_parents", lambda: None)
+    assert "use `python train_qlora.py --demo`" in error_of(train_qlora, "--demo")
