@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import DEFAULT_MODEL, in_repository
+from qlora.arguments import DEFAULT_MODEL, DownloadArguments, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 from qlora.units import GIB
@@ -46,6 +46,7 @@ with one_line_on_interrupt():  # these imports take seconds
     from qlora.data.batching import StepBatch, count_labels, count_tokens
     from qlora.data.dataset import SampleEncoder, load_samples
     from qlora.data.rows import read_rows
+    from qlora.hub.fetch import fetch_model
     from qlora.inference.decoding import decode, make_sampler
     from qlora.layers.replacement import replace_layers
     from qlora.loading import choose_compute_dtype, load_quantized_model, load_tokenizer
@@ -56,7 +57,7 @@ CLIENTS = (1, 8, 32, 128)  # of the server, at a time
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(DownloadArguments):
     """What to measure, on what."""
 
     what: str = field(metadata={"help": "What to measure.", "choices": ["train", "decode", "load", "serve"]})
@@ -85,6 +86,7 @@ class BenchmarkArguments:
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(BenchmarkArguments)
+        fetch_model(args.model_name_or_path, args)
     measures = {
         "train": measure_training,
         "decode": measure_decoding,

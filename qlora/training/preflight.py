@@ -34,6 +34,7 @@ from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, check_tokenizer
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.errors import first_line, is_main_process
+from qlora.hub.fetch import fetch_model, hub_name
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
     check_bitsandbytes,
@@ -153,10 +154,14 @@ class Preflight:
 
 
 def run_preflight(args: FinetuneArguments) -> Preflight:
-    """Makes every check, or with `--dry_run` those of tokenizer and data. Tokenized rows stay in the cache."""
+    """Makes every check, or with `--dry_run` those of tokenizer and data. Tokenized rows stay in the cache.
+
+    Raises:
+        ValueError: the model would have to be downloaded, and other things are wrong.
+    """
     preflight = Preflight(args)
     if args.dry_run is not None:
-        find_tokenizer(preflight)
+        find_model(preflight, check_weights=False)
         check_rows(preflight)
         return preflight
     with preflight.collect_problems():
@@ -166,9 +171,11 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
     if preflight.setup and is_main_process():  # of several processes the main one may hold the lock by now
         with preflight.collect_problems():
             check_not_locked(preflight.setup.training_args.output_dir)
-    with preflight.collect_problems():
-        preflight.config = check_checkpoint(args.model_name_or_path)
-    find_tokenizer(preflight)
+    if hub_name(args.model_name_or_path):
+        check_rows(preflight)  # before gigabytes are downloaded
+        if args.download:
+            preflight.raise_problems()
+    find_model(preflight)
     check_rows(preflight)  # before the GPU is used: its processes are forked from this one
     check_gpu(preflight)
     check_adapter(preflight)
@@ -179,11 +186,17 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
     return preflight
 
 
-def find_tokenizer(preflight: Preflight):
-    """Loads the tokenizer, which may be there where the weights are not."""
+def find_model(preflight: Preflight, check_weights: bool = True):
+    """Downloads the model if the user agrees; checks it, and loads its tokenizer, which needs no weights."""
+    args = preflight.args
+    may_ask = args.check is None and args.dry_run is None and not preflight.problems
     with preflight.collect_problems():
-        check_tokenizer(preflight.args.model_name_or_path)
-        preflight.tokenizer = load_tokenizer(preflight.args.model_name_or_path)
+        fetch_model(args.model_name_or_path, args, may_ask)
+        if check_weights:
+            with preflight.collect_problems():
+                preflight.config = check_checkpoint(args.model_name_or_path)
+        check_tokenizer(args.model_name_or_path)
+        preflight.tokenizer = load_tokenizer(args.model_name_or_path)
 
 
 def check_gpu(preflight: Preflight):
