@@ -99,11 +99,33 @@ class FinetuneArguments(DownloadArguments):
     )
     train_data_path: list[str] = field(
         default_factory=lambda: [in_repository("data/train.jsonl")],
-        metadata={"help": "Training rows, one JSON a line; several files, with weights, as a.jsonl b.jsonl:0.5."},
+        metadata={
+            "help": "Training rows, one JSON a line, or names of data sets on the Hugging Face Hub; several, with "
+            "weights, as a.jsonl b.jsonl:0.5."
+        },
     )
     eval_data_path: str | None = field(
         default_factory=lambda: in_repository("data/dev.jsonl"),
-        metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."},
+        metadata={"help": "Evaluation rows, as one file or data set; 'none' for no evaluation."},
+    )
+    train_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of a data set of the Hub to train on, such as train[:1000]; by default train.",
+            "expert": True,
+        },
+    )
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of a data set of the Hub to evaluate on; by default test.", "expert": True},
+    )
+    column_map: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Columns of a data set of the Hub that have other names than the fields, as instruction=question "
+            "output=answer.",
+            "expert": True,
+        },
     )
     max_input_length: int = field(
         default=512, metadata={"help": "Longest prompt in tokens, [gMASK] and <sop> included; the rest is cut."}

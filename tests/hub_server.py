@@ -122,7 +122,9 @@ def answer(hub: Hub, request: BaseHTTPRequestHandler):
     elif match := re.fullmatch(r"/api/v1/models/([\w.-]+/[\w.-]+)/repo(/files)?", path):
         name, is_listing = match.groups()
         files = hub.models.get(name, {})
-        if is_listing:
+        if name not in hub.models:
+            send_json(request, {"Code": 10010205001, "Message": f"Record {name} not found", "Success": False}, 404)
+        elif is_listing:
             send_json(request, {"Code": 200, "Data": {"Files": [scope_entry(*item) for item in files.items()]}})
         else:
             answer_file(hub, request, files, parse_qs(url.query)["FilePath"][0])

@@ -33,6 +33,7 @@ from qlora.adapter import adapter_settings, add_adapter, base_model_path
 from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, check_tokenizer
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
+from qlora.data.hub_rows import is_hub_name, with_local_files
 from qlora.errors import first_line, is_main_process
 from qlora.hub.fetch import fetch_model, hub_name
 from qlora.loading import (
@@ -85,7 +86,7 @@ class Preflight:
     """What is known of a run before its model is loaded; what could not be found out is None.
 
     Attributes:
-        args: the flags.
+        args: the flags, with files in place of data sets of the Hub.
         setup: TrainingArguments, compute dtype and the JSON's activation checkpointing.
         resume_from: the checkpoint to resume from; None for a new run.
         config: of the model, whose folder is complete.
@@ -160,6 +161,8 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
         ValueError: the model would have to be downloaded, and other things are wrong.
     """
     preflight = Preflight(args)
+    with preflight.collect_problems():
+        args = preflight.args = with_local_files(args)
     if args.dry_run is not None:
         find_model(preflight, check_weights=False)
         check_rows(preflight)
@@ -220,7 +223,7 @@ def check_rows(preflight: Preflight):
     loaded: dict[str, Dataset] = {}
     encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
     with setup.training_args.main_process_first(desc="tokenizing") if setup else contextlib.nullcontext():
-        for path in dict.fromkeys(paths):
+        for path in dict.fromkeys(path for path in paths if not is_hub_name(path)):
             with preflight.collect_problems():
                 if tokenizer:
                     loaded[path] = load_samples(path, encoder)
