@@ -56,9 +56,10 @@ def fetch_model(path: str, flags: DownloadArguments, may_ask: bool = True):
         raise FileNotFoundError(f"there is no folder {path}, and {error}. {HOW_TO_GET}") from error
     staging = Path(path).absolute().with_name(f"{Path(path).name}.partial")
     offer = describe(path, source, staging)
-    if not (flags.download or (may_ask and is_agreed(offer))):
+    if flags.download:
+        logger.info(offer)
+    elif not (may_ask and is_agreed(offer)):
         raise FileNotFoundError(f"{offer} To download them into this folder, add --download to the command.")
-    logger.info(offer)
     download(source, staging, Path(path))
 
 
@@ -161,5 +162,5 @@ def download_files(source: Repository, files: list[RemoteFile], staging: Path):
             raise KeyboardInterrupt(f"interrupted: {rest}") from None
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise ValueError(f"the disk of {staging} is full: make room. {rest}.") from error
-        reason = str(error) if isinstance(error, ValueError) else f"the connection broke off ({first_line(error)})"
+        reason = str(error) if isinstance(error, ValueError) else f"the download broke off ({first_line(error)})"
         raise ValueError(f"{source.name} is not complete: {reason}. {rest}.") from error

@@ -49,4 +49,4 @@ def download(source: Repository, files: list[RemoteFile], folder: Path):
     except OSError:
         raise
     except Exception as error:  # as in `find`
-        raise OSError(first_line(error)) from error
+        raise OSError(" ".join(str(error).split())) from error

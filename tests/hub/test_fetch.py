@@ -190,7 +190,7 @@ def test_broken_connection_and_the_same_command_once_more(hub, golden_files, mon
     hub.breaks[SHARD] = (100_000, reset)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1_000)
     message = problem()
-    assert message.startswith(f"{NAME} is not complete: the connection broke off (")
+    assert message.startswith(f"{NAME} is not complete: the download broke off (")
     hub.requests.clear()
     fetch_model(NAME, TOLD)
     (part,) = ranges(hub, SHARD)
