@@ -26,6 +26,7 @@ class Hub:
 
     Attributes:
         models, datasets: name -> name of a file -> content.
+        refused: name of a model -> status and error code of the answer.
         damaged: names of files whose last byte is sent wrong.
         breaks: name of a file -> (bytes after which it stops, what happens then), once.
         requests: method, path and Range of each request.
@@ -34,6 +35,7 @@ class Hub:
     url: str = ""
     models: dict[str, dict[str, bytes]] = field(default_factory=dict)
     datasets: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)
     breaks: dict[str, tuple[int, Callable[[socket.socket], None]]] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -134,7 +136,9 @@ def answer(hub: Hub, request: BaseHTTPRequestHandler):
 
 def answer_listing(hub, request, repositories, name, what, revision, body):
     """Answers a question about a repository."""
-    if name not in repositories:
+    if name in hub.refused:
+        send_json(request, {"error": "refused"}, *hub.refused[name])
+    elif name not in repositories:
         send_json(request, {"error": "Repository not found"}, 404, "RepoNotFound")
     elif revision not in (None, "main", "v1", COMMIT):
         send_json(request, {"error": "Invalid rev"}, 404, "RevisionNotFound")

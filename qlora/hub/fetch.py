@@ -115,6 +115,8 @@ def download(source: Repository, staging: Path, folder: Path):
     staging.mkdir(parents=True, exist_ok=True)
     with lock(staging):
         if folder.exists():  # another process has downloaded it
+            with contextlib.suppress(OSError):
+                staging.rmdir()
             return
         download_files(source, source.files[:1], staging)
         read_config(staging)  # before gigabytes of another model are downloaded

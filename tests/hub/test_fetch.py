@@ -26,12 +26,12 @@ from conftest import (
     write_json,
 )
 from hub_server import COMMIT, Hub, reset, serve_hub, use_hub
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, ModelInfo, constants
 
 import train_qlora
 from qlora.arguments import DownloadArguments, FinetuneArguments
 from qlora.checkpoint import check_checkpoint, needed_files
-from qlora.hub import fetch
+from qlora.hub import fetch, hugging_face
 from qlora.hub.fetch import fetch_model, hub_name
 from qlora.hub.repository import SOURCE_FILE, model_source
 from qlora.training.preflight import run_preflight
@@ -258,6 +258,12 @@ def test_second_process_waits_for_the_first(hub, tmp_path):
     assert not second.is_alive() and not hub.files_asked()
 
 
+def test_folder_of_another_process_is_kept(hub):
+    Path(NAME).mkdir(parents=True)
+    fetch.download(hugging_face.find(NAME, None), Path("THUDM/chatglm-6b.partial"), Path(NAME))
+    assert os.listdir("THUDM") == ["chatglm-6b"] and not hub.files_asked()
+
+
 # Who is asked, and what is said.
 
 
@@ -324,6 +330,24 @@ def test_offline(hub, monkeypatch):
 def test_unreachable_hub(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "and http://127.0.0.1:9 cannot be reached (" in problem()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((403, "GatedRepo"), f"the authors of {NAME} want you to accept its terms"),
+        ((500, "Internal"), " cannot be reached (500 Server Error"),
+    ],
+)
+def test_hub_that_refuses(hub, answer, message):
+    hub.refused[NAME] = answer
+    assert message in problem()
+
+
+def test_hub_without_checksums(hub):
+    info = ModelInfo(id=NAME, sha=COMMIT, siblings=[{"rfilename": name, "size": 1} for name in hub.models[NAME]])
+    with pytest.raises(ValueError, match=f"tells no size and checksum of config.json in {NAME}"):
+        hugging_face.repository(info)
 
 
 def test_unknown_model(hub):
