@@ -41,8 +41,8 @@ def find(name: str, revision: str | None) -> Repository:
     try:
         try:
             info = model_info(name, revision)
-        except RepositoryNotFoundError:
-            if organization not in RENAMED:
+        except RepositoryNotFoundError as error:
+            if organization not in RENAMED or isinstance(error, GatedRepoError):
                 raise
             info = model_info(f"{RENAMED[organization]}/{model}", revision)
     except OfflineModeIsEnabled as error:

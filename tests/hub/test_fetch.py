@@ -336,7 +336,7 @@ def test_unreachable_hub(hub, monkeypatch):
     ("answer", "message"),
     [
         ((403, "GatedRepo"), f"the authors of {NAME} want you to accept its terms"),
-        ((500, "Internal"), " cannot be reached (500 Server Error"),
+        ((500, "Internal"), "500 Internal Server Error"),
     ],
 )
 def test_hub_that_refuses(hub, answer, message):
