@@ -72,19 +72,17 @@ def fetch_rows(name: str, split: str, columns: dict[str, str]) -> str:
     repository = f"{organization}/{data_set}"
     try:
         rows = rename_columns(load_dataset(repository, *subset, split=split), columns)
+        part = re.sub(r"[^\w.-]+", "_", "_".join([*subset, split]))
+        path = folder_of_files() / repository / f"{part}.{rows._fingerprint}.jsonl"
+        if not path.exists():
+            write_lines(rows, path)
     except RepositoryNotFoundError as error:
         where = f"{datasets.config.HF_ENDPOINT} has no public data set {repository}"
         raise ValueError(f"there is no data file {name}, and {where}.") from error
     except (DatasetsError, HTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:LONGEST_REASON].removesuffix(".")
+        cause = error.__cause__ if isinstance(error, DatasetsError) else None
+        reason = " ".join(str(cause or error).split())[:LONGEST_REASON].removesuffix(".")
         raise ValueError(f"the data set {name} cannot be read, split {split}: {reason}.") from error
-    part = re.sub(r"[^\w.-]+", "_", "_".join([*subset, split]))
-    path = folder_of_files() / repository / f"{part}.{rows._fingerprint}.jsonl"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        rows.to_json(partial, force_ascii=False)
-        partial.replace(path)
     return str(path)
 
 
@@ -95,6 +93,17 @@ def rename_columns(rows: Dataset, columns: dict[str, str]) -> Dataset:
         raise ValueError(f"it has no column {missing[0]}, but {', '.join(rows.column_names)}")
     taken = [name for name in columns if name in rows.column_names and name not in columns.values()]
     return rows.remove_columns(taken).rename_columns({column: field for field, column in columns.items()})
+
+
+def write_lines(rows: Dataset, path: Path):
+    """Writes a row a line into a file, which appears when it is complete: several processes may write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        rows.to_json(partial, force_ascii=False)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def folder_of_files() -> Path:

@@ -1,7 +1,7 @@
 """Downloads a model whose folder is missing: into that folder, after asking, only what it needs.
 
 A folder that exists is used as it is; nothing in it is looked up anywhere. What has come of a download stays in a
-folder beside it, named `.partial`, until all of it is there.
+folder beside it, named `.download`, until all of it is there.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub.errors import HTTPError
 
 from qlora.arguments import DEFAULT_MODEL, REPOSITORY, DownloadArguments
-from qlora.atomic import publish_folder, write_json
+from qlora.atomic import existing_parent, publish_folder, write_json
 from qlora.checkpoint import HOW_TO_GET, check_folder, read_config, weight_files
 from qlora.errors import first_line
 from qlora.hub import hugging_face, model_scope
@@ -54,7 +54,7 @@ def fetch_model(path: str, flags: DownloadArguments, may_ask: bool = True):
         source = HUBS[flags.hub].find(name, flags.revision)
     except ValueError as error:
         raise FileNotFoundError(f"there is no folder {path}, and {error}. {HOW_TO_GET}") from error
-    staging = Path(path).absolute().with_name(f"{Path(path).name}.partial")
+    staging = Path(path).absolute().with_name(f"{Path(path).name}.download")
     offer = describe(path, source, staging)
     if flags.download:
         logger.info(offer)
@@ -88,11 +88,6 @@ def staged_size(source: Repository, staging: Path) -> int:
     """Bytes that an earlier try has left."""
     paths = [staging / file.name for file in source.files]
     return min(source.size, sum(path.stat().st_size for path in paths if path.is_file()))
-
-
-def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest above it that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def is_agreed(offer: str) -> bool:

@@ -31,6 +31,7 @@ from chatglm import ChatGLMConfig
 from glm_kernels import kernels_supported
 from qlora.adapter import adapter_settings, add_adapter, base_model_path
 from qlora.arguments import FinetuneArguments, LoraSettings
+from qlora.atomic import existing_parent
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, check_tokenizer
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.data.hub_rows import is_hub_name, with_local_files
@@ -406,11 +407,6 @@ def check_disk(preflight: Preflight, training_args: TrainingArguments):
                 f"output_dir {output_dir} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free. Make room, or "
                 "set save_total_limit in the JSON."
             )
-
-
-def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def count_steps(args: TrainingArguments, num_samples: int) -> Steps:

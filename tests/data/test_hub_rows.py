@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import write_json
+from conftest import largest_file, write_json
 from hub_server import serve_hub, use_hub
 from huggingface_hub import ModelCard, constants
 
@@ -71,7 +71,7 @@ def test_subset_and_history(hub):
         ("someone/nothing", "train", {}, "there is no data file someone/nothing, and http://127.0.0.1:"),
         (NAME, "validation", {}, 'split validation: Unknown split "validation"'),
         (NAME, "train", {"output": "reply"}, "it has no column reply, but id, question, output, answer."),
-        ("someone/broken", "train", {}, "the data set someone/broken cannot be read, split train: "),
+        ("someone/broken", "train", {}, "the data set someone/broken cannot be read, split train: JSON parse error"),
     ],
 )
 def test_problems_end_in_one_line(hub, name, split, columns, message):
@@ -80,6 +80,13 @@ def test_problems_end_in_one_line(hub, name, split, columns, message):
         fetch_rows(name, split, columns)
     text = str(raised.value)
     assert message in text and "\n" not in text and text.endswith(".") and not text.endswith("..")
+
+
+def test_full_disk_leaves_no_file(hub, tmp_path):
+    fetch_rows(NAME, "train", COLUMNS)
+    with largest_file(10), pytest.raises(ValueError, match=r"cannot be read, split test: .*File too large"):
+        fetch_rows(NAME, "test", COLUMNS)
+    assert len(list((tmp_path / "datasets" / "chatglm_qlora" / "hub" / NAME).iterdir())) == 1
 
 
 def test_offline_without_the_data_set(hub, monkeypatch):

@@ -163,7 +163,7 @@ def test_ctrl_c_and_the_same_command_once_more(hub, golden_files, monkeypatch):
         assert interrupted.wait(10)
 
     main_thread, interrupted = threading.main_thread().ident, threading.Event()
-    staged = Path("THUDM/chatglm-6b.partial").absolute() / SHARD
+    staged = Path("THUDM/chatglm-6b.download").absolute() / SHARD
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores the signal
     hub.breaks[SHARD] = (100_000, press_ctrl_c)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
@@ -200,7 +200,7 @@ def test_broken_connection_and_the_same_command_once_more(hub, golden_files, mon
 
 @pytest.mark.parametrize("size", [1_000, 312_233, 400_000], ids=["a part", "all of it", "too much"])
 def test_damaged_remains_of_a_file_are_replaced(hub, golden_files, size):
-    staging = Path("THUDM/chatglm-6b.partial")
+    staging = Path("THUDM/chatglm-6b.download")
     staging.mkdir(parents=True)
     (staging / SHARD).write_bytes(bytes(size))
     (staging / "old.bin").write_bytes(b"of another revision")
@@ -214,7 +214,7 @@ def test_file_with_a_wrong_checksum_is_refused_and_deleted(hub, file):
     hub.damaged = {file}
     message = problem()
     assert f"{file} of {NAME} came with another checksum" in message
-    staging = Path("THUDM/chatglm-6b.partial")
+    staging = Path("THUDM/chatglm-6b.download")
     assert not Path(NAME).exists() and not (staging / file).exists() and (staging / "config.json").exists()
     hub.damaged = set()
     fetch_model(NAME, TOLD)
@@ -244,7 +244,7 @@ def test_disk_that_is_full_during_the_download(hub):
 
 
 def test_second_process_waits_for_the_first(hub, tmp_path):
-    staging = Path("THUDM/chatglm-6b.partial")
+    staging = Path("THUDM/chatglm-6b.download")
     staging.mkdir(parents=True)
     descriptor = os.open(staging, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -260,7 +260,7 @@ def test_second_process_waits_for_the_first(hub, tmp_path):
 
 def test_folder_of_another_process_is_kept(hub):
     Path(NAME).mkdir(parents=True)
-    fetch.download(hugging_face.find(NAME, None), Path("THUDM/chatglm-6b.partial"), Path(NAME))
+    fetch.download(hugging_face.find(NAME, None), Path("THUDM/chatglm-6b.download"), Path(NAME))
     assert os.listdir("THUDM") == ["chatglm-6b"] and not hub.files_asked()
 
 
