@@ -62,8 +62,10 @@ def reset(connection: socket.socket):
 def entry(name: str, content: bytes) -> dict:
     """A file as the Hugging Face Hub lists it; large ones are in LFS."""
     sha256 = hashlib.sha256(content).hexdigest()
-    lfs = {"lfs": {"size": len(content), "sha256": sha256, "oid": sha256, "pointerSize": 134}}
-    described = {"size": len(content), "oid": git_hash(content), "blobId": git_hash(content)}
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(content)}\n".encode()
+    lfs = {"lfs": {"size": len(content), "sha256": sha256, "oid": sha256, "pointerSize": len(pointer)}}
+    oid = git_hash(pointer if len(content) >= SMALLEST_LFS else content)
+    described = {"size": len(content), "oid": oid, "blobId": oid}
     return (
         {"rfilename": name, "path": name, "type": "file"} | described | (lfs if len(content) >= SMALLEST_LFS else {})
     )
@@ -113,7 +115,8 @@ def answer(hub: Hub, request: BaseHTTPRequestHandler):
     path = unquote(url.path)
     length = int(request.headers.get("Content-Length") or 0)
     body = json.loads(request.rfile.read(length)) if length and request.command == "POST" else {}
-    hub.requests.append((request.command, path, request.headers.get("Range")))
+    file_path = parse_qs(url.query).get("FilePath", [""])[0]  # ModelScope's
+    hub.requests.append((request.command, path + (file_path and f"/{file_path}"), request.headers.get("Range")))
     about_repository = r"/api/(models|datasets)/([\w.-]+/[\w.-]+)(?:/(revision|tree|paths-info)/([^/]+).*)?"
     if match := re.fullmatch(about_repository, path):
         kind, name, what, revision = match.groups()
@@ -129,7 +132,7 @@ def answer(hub: Hub, request: BaseHTTPRequestHandler):
         elif is_listing:
             send_json(request, {"Code": 200, "Data": {"Files": [scope_entry(*item) for item in files.items()]}})
         else:
-            answer_file(hub, request, files, parse_qs(url.query)["FilePath"][0])
+            answer_file(hub, request, files, file_path)
     else:
         send_json(request, {"error": "not found"}, 404, "EntryNotFound")
 

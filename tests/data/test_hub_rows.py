@@ -39,7 +39,9 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
         monkeypatch.chdir(tmp_path)
+        datasets.disable_progress_bars()  # one that cannot write, since the disk is full, would never release its lock
         yield server
+        datasets.enable_progress_bars()
 
 
 COLUMNS = {"instruction": "question", "output": "answer"}

@@ -373,6 +373,7 @@ def scope_server(tmp_path_factory):
 def model_scope(hub, scope_server, golden_files):
     """ModelScope, where the model has another name."""
     scope_server.models, scope_server.damaged = {"ZhipuAI/chatglm-6b": dict(golden_files)}, set()
+    scope_server.requests.clear()
     return scope_server
 
 
@@ -385,6 +386,8 @@ def test_model_scope_is_asked_for_its_own_name(model_scope, golden_files):
     assert {path.name for path in Path(NAME).iterdir()} == {*needed, SOURCE_FILE}
     assert all((Path(NAME) / name).read_bytes() == golden_files[name] for name in needed)
     assert check_checkpoint(NAME) and model_source(NAME)["repository"] == "ZhipuAI/chatglm-6b"
+    asked = {path.rpartition("/repo/")[2] for _, path, _ in model_scope.requests if "/repo/" in path}
+    assert asked == {"files", *needed}
 
 
 def test_model_scope_refuses_a_wrong_checksum_too(model_scope):
