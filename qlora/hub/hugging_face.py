@@ -4,6 +4,7 @@ huggingface_hub's `snapshot_download` compares no checksums, and keeps nothing o
 2 GB on a slow line, that matters.
 """
 
+import functools
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_url
@@ -37,14 +38,8 @@ def find(name: str, revision: str | None) -> Repository:
     Raises:
         ValueError: it has no such model, it cannot be asked, or the model lacks a file.
     """
-    organization, _, model = name.partition("/")
     try:
-        try:
-            info = model_info(name, revision)
-        except RepositoryNotFoundError as error:
-            if organization not in RENAMED or isinstance(error, GatedRepoError):
-                raise
-            info = model_info(f"{RENAMED[organization]}/{model}", revision)
+        info = model_info(name, revision)
     except OfflineModeIsEnabled as error:
         raise ValueError("HF_HUB_OFFLINE is set, so that it is not looked up on Hugging Face") from error
     except GatedRepoError as error:
@@ -59,8 +54,15 @@ def find(name: str, revision: str | None) -> Repository:
 
 
 def model_info(name: str, revision: str | None) -> ModelInfo:
-    """Commit and files of a model, with sizes and checksums."""
-    return HfApi().model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    """Commit and files of a model, with sizes and checksums; if it is not found, of its organization's new name."""
+    ask = functools.partial(HfApi().model_info, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    organization, _, model = name.partition("/")
+    try:
+        return ask(name)
+    except RepositoryNotFoundError as error:
+        if organization not in RENAMED or isinstance(error, GatedRepoError):
+            raise
+        return ask(f"{RENAMED[organization]}/{model}")
 
 
 def repository(info: ModelInfo) -> Repository:
