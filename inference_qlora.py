@@ -41,6 +41,7 @@ def main():
 
     from qlora.adapter import base_model_path, load_adapters, read_adapter
     from qlora.checkpoint import check_checkpoint
+    from qlora.hub.fetch import fetch_model
     from qlora.inference.decoding import make_sampler
     from qlora.inference.serve_checks import check_serve
     from qlora.inference.web import Answerer, Page, check_web
@@ -59,6 +60,7 @@ def main():
             check_web(args)
         elif args.serve:
             check_serve(args)
+        fetch_model(base_path, args)
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)

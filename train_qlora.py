@@ -71,6 +71,7 @@ def train(args: FinetuneArguments):
         preflight.raise_problems()
         if is_report:
             return
+    args = preflight.args  # data sets of the Hub have become files
     output_dir = Path(preflight.setup.training_args.output_dir)
     with message_instead_of_traceback(TrainingStopped), lock_output_dir(output_dir):
         with message_instead_of_traceback():

@@ -63,8 +63,30 @@ def training_argument_names() -> list[str]:
     return [*(target.id for target in fields if isinstance(target, ast.Name)), *RENAMED_KEYS, "group_by_length"]
 
 
+@dataclass(kw_only=True)
+class DownloadArguments:
+    """Whether a model whose folder is missing is downloaded, and from where."""
+
+    download: bool = field(
+        default=False,
+        metadata={"help": "Download the model if there is no folder of its name, without asking.", "expert": True},
+    )
+    hub: str = field(
+        default="huggingface",
+        metadata={
+            "help": "Where the model is downloaded from.",
+            "choices": ["huggingface", "modelscope"],
+            "expert": True,
+        },
+    )
+    revision: str | None = field(
+        default=None,
+        metadata={"help": "Commit, branch or tag to download; by default the newest commit.", "expert": True},
+    )
+
+
 @dataclass
-class FinetuneArguments:
+class FinetuneArguments(DownloadArguments):
     """What to fine-tune, on what, and the size of the adapter."""
 
     train_args_json: str = field(
@@ -73,15 +95,37 @@ class FinetuneArguments:
     )
     model_name_or_path: str = field(
         default_factory=lambda: in_repository(DEFAULT_MODEL),
-        metadata={"help": "Folder with the files of THUDM/chatglm-6b."},
+        metadata={"help": "Folder with the files of THUDM/chatglm-6b, or the name of the model on a hub."},
     )
     train_data_path: list[str] = field(
         default_factory=lambda: [in_repository("data/train.jsonl")],
-        metadata={"help": "Training rows, one JSON a line; several files, with weights, as a.jsonl b.jsonl:0.5."},
+        metadata={
+            "help": "Training rows, one JSON a line, or names of data sets on the Hugging Face Hub; several, with "
+            "weights, as a.jsonl b.jsonl:0.5."
+        },
     )
     eval_data_path: str | None = field(
         default_factory=lambda: in_repository("data/dev.jsonl"),
-        metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."},
+        metadata={"help": "Evaluation rows, as one file or data set; 'none' for no evaluation."},
+    )
+    train_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of a data set of the Hub to train on, such as train[:1000]; by default train.",
+            "expert": True,
+        },
+    )
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of a data set of the Hub to evaluate on; by default test.", "expert": True},
+    )
+    column_map: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Columns of a data set of the Hub that have other names than the fields, as instruction=question "
+            "output=answer.",
+            "expert": True,
+        },
     )
     max_input_length: int = field(
         default=512, metadata={"help": "Longest prompt in tokens, [gMASK] and <sop> included; the rest is cut."}
@@ -316,7 +360,7 @@ class FinetuneArguments:
 
 
 @dataclass
-class InferenceArguments:
+class InferenceArguments(DownloadArguments):
     """What to answer, with which adapter, and how."""
 
     adapter_path: list[str] = field(
@@ -328,7 +372,9 @@ class InferenceArguments:
     )
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": f"Model folder; by default that of the adapter's config, or {DEFAULT_MODEL} without one."},
+        metadata={
+            "help": f"Model folder or name on a hub; by default that of the adapter's config, or {DEFAULT_MODEL}."
+        },
     )
     prompt: list[str] = field(
         default_factory=list, metadata={"help": "A prompt; may be given many times.", "action": "extend"}

@@ -63,6 +63,11 @@ def set_permissions(paths: Iterable[Path]):
             path.chmod(0o666 & ~umask)
 
 
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest above it that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
 def flush(*paths: Path):
     """Waits until files and folders are on the disk; some file systems cannot do so for folders."""
     for path in paths:

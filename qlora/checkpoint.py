@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ WEIGHT_FILES = (
     "model.safetensors",
     "pytorch_model.bin",
 )
+LICENCES = ("LICENSE", "MODEL_LICENSE")
 
 
 def check_checkpoint(path: str) -> ChatGLMConfig:
@@ -120,6 +123,29 @@ def check_config_values(folder: Path, config: ChatGLMConfig):
 def is_quantized(config: ChatGLMConfig) -> bool:
     """Whether the weights in the folder of this configuration are in 4 bits."""
     return getattr(config, "quantization_config", None) is not None
+
+
+def needed_files(model: str, names: Iterable[str]) -> list[str]:
+    """Of the files of a model on a hub, those that its folder needs: never code, and one kind of weights.
+
+    Args:
+        model: its name, for the message.
+        names: of all its files.
+    Returns:
+        Names, config.json first and the weights last.
+    Raises:
+        ValueError: one is missing.
+    """
+    names = set(names)
+    weights = next((name for name in WEIGHT_FILES if name in names), None)
+    required = ["config.json", *TOKENIZER_FILES]
+    missing = [name for name in required if name not in names] + ([] if weights else [" or ".join(WEIGHT_FILES)])
+    if weights is None or missing:
+        raise ValueError(f"{model} has no {', no '.join(missing)}: it is not a ChatGLM-6B, or not all of one")
+    stem, _, suffix = weights.removesuffix(".index.json").rpartition(".")
+    shards = [name for name in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{suffix}", name)]
+    licences = [name for name in LICENCES if name in names]
+    return [*required, *licences, weights, *(sorted(shards) if weights.endswith(".json") else [])]
 
 
 def weight_files(folder: Path) -> list[Path]:

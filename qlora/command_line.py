@@ -13,6 +13,7 @@ takes (`help`, `choices`, `nargs`, `const`, `action`), and besides
 import argparse
 import dataclasses
 import difflib
+import inspect
 import logging
 import sys
 import typing
@@ -91,8 +92,10 @@ def refuse_unknown(unknown: list[str], known: list[str]):
 
 
 def fields_of(kind: Any) -> list[dataclasses.Field]:
-    """The fields of a dataclass that are flags."""
-    return [field for field in dataclasses.fields(kind) if "others" not in field.metadata]
+    """The fields of a dataclass that are flags; inherited ones are the last."""
+    own = inspect.get_annotations(kind)
+    fields = [field for field in dataclasses.fields(kind) if "others" not in field.metadata]
+    return sorted(fields, key=lambda field: field.name not in own)
 
 
 def others_field(kind: Any) -> dataclasses.Field | None:

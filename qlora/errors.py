@@ -25,6 +25,8 @@ def is_main_process() -> bool:
 def set_up_logging():
     """Progress goes to stderr as plain lines; of several processes only the main one reports more than errors."""
     logging.basicConfig(level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s")
+    for library in ("httpx", "httpx2"):  # of huggingface_hub; they log every request
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 def stop_all_processes(message: str) -> NoReturn:

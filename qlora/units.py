@@ -15,3 +15,8 @@ def parse_size(text: str) -> int:
         if number != text.strip() and number.replace(".", "", 1).strip().isdigit():
             return int(float(number) * factor)
     raise ValueError(f"--memory_budget {text}: expected a number with a unit, such as 8GiB, 7.5GB or 6000MiB.")
+
+
+def readable_size(size: float) -> str:
+    """Bytes -> `13.4 GB`, or below a tenth of a GB `2.7 MB`."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -28,7 +28,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import DEFAULT_MODEL, in_repository
+from qlora.arguments import DEFAULT_MODEL, DownloadArguments, in_repository
 from qlora.benchmark.api_client import ask_all, running_server
 from qlora.benchmark.host import BusyShare, throttled_host
 from qlora.command_line import parse_command_line
@@ -44,6 +44,7 @@ with one_line_on_interrupt():  # these imports take seconds
     from qlora.benchmark.arithmetic import flops_per_token, matmul_rate
     from qlora.benchmark.records import append_record, code_hash, machine
     from qlora.data.rows import read_rows
+    from qlora.hub.fetch import fetch_model
     from qlora.inference.decoding import decode, make_sampler
     from qlora.layers.replacement import replace_layers
     from qlora.loading import choose_compute_dtype, load_quantized_model, load_tokenizer
@@ -54,7 +55,7 @@ CLIENTS = (1, 8, 32, 128)  # of the server, at a time
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(DownloadArguments):
     """What to measure, on what."""
 
     what: str = field(metadata={"help": "What to measure.", "choices": ["train", "decode", "load", "serve"]})
@@ -95,6 +96,7 @@ class BenchmarkArguments:
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(BenchmarkArguments)
+        fetch_model(args.model_name_or_path, args)
     measures = {
         "train": measure_training,
         "decode": measure_decoding,

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora.arguments import COMPUTE_DTYPE, check_positive, in_repository
+from qlora.arguments import COMPUTE_DTYPE, DownloadArguments, check_positive, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(DownloadArguments):
     """What to evaluate, on what, and by which protocol."""
 
     adapter_path: str = field(
@@ -86,6 +86,7 @@ def evaluate(args: EvaluationArguments):
     from qlora.checkpoint import check_checkpoint
     from qlora.evaluation.general import GENERAL_PROMPTS, read_task
     from qlora.evaluation.predictions import digest, resume_predictions
+    from qlora.hub.fetch import fetch_model
     from qlora.loading import (
         check_hardware,
         choose_compute_dtype,
@@ -100,6 +101,7 @@ def evaluate(args: EvaluationArguments):
         adapter = [file.read_bytes() for file in sorted(Path(args.adapter_path).glob("adapter_*"))]
         read_adapter(args.adapter_path)  # a mistake in it is reported before anything is loaded
         base_path = args.model_name_or_path or base_model_path(args.adapter_path)
+        fetch_model(base_path, args)
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         tokenizer = load_tokenizer(base_path)
         task = read_task(args.data_path) if args.general else None

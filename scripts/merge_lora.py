@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import COMPUTE_DTYPES, in_repository
+from qlora.arguments import COMPUTE_DTYPES, DownloadArguments, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
@@ -24,7 +24,7 @@ WEIGHTS = {
 
 
 @dataclass
-class MergeArguments:
+class MergeArguments(DownloadArguments):
     """What to merge, into which weights, and where to."""
 
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
@@ -67,9 +67,11 @@ def merge(args: MergeArguments):
     from qlora.atomic import atomic_folder
     from qlora.export.merging import merged_tensors
     from qlora.export.official_folder import write_checkpoint
+    from qlora.hub.fetch import fetch_model
     from qlora.loading import DTYPES, load_tokenizer
 
     base_path = args.model_name_or_path or base_model_path(args.adapter_path)
+    fetch_model(base_path, args)
     config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, DTYPES[args.compute_dtype])
     with atomic_folder(args.output_dir) as folder:
         folder.mkdir(parents=True)

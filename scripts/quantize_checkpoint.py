@@ -9,19 +9,19 @@ Quantizes on the GPU if there is one.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import COMPUTE_DTYPES, DEFAULT_MODEL, in_repository
+from qlora.arguments import COMPUTE_DTYPES, DEFAULT_MODEL, DownloadArguments, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
 
 @dataclass
-class QuantizeArguments:
+class QuantizeArguments(DownloadArguments):
     """Which checkpoint, where to, and for which arithmetic."""
 
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
     model_name_or_path: str = field(
         default_factory=lambda: in_repository(DEFAULT_MODEL),
-        metadata={"help": "Folder with the files of THUDM/chatglm-6b."},
+        metadata={"help": "Folder with the files of THUDM/chatglm-6b, or the name of the model on a hub."},
     )
     compute_dtype: str = field(
         default="bf16",
@@ -44,8 +44,10 @@ def quantize(args: QuantizeArguments):
     from qlora.checkpoint import check_checkpoint, is_quantized
     from qlora.export.merging import check_finite_weights
     from qlora.export.official_folder import write_quantized
+    from qlora.hub.fetch import fetch_model
     from qlora.loading import DTYPES, load_quantized_model, load_tokenizer
 
+    fetch_model(args.model_name_or_path, args)
     config = check_checkpoint(args.model_name_or_path)
     if is_quantized(config):
         raise ValueError(f"{args.model_name_or_path} is in 4 bits already: use it as it is.")

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGES = ("glm_kernels", "chatglm", "qlora")  # from the lowest to the highest
-SHARED = {"data", "layers"}  # folders of qlora that the others use
+SHARED = {"data", "hub", "layers"}  # folders of qlora that the others use
 SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
 FILES = [path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py")] + SCRIPTS
 QLORA_FILES = [path for path in FILES if path.is_relative_to(ROOT / "qlora")]

@@ -14,7 +14,9 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 
 from qlora.arguments import REPOSITORY, FinetuneArguments, LoraSettings
 from qlora.checkpoint import TOKENIZER_FILES
+from qlora.data.hub_rows import data_set_of, folder_of_files
 from qlora.data.row_files import update_hash
+from qlora.hub.repository import model_source
 from qlora.training.same_run import MAY_CHANGE
 from qlora.training.training_args import TrainingSetup
 
@@ -37,13 +39,16 @@ NOT_SHOWN = (  # names that begin so: paths, and what has no effect on the resul
     "bf16",
     "check",
     "compute_dtype",  # shown as what it came to
+    "download",
     "dry_run",
     "eval_data_path",
     "fp16",
+    "hub",
     "init_adapter",
     "lora_",
     "model_name_or_path",
     "resume_from_checkpoint",
+    "revision",
     "train_args_json",
     "train_data_path",
     "training_args",
@@ -137,8 +142,10 @@ def write_model_card(
     """
     base, prompt_text = shown_path(args.model_name_or_path), args.prompt_text
     is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII)
+    paths = [*(path for path, _ in args.train_files()), *([args.eval_data_path] if args.eval_data_path else [])]
     data = ModelCardData(
         base_model=base if is_hub_name else None,  # the Hub refuses a card with another text
+        datasets=sorted({name for name in map(data_set_of, paths) if name}) or None,
         library_name="peft",
         language=["zh", "en"],
         pipeline_tag="text-generation",
@@ -159,8 +166,11 @@ def write_model_card(
 
 
 def shown_path(path: str) -> str:
-    """A path for everyone to read: from the working folder or the repository; elsewhere without its parents' names."""
-    for parent in (Path.cwd(), REPOSITORY):
+    """A path for everyone to read: from the working folder or the repository; elsewhere without its parents' names.
+
+    The file of a data set of the Hub begins with the name of the data set.
+    """
+    for parent in (folder_of_files(), Path.cwd(), REPOSITORY):
         if Path(path).resolve().is_relative_to(parent):
             return Path(path).resolve().relative_to(parent).as_posix()
     return Path(path).name
@@ -209,6 +219,8 @@ def describe_settings(flags: FinetuneArguments, setup: TrainingSetup, lora: Lora
     usual = TrainingArguments(output_dir=training_args.output_dir)
     shown: dict[str, object] = {"compute_dtype": str(setup.compute_dtype).removeprefix("torch.")}
     shown |= {f"lora_{name}": readable(value) for name, value in lora._asdict().items()}
+    if source := model_source(flags.model_name_or_path):
+        shown["base_model"] = "{repository}, revision {revision} ({hub})".format(**source)
     if flags.init_adapter:
         shown["init_adapter"] = shown_path(flags.init_adapter)
     for values, defaults in (

@@ -31,9 +31,12 @@ from chatglm.chat import ChatTokenizer
 from glm_kernels import kernels_supported
 from qlora.adapter import adapter_settings, add_adapter, base_model_path
 from qlora.arguments import FinetuneArguments, LoraSettings
+from qlora.atomic import existing_parent
 from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, check_tokenizer
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
+from qlora.data.hub_rows import is_hub_name, with_local_files
 from qlora.errors import first_line, is_main_process
+from qlora.hub.fetch import fetch_model, hub_name
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
     check_bitsandbytes,
@@ -84,7 +87,7 @@ class Preflight:
     """What is known of a run before its model is loaded; what could not be found out is None.
 
     Attributes:
-        args: the flags.
+        args: the flags, with files in place of data sets of the Hub.
         setup: TrainingArguments, compute dtype and the JSON's activation checkpointing.
         resume_from: the checkpoint to resume from; None for a new run.
         config: of the model, whose folder is complete.
@@ -153,10 +156,16 @@ class Preflight:
 
 
 def run_preflight(args: FinetuneArguments) -> Preflight:
-    """Makes every check, or with `--dry_run` those of tokenizer and data. Tokenized rows stay in the cache."""
+    """Makes every check, or with `--dry_run` those of tokenizer and data. Tokenized rows stay in the cache.
+
+    Raises:
+        ValueError: the model would have to be downloaded, and other things are wrong.
+    """
     preflight = Preflight(args)
+    with preflight.collect_problems():
+        args = preflight.args = with_local_files(args)
     if args.dry_run is not None:
-        find_tokenizer(preflight)
+        find_model(preflight, check_weights=False)
         check_rows(preflight)
         return preflight
     with preflight.collect_problems():
@@ -166,9 +175,11 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
     if preflight.setup and is_main_process():  # of several processes the main one may hold the lock by now
         with preflight.collect_problems():
             check_not_locked(preflight.setup.training_args.output_dir)
-    with preflight.collect_problems():
-        preflight.config = check_checkpoint(args.model_name_or_path)
-    find_tokenizer(preflight)
+    if hub_name(args.model_name_or_path):
+        check_rows(preflight)  # before gigabytes are downloaded
+        if args.download:
+            preflight.raise_problems()
+    find_model(preflight)
     check_rows(preflight)  # before the GPU is used: its processes are forked from this one
     check_gpu(preflight)
     check_adapter(preflight)
@@ -179,11 +190,17 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
     return preflight
 
 
-def find_tokenizer(preflight: Preflight):
-    """Loads the tokenizer, which may be there where the weights are not."""
+def find_model(preflight: Preflight, check_weights: bool = True):
+    """Downloads the model if the user agrees; checks it, and loads its tokenizer, which needs no weights."""
+    args = preflight.args
+    may_ask = args.check is None and args.dry_run is None and not preflight.problems
     with preflight.collect_problems():
-        check_tokenizer(preflight.args.model_name_or_path)
-        preflight.tokenizer = load_tokenizer(preflight.args.model_name_or_path)
+        fetch_model(args.model_name_or_path, args, may_ask)
+        if check_weights:
+            with preflight.collect_problems():
+                preflight.config = check_checkpoint(args.model_name_or_path)
+        check_tokenizer(args.model_name_or_path)
+        preflight.tokenizer = load_tokenizer(args.model_name_or_path)
 
 
 def check_gpu(preflight: Preflight):
@@ -208,7 +225,7 @@ def check_rows(preflight: Preflight):
     limits = args.max_input_length, args.max_output_length
     encoder = tokenizer and SampleEncoder(tokenizer, args.prompt_text, *limits, args.train_on)
     with setup.training_args.main_process_first(desc="tokenizing") if setup else contextlib.nullcontext():
-        for path in dict.fromkeys(paths):
+        for path in dict.fromkeys(path for path in paths if not is_hub_name(path)):
             with preflight.collect_problems():
                 if encoder:
                     loaded[path] = load_samples(path, encoder)
@@ -391,11 +408,6 @@ def check_disk(preflight: Preflight, training_args: TrainingArguments):
                 f"output_dir {output_dir} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free. Make room, or "
                 "set save_total_limit in the JSON."
             )
-
-
-def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def count_steps(args: TrainingArguments, num_samples: int) -> Steps:

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from qlora.arguments import FinetuneArguments
 from qlora.data.row_files import update_hash
+from qlora.hub.repository import model_source
 from qlora.training.training_args import TrainingSetup, samples_per_step
 
 RUN_FILE = "run.json"
@@ -80,6 +81,8 @@ def describe_run(
         **{f"--{name}": getattr(args, name) for name in SAMPLE_FLAGS},
         "--lora_dropout": args.lora_settings().dropout,
     }
+    if source := model_source(args.model_name_or_path):
+        values["--model_name_or_path"] = f"{source['repository']}, revision {source['revision']}"
     run = {"settings": values, "processes": training_args.world_size, "adapter": tensor_shapes(adapter)}
     return json.loads(json.dumps(run))  # as it will be read back
 
