@@ -14,7 +14,9 @@ from transformers.trainer_pt_utils import safe_globals
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
-HOW_TO_GET = 'Download all files of THUDM/chatglm-6b into it (README, "Weights"), or try `bash train.sh --demo`.'
+HOW_TO_GET = (
+    'Download the files of THUDM/chatglm-6b into it (README, "Weights"), or try `python train_qlora.py --demo`.'
+)
 NF4 = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
 SIZES = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "max_sequence_length")

@@ -41,7 +41,7 @@ def test_commands_are_accepted():
     assert [script for script, _ in commands()] == ["train_qlora", "train_qlora", "inference_qlora"]
     adapters = set()
     for script, flags in commands():
-        args = parse_command_line(KINDS[script], [flag for flag in flags if flag != "--download"])
+        args = parse_command_line(KINDS[script], flags)
         if script == "train_qlora":
             assert not args.eval_data_path or args.check
             setup = read_training_args(args.train_args_json, args.training_args, evaluate=bool(args.eval_data_path))

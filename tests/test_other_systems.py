@@ -66,6 +66,11 @@ def test_windows_has_no_lock_and_says_so(windows, tmp_path, caplog):
     assert not (tmp_path / "out").exists()
 
 
+def test_windows_downloads_without_a_lock(windows, tmp_path):
+    with load("qlora/hub/fetch.py").lock(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
 def test_only_linux_ends_processes_with_their_parents(windows, monkeypatch, platform):
     monkeypatch.setattr(sys, "platform", platform)

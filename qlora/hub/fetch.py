@@ -6,7 +6,6 @@ folder beside it, named `.download`, until all of it is there.
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -134,7 +133,12 @@ def keep_only(folder: Path, names: set[str]):
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Lets one process at a time download into a folder, where the file system has locks."""
+    """Lets one process at a time download into a folder, where the system and the file system have locks."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # shared storage may have none
