@@ -309,7 +309,7 @@ def test_what_exists_is_never_looked_up(hub, content):
     if Path(NAME).is_dir():
         fetch_model(NAME, TOLD)
     else:
-        assert f"there is no folder {NAME}. Download all files" in problem()
+        assert f"there is no folder {NAME}. Download the files" in problem()
     assert not hub.requests
 
 
@@ -317,7 +317,7 @@ def test_what_exists_is_never_looked_up(hub, content):
     "path", ["chatglm-6b", "./THUDM/chatglm-6b", "/THUDM/chatglm-6b", "a/b/c", "../a", "a/", "~/a"]
 )
 def test_other_paths_are_no_names(hub, path):
-    assert f"there is no folder {path}. Download all files" in problem(path=path)
+    assert f"there is no folder {path}. Download the files" in problem(path=path)
     assert not hub.requests
 
 
