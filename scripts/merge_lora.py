@@ -26,7 +26,7 @@ COPIED = {
 }
 DTYPES_OF = {"official": ("fp16", "bf16", "int8", "int4"), "chatglm.cpp": ("fp16", "q8_0", "q4_0")}
 WEIGHTS = {
-    "nf4": "the 4-bit weights that the adapter was trained against, dequantised",
+    "nf4": "the 4-bit weights that training sees, dequantised",
     "original": "the original 16-bit weights",
 }
 
