@@ -219,8 +219,8 @@ def test_package_answers_as_this_model_with_the_weights_of_the_file(
         with torch.no_grad():
             logits = model(torch.tensor([prompt_ids + answer])).logits[0, len(prompt_ids) - 1 : -1]
         below += (logits.amax(dim=1) - logits[range(len(answer)), answer]).tolist()
-    # How far the chosen token's logit is below the highest one; the standard deviation of the logits is 2.3. With
-    # quantized weights chatglm.cpp rounds the inputs of products to 8 bits, too, and the two highest may change places.
+    # How far the chosen token's logit is below the highest one; the standard deviation of the logits is 2.3.
+    # With quantized weights chatglm.cpp rounds the inputs of products, too, and the two highest may change places.
     if dtype == "fp16":
         assert not any(below)
     else:
