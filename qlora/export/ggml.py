@@ -146,4 +146,4 @@ def write_tensor(file: BinaryIO, name: str, weight: torch.Tensor, encoding: Enco
     file.write(struct.pack(f"<{2 + weight.ndim}i", weight.ndim, *weight.shape, encoding.code))
     file.write(bytes(-file.tell() % ALIGNMENT))
     for rows in weight.split(ROWS):
-        file.write(encoding.encode(rows.float().reshape(-1, encoding.block)).numpy())
+        file.write(encoding.encode(rows.float().reshape(-1, encoding.block)).numpy().tobytes())

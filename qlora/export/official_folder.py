@@ -99,7 +99,9 @@ class OfficialEntries:
         weight = self.tensor(source, self.shapes[source])
         if self.sizes[name].dtype != torch.int8:
             return self.finite(source, weight.to("cpu", self.dtype).contiguous())
-        numbers, self.scales[name + SCALE] = quantize_rows(self.finite(name, weight.float()), self.bits)
+        numbers, self.scales[name + SCALE] = quantize_rows(
+            self.finite(name, weight.to("cpu", torch.float32)), self.bits
+        )
         return numbers
 
     def finite(self, name: str, values: torch.Tensor) -> torch.Tensor:

@@ -192,6 +192,17 @@ def test_scales_extend_the_range_of_fp16(golden_folder, tmp_path):
     assert read_ggml(tmp_path / "file").tensors[name].values[0, 0] == pytest.approx(1e5, rel=2**-11)
 
 
+def test_rows_that_are_not_divisible_into_blocks_are_refused(golden_folder, tmp_path):
+    config = read_config(golden_folder)
+    config.hidden_size = 48
+    flags = (config, golden_folder / "ice_text.model", lambda name, shape: torch.zeros(shape))
+    with pytest.raises(
+        ValueError, match=r"word_embeddings\.weight has rows of 48 .* blocks of 32\. Write --dtype fp16"
+    ):
+        write_ggml(tmp_path / "file", *flags, "q8_0")
+    write_ggml(tmp_path / "file", *flags, "fp16")
+
+
 # The package itself.
 
 
@@ -237,4 +248,4 @@ def test_package_reads_the_official_int8_and_int4_weights(tmp_path, bits):
         meta = convert.WeightMeta("weight", convert.GGMLType.F32)
         convert.dump_state_dict(file, [meta], {"weight": numbers, "weight_scale": scale}, bits)
     ((_, read),) = read_tensors((tmp_path / "file").read_bytes(), 0)
-    assert (weight - read.values).abs().max() <= 0.501 * scale.max()
+    assert (weight - torch.from_numpy(read.values)).abs().max() <= 0.501 * scale.max()
