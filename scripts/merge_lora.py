@@ -5,8 +5,8 @@
     python scripts/merge_lora.py --output_dir saved_files/laptop --format chatglm.cpp --dtype q4_0
 
 The merged model needs no adapter: this project and the official code load it like the original. The official code is
-copied if its *.py files are in the base model's folder. With --format chatglm.cpp the folder has one file, which
-chatglm.cpp runs.
+copied if its *.py files are in the base model's folder. With --format chatglm.cpp the folder has the one file
+that chatglm.cpp runs, and the licence if there is one.
 """
 
 import shutil

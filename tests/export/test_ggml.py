@@ -112,7 +112,9 @@ def export(merge_lora, base: Path, output: Path, dtype: str, adapter: Path | str
 
 @every_type
 def test_file_holds_tokenizer_hyperparameters_and_merged_weights(golden_folder, tmp_path, merge_lora, dtype):
+    (golden_folder / "MODEL_LICENSE").touch()
     file = read_ggml(export(merge_lora, golden_folder, tmp_path / "out", dtype))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"chatglm-ggml.bin", "MODEL_LICENSE"}
     config, tensor = merged_tensors(str(golden_folder), str(GOLDEN_ADAPTER), "original", torch.float32)
     assert file.head == (b"ggml", 1, 2)
     assert file.tokenizer == (golden_folder / "ice_text.model").read_bytes()
