@@ -54,6 +54,16 @@ def publish_files(source: Path, target: Path):
     flush(target)
 
 
+def check_room(folder: Path, needed: int):
+    """ValueError if the disk of a folder has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"--output_dir needs {needed / 1e9:.2f} GB, and {folder.parent} has {free / 1e9:.2f} GB free. Make room, "
+            "or name a folder on another disk."
+        )
+
+
 def set_permissions(paths: Iterable[Path]):
     """Gives files the permissions of any new file, since safetensors lets only the owner read; where there are any."""
     umask = os.umask(0)  # can only be read by setting it

@@ -21,13 +21,13 @@ PACKED = ".quant_state.bitsandbytes__nf4"  # suffix of the entry with shape, dty
 
 
 def merged_tensors(
-    base_path: str, adapter_path: str, onto: str, compute_dtype: torch.dtype
+    base_path: str, adapter_path: str | None, onto: str, compute_dtype: torch.dtype
 ) -> tuple[ChatGLMConfig, Callable[[str, torch.Size], torch.Tensor]]:
-    """The merged model, to be written by `write_checkpoint`.
+    """The merged model, to be written by `write_checkpoint` or `write_ggml`.
 
     Args:
         base_path: of a checkpoint folder with 16-bit weights, or with 4-bit weights that `write_quantized` wrote.
-        adapter_path: of the folder of a LoRA adapter.
+        adapter_path: of the folder of a LoRA adapter; None for the base model alone.
         onto: "original" to merge into the 16-bit weights; "nf4" to merge into the weights that training used,
             quantized to NF4 and dequantized.
         compute_dtype: of training; the weights are converted to it before they are quantized.
@@ -43,8 +43,9 @@ def merged_tensors(
             f"{base_path} holds 4-bit weights, from which the original ones cannot be had: name the 16-bit folder "
             "with --model_name_or_path, or merge --onto nf4."
         )
-    stored, delta = WeightReader(base_path), weight_deltas(config, adapter_path)
-    config.merged_adapter = digest_of(adapter_weights(adapter_path))
+    stored, delta = WeightReader(base_path), weight_deltas(config, adapter_path) if adapter_path else {}
+    if adapter_path:
+        config.merged_adapter = digest_of(adapter_weights(adapter_path))
     linear = {f"{name}.weight" for name in linear_layers(config)}
     to_quantize = linear if onto == "nf4" and not is_quantized(config) else set()
 

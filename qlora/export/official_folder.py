@@ -1,5 +1,6 @@
 """Writes model folders: `.bin` shards in the official format, or 4-bit weights in the format of bitsandbytes."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.rotary import ChatGLMRotaryEmbedding
-from qlora.atomic import write_json
+from qlora.atomic import check_room, write_json
 from qlora.checkpoint import is_finite
+from qlora.export.merging import linear_layers
 
 # Keys of the configuration that are not written.
 NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings", "quantization_config")
+DTYPES = {  # name -> dtype of the 16-bit entries, bits of the weights of the linear layers
+    "fp16": (torch.float16, 16),
+    "bf16": (torch.bfloat16, 16),
+    "int8": (torch.float16, 8),
+    "int4": (torch.float16, 4),
+}
+SCALE = "_scale"  # after the name of a weight: that of its scales
 
 
 def write_checkpoint(
@@ -23,7 +32,7 @@ def write_checkpoint(
     config: ChatGLMConfig,
     tensor: Callable[[str, torch.Size], torch.Tensor],
     shard_size: str = "1900MB",
-    dtype: torch.dtype = torch.float16,
+    dtype: str = "fp16",
 ):
     """Writes weights and configuration in the official format, with one shard in memory at a time.
 
@@ -33,39 +42,95 @@ def write_checkpoint(
         config: of the model.
         tensor: (name, shape) -> weight; called with the embedding's name for the head.
         shard_size: largest size of a file.
-        dtype: of the weights.
+        dtype: of the weights: fp16, bf16, or, with the linear layers of THUDM/chatglm-6b-int8 and -int4, int8 or int4.
     Raises:
-        ValueError: a weight is not finite, or out of the range of `dtype`.
+        ValueError: a weight is not finite, or out of the range of its type; or the disk has not enough room.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    inv_freq = ChatGLMRotaryEmbedding(config).inv_freq
-    sizes = parameter_sizes(config, inv_freq)
+    entries = OfficialEntries(config, tensor, *DTYPES[dtype])
     plan = split_torch_state_dict_into_shards(
-        sizes, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=shard_size
+        entries.sizes, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=shard_size
     )
-
-    def stored(name: str) -> torch.Tensor:
-        if name.endswith("inv_freq"):
-            return inv_freq.half()
-        source = "transformer.word_embeddings.weight" if name == "lm_head.weight" else name
-        weight = tensor(source, sizes[name].shape).to("cpu", dtype).contiguous()
-        if not is_finite(weight):
-            raise ValueError(
-                f"{source} is not finite (NaN or infinity) in {dtype}, and is not written. If it is beyond the range "
-                "of fp16, write bf16 with --dtype."
-            )
-        return weight
-
+    check_room(target, plan.metadata["total_size"])
     for filename, names in tqdm(plan.filename_to_tensors.items(), desc="Writing files", disable=not plan.is_sharded):
-        torch.save({name: stored(name) for name in names}, target / filename)
+        torch.save({name: entries(name) for name in names}, target / filename)
     if plan.is_sharded:
         index = {"metadata": {"total_size": plan.metadata["total_size"]}, "weight_map": plan.tensor_to_filename}
         write_json(target / "pytorch_model.bin.index.json", index)
-    values = official_config(config, dtype)
+    values = official_config(config, *DTYPES[dtype])
     if not (target / "modeling_chatglm.py").is_file():
         del values["auto_map"]
     write_json(target / "config.json", values)
+
+
+class OfficialEntries:
+    """The entries of an official checkpoint, computed one at a time: (name) -> tensor.
+
+    Args:
+        config: of the model.
+        tensor: (name, shape) -> weight.
+        dtype: of the 16-bit entries.
+        bits: of the weights of the linear layers.
+    Attributes:
+        sizes: name -> a tensor of the entry's shape and dtype without storage, in the official order.
+    """
+
+    def __init__(
+        self,
+        config: ChatGLMConfig,
+        tensor: Callable[[str, torch.Size], torch.Tensor],
+        dtype: torch.dtype,
+        bits: int,
+    ):
+        self.inv_freq = ChatGLMRotaryEmbedding(config).inv_freq.half()
+        self.sizes = parameter_sizes(config, self.inv_freq, bits)
+        self.shapes = parameter_shapes(config)
+        self.tensor, self.dtype, self.bits = tensor, dtype, bits
+        self.scales: dict[str, torch.Tensor] = {}  # of the last weight; in `sizes` they follow it
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """An entry; ValueError if it is not finite in its dtype."""
+        if name.endswith("inv_freq"):
+            return self.inv_freq
+        if name.endswith(SCALE):
+            return self.finite(name, self.scales.pop(name))
+        source = "transformer.word_embeddings.weight" if name == "lm_head.weight" else name
+        weight = self.tensor(source, self.shapes[source])
+        if self.sizes[name].dtype != torch.int8:
+            return self.finite(source, weight.to("cpu", self.dtype).contiguous())
+        numbers, self.scales[name + SCALE] = quantize_rows(
+            self.finite(name, weight.to("cpu", torch.float32)), self.bits
+        )
+        return numbers
+
+    def finite(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """The values; ValueError if one is not finite."""
+        if not is_finite(values):
+            raise ValueError(
+                f"{name} is not finite (NaN or infinity) in {values.dtype}, and is not written. If it is beyond the "
+                "range of fp16, write bf16 with --dtype."
+            )
+        return values
+
+
+def quantize_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds a weight to whole numbers of 8 or 4 bits, times a scale for each row.
+
+    Args:
+        weight: [out_features, in_features], fp32.
+        bits: 8 or 4.
+    Returns:
+        The numbers, int8 [out_features, in_features * bits / 8], and the scales, fp16 [out_features]. With 4 bits a
+        byte holds an even column in its upper half and the next one in its lower half, each in two's complement.
+    Source: `QuantizedLinear` in quantization.py of THUDM/chatglm-6b, and the kernels that it calls:
+        `int4WeightCompression` and `int4WeightExtractionHalf`, kernels/quantization.cu of THUDM/GLM-130B.
+    """
+    largest = 2 ** (bits - 1) - 1
+    scale = (weight.abs().amax(dim=1) / largest).half()
+    step = scale.float().where(scale > 0, 1.0)[:, None]
+    numbers = (weight / step).round_().clamp_(-largest, largest).to(torch.int8)
+    return (numbers if bits == 8 else (numbers[:, ::2] << 4) | (numbers[:, 1::2] & 15)), scale
 
 
 def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str | Path):
@@ -87,19 +152,29 @@ def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, fold
     model.save_pretrained(folder)
 
 
-def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The entries of an official checkpoint, in its order: name -> a tensor of the right shape without storage."""
+def parameter_shapes(config: ChatGLMConfig) -> dict[str, torch.Size]:
+    """Name -> shape of the model's parameters, in the official order; the head, which is the embedding, is last."""
     with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config).half()
-        sizes = {name: torch.empty_like(parameter) for name, parameter in model.state_dict().items()}
-        for i in range(config.num_layers):
-            sizes[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = torch.empty_like(
-                inv_freq, dtype=torch.float16, device="meta"
-            )
-    return dict(sorted(sizes.items(), key=lambda item: item[0] == "lm_head.weight"))
+        state = ChatGLMForConditionalGeneration(config).state_dict()
+    return {name: state[name].shape for name in sorted(state, key=lambda name: name == "lm_head.weight")}
 
 
-def official_config(config: ChatGLMConfig, dtype: torch.dtype) -> dict:
+def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    """The entries of an official checkpoint, in its order: name -> a tensor of the right shape without storage."""
+    half = functools.partial(torch.empty, dtype=torch.float16, device="meta")
+    quantized = {f"{name}.weight" for name in linear_layers(config)} if bits < 16 else set()
+    sizes = {}
+    for name, shape in parameter_shapes(config).items():
+        sizes[name] = half(shape)
+        if name in quantized:
+            sizes[name] = torch.empty(shape[0], shape[1] * bits // 8, dtype=torch.int8, device="meta")
+            sizes[name + SCALE] = half(shape[0])
+    for i in range(config.num_layers):
+        sizes[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = half(inv_freq.shape)
+    return sizes | {"lm_head.weight": sizes.pop("lm_head.weight")}
+
+
+def official_config(config: ChatGLMConfig, dtype: torch.dtype, bits: int) -> dict:
     """The values of config.json, with the keys of the official file."""
     values = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_OFFICIAL}
     auto_map = {
@@ -107,4 +182,5 @@ def official_config(config: ChatGLMConfig, dtype: torch.dtype) -> dict:
         "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
     }
     torch_dtype = str(dtype).removeprefix("torch.")
-    return {"auto_map": auto_map} | values | {"architectures": ["ChatGLMModel"], "torch_dtype": torch_dtype}
+    values |= {"architectures": ["ChatGLMModel"], "torch_dtype": torch_dtype}
+    return {"auto_map": auto_map} | values | ({"quantization_bit": bits} if bits < 16 else {})

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -15,7 +16,7 @@ from chatglm.chat import CHAT_TEMPLATE
 from qlora.adapter import load_adapter
 from qlora.atomic import atomic_folder
 from qlora.checkpoint import check_checkpoint, weight_files
-from qlora.export.merging import merged_tensors
+from qlora.export.merging import WeightReader, merged_tensors
 from qlora.export.official_folder import write_quantized
 from qlora.loading import load_quantized_model, load_tokenizer
 
@@ -180,6 +181,26 @@ def test_config_refers_to_the_official_code_only_if_it_is_copied(golden_folder, 
         load_quantized_model(str(output), torch.float32)
 
 
+@pytest.mark.parametrize("base", ["16 bits", "merged", "4 bits"])
+def test_base_model_alone(golden_folder, tokenizer, tmp_path, run, capsys, base):
+    folder, flags = golden_folder, {"adapter_path": "none"}
+    if base == "merged":
+        folder, adapter = tmp_path / "tuned", make_adapter(tmp_path / "adapter")
+        run("merge_lora", model_name_or_path=golden_folder, adapter_path=adapter, output_dir=folder)
+    if base == "4 bits":
+        folder, flags = tmp_path / "nf4", flags | {"onto": "nf4"}
+        write_quantized(load_quantized_model(str(golden_folder), torch.float32), tokenizer, folder)
+    run("merge_lora", model_name_or_path=folder, output_dir=tmp_path / "copy", **flags)
+    copy = stored(tmp_path / "copy")
+    for name, weight in ChatGLMForConditionalGeneration(check_checkpoint(str(folder))).named_parameters():
+        assert torch.equal(copy[name], WeightReader(str(folder))(name).half()) and copy[name].shape == weight.shape
+    assert f"({folder}); wrote" in capsys.readouterr().out
+    merged = [
+        json.loads((path / "config.json").read_text()).get("merged_adapter") for path in (folder, tmp_path / "copy")
+    ]
+    assert merged[0] == merged[1] and (merged[0] is None) == (base != "merged")
+
+
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {n: t for file in weight_files(folder) for n, t in torch.load(file, weights_only=True).items()}
 
@@ -292,6 +313,40 @@ def test_weights_that_are_not_finite_are_not_written(golden_folder, tmp_path, ru
         with pytest.raises(SystemExit, match=rf"error: .*{name} is not finite .*in torch\.\w+{dtype[2:]}"):
             run(script, model_name_or_path=golden_folder, output_dir=tmp_path / "new", **flags)
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"dtype": "q4_0"}, "--dtype q4_0 is not of --format official: expected one of fp16, bf16, int8, int4"),
+        ({"format": "chatglm.cpp", "dtype": "bf16"}, "--dtype bf16 .* chatglm.cpp: expected one of fp16, q8_0, q4_0"),
+    ],
+)
+def test_a_type_of_another_format_is_refused(run, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        run("merge_lora", output_dir=tmp_path / "new", **flags)
+
+
+@pytest.mark.parametrize("flags", [{}, {"dtype": "int4"}, {"format": "chatglm.cpp", "dtype": "q4_0"}])
+def test_a_full_disk_is_noticed_before_merging(run, golden_folder, tmp_path, monkeypatch, flags):
+    adapter = make_adapter(tmp_path / "adapter")
+    run("merge_lora", model_name_or_path=golden_folder, adapter_path=adapter, output_dir=tmp_path / "old", **flags)
+    sizes = [file.stat().st_size for file in (tmp_path / "old").iterdir() if file.suffix == ".bin"]
+    needed = 0
+
+    def disk_usage(path: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=needed)
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    monkeypatch.setattr("qlora.export.merging.delta_weight", lambda layer: pytest.fail("merges already"))
+    needed = int(0.9 * sum(sizes))
+    with pytest.raises(SystemExit, match=r"error: --output_dir needs 0\.00 GB, and .* has 0\.00 GB free"):
+        run("merge_lora", model_name_or_path=golden_folder, adapter_path=adapter, output_dir=tmp_path / "new", **flags)
+    assert not list(tmp_path.glob("new*"))
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    needed = sum(sizes)
+    run("merge_lora", model_name_or_path=golden_folder, adapter_path=adapter, output_dir=tmp_path / "new", **flags)
 
 
 @pytest.mark.parametrize("name", ["merge_lora", "quantize_checkpoint"])

@@ -1,4 +1,7 @@
-"""qlora/export/official_folder.py: a model loaded from a 4-bit folder is bit-equal to the one that was written."""
+"""qlora/export/official_folder.py: a model loaded from a 4-bit folder is bit-equal to the one that was written.
+
+Folders in the official int8 and int4 format are read back as the official kernels extract the weights.
+"""
 
 import json
 from pathlib import Path
@@ -6,15 +9,16 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from conftest import add_random_lora
+from conftest import add_random_lora, copy_tokenizer
 from peft import get_peft_model_state_dict
 
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from qlora.adapter import add_lora
-from qlora.checkpoint import check_checkpoint
+from qlora.checkpoint import check_checkpoint, read_config, weight_files
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
-from qlora.export.official_folder import write_quantized
+from qlora.export.merging import WeightReader, linear_layers
+from qlora.export.official_folder import quantize_rows, write_checkpoint, write_quantized
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model, load_tokenizer
 
@@ -127,3 +131,73 @@ def test_weights_quantized_in_another_way_are_refused(quantized_folder, changes)
     path.write_text(json.dumps(config | {"quantization_config": "nf4"}))
     with pytest.raises(ValueError, match=r"quantization_config"):
         check_checkpoint(str(quantized_folder))
+
+
+# The official int8 and int4 format.
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("int8", 8), ("int4", 4)])
+def test_linear_layers_are_whole_numbers_times_a_scale_for_each_row(golden_folder, tmp_path, dtype, bits):
+    config, source = read_config(golden_folder), WeightReader(str(golden_folder))
+    read: list[str] = []
+
+    def tensor(name: str, shape: torch.Size) -> torch.Tensor:
+        read.append(name)
+        return source(name)
+
+    write_checkpoint(tmp_path / dtype, config, tensor, shard_size="2KB", dtype=dtype)
+    files = weight_files(tmp_path / dtype)
+    stored = {name: value for file in files for name, value in torch.load(file, weights_only=True).items()}
+    linear = {f"{name}.weight" for name in linear_layers(config)}
+    assert len(linear) == 3 * 4 and len(files) > 3 * 4
+    assert stored.keys() == source.file_of.keys() | {f"{name}_scale" for name in linear}
+    for name in source.file_of:
+        weight = source(name)
+        if name in linear:
+            numbers, scale = extract_int4(stored[name]) if bits == 4 else stored[name], stored[f"{name}_scale"]
+            assert stored[name].dtype == torch.int8 and scale.dtype == torch.float16
+            assert scale.shape == weight.shape[:1] and stored[name].numel() == weight.numel() * bits // 8
+            assert ((weight - numbers * scale[:, None].float()).abs() <= 0.501 * scale[:, None]).all(), name
+            assert (numbers.abs().amax(dim=1) == 2 ** (bits - 1) - 1).all(), name
+        else:
+            assert torch.equal(stored[name], weight) and stored[name].dtype == torch.float16, name
+    assert read.count("transformer.layers.0.attention.dense.weight") == 1  # numbers and scales at once
+    values = json.loads((tmp_path / dtype / "config.json").read_text())
+    assert values["quantization_bit"] == bits and values["torch_dtype"] == "float16"
+
+
+def extract_int4(packed: torch.Tensor) -> torch.Tensor:
+    """[out_features, in_features / 2] -> [out_features, in_features], as the kernel int4WeightExtractionHalf."""
+    columns = []
+    for byte in packed.int().T & 255:
+        high, low = byte // 16, byte % 16
+        columns += [high - 16 * (high > 7), low - 16 * (low > 7)]
+    return torch.stack(columns, dim=1)
+
+
+def test_bytes_of_rows():
+    weight = torch.tensor([[0.5, -1.0, 3.5, -3.5], [0.0, 0.0, 0.0, 0.0]])
+    numbers, scale = quantize_rows(weight, 4)
+    assert numbers.tolist() == [[0x1E, 0x79], [0, 0]] and scale.tolist() == [0.5, 0]
+    numbers, scale = quantize_rows(weight * 254, 8)
+    assert numbers.tolist() == [[18, -36, 127, -127], [0, 0, 0, 0]] and scale.tolist() == [7, 0]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_such_a_folder_is_refused_here(golden_folder, tokenizer, tmp_path, dtype):
+    source = WeightReader(str(golden_folder))
+    write_checkpoint(tmp_path / dtype, read_config(golden_folder), lambda name, _: source(name), dtype=dtype)
+    copy_tokenizer(tokenizer, tmp_path / dtype)
+    with pytest.raises(ValueError, match=rf"the format of THUDM/chatglm-6b-{dtype} for the official code"):
+        check_checkpoint(str(tmp_path / dtype))
+
+
+@pytest.mark.parametrize(("value", "where"), [(float("nan"), r"dense\.weight"), (1e8, r"dense\.weight_scale")])
+def test_a_weight_without_a_finite_scale_is_refused(golden_folder, tmp_path, value, where):
+    source = WeightReader(str(golden_folder))
+
+    def tensor(name: str, shape: torch.Size) -> torch.Tensor:
+        return torch.full(shape, value) if name.endswith("0.attention.dense.weight") else source(name)
+
+    with pytest.raises(ValueError, match=rf"layers\.0\.attention\.{where} is not finite"):
+        write_checkpoint(tmp_path / "int4", read_config(golden_folder), tensor, dtype="int4")
