@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizer
 
-    from chatglm import ChatGLMConfig
+    from glm_shared.description import ModelDescription
     from qlora.inference.decoding import Sampler
 
 EXAMPLES = Path(__file__).parent / "data" / "dev.jsonl"
@@ -107,14 +107,14 @@ def check_output(path: str | None):
 
 
 def check_prompts(
-    prompts: dict[str, str], tokenizer: "PreTrainedTokenizer", config: "ChatGLMConfig", args: InferenceArguments
+    prompts: dict[str, str], tokenizer: "PreTrainedTokenizer", config: "ModelDescription", args: InferenceArguments
 ):
     """ValueError with its place for the first prompt that cannot be answered."""
     from qlora.inference.generation import check_prompt
 
     for place, prompt in prompts.items():
         try:
-            check_prompt(prompt, tokenizer, config.max_sequence_length, args.max_new_tokens, args.prompt_text)
+            check_prompt(prompt, tokenizer, config.max_position_embeddings, args.max_new_tokens, args.prompt_text)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
 
@@ -161,7 +161,7 @@ def converse(
         elif query:
             prompt, reply = args.prompt_text + build_prompt(query, history), ""
             try:
-                check_prompt(prompt, tokenizer, model.config.max_sequence_length, args.max_new_tokens)
+                check_prompt(prompt, tokenizer, model.config.max_position_embeddings, args.max_new_tokens)
             except ValueError as error:
                 print(error)
                 continue

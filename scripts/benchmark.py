@@ -41,7 +41,7 @@ with one_line_on_interrupt():  # these imports take seconds
     from peft import PeftModel
     from transformers import PreTrainedTokenizer
 
-    from chatglm import ChatGLMConfig
+    from glm_shared.description import ModelDescription
     from qlora.adapter import add_lora
     from qlora.data.batching import StepBatch, count_labels, count_tokens
     from qlora.data.dataset import SampleEncoder, load_samples
@@ -116,7 +116,7 @@ def flops_per_token(args: BenchmarkArguments) -> float:
     samples = load_samples(args.data_path, SampleEncoder(tokenizer, "", 512, 1536))
     samples = StepBatch.collate(list(samples.select(range(min(2000, len(samples)))))).samples
     tokens, labels = count_tokens(samples), count_labels(samples)
-    return ChatGLMConfig.from_pretrained(args.model_name_or_path).training_flops(tokens, labels) / tokens
+    return ModelDescription.from_pretrained(args.model_name_or_path).training_flops(tokens, labels) / tokens
 
 
 def matmul_rate(size: int = 8192, repeats: int = 50) -> float:

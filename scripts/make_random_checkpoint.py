@@ -16,7 +16,7 @@ with one_line_on_interrupt():  # these imports take seconds
     import torch
 
     from chatglm import ChatGLMConfig
-    from qlora.checkpoint import TOKENIZER_FILES
+    from qlora.checkpoint import tokenizer_files
     from qlora.export.official_folder import write_checkpoint
 
 
@@ -39,7 +39,7 @@ def main():
         config = ChatGLMConfig.from_pretrained(args.tokenizer_path, **chosen_sizes(args))
         target = Path(args.output_dir)
         target.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
+        for name in tokenizer_files(Path(args.tokenizer_path)):
             shutil.copyfile(Path(args.tokenizer_path) / name, target / name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(args.seed)

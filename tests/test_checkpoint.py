@@ -14,7 +14,7 @@ import torch
 from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, HOSTILE_TIMES, copy_tokenizer, hostile_random
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, is_finite, stored_shapes
+from qlora.checkpoint import check_checkpoint, is_finite, stored_shapes
 from qlora.export.official_folder import write_checkpoint, write_quantized
 from qlora.loading import load_quantized_model, load_tokenizer
 
@@ -79,7 +79,7 @@ def test_missing_folder(tmp_path):
         check_checkpoint(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("name", ["config.json", *TOKENIZER_FILES, *SHARDS])
+@pytest.mark.parametrize("name", ["config.json", "ice_text.model", "tokenizer_config.json", *SHARDS])
 def test_missing_file(golden_folder, name):
     (golden_folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):

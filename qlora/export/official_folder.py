@@ -9,18 +9,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from chatglm.rotary import ChatGLMRotaryEmbedding
+from glm_shared.description import ModelDescription
+from glm_shared.registration import architecture_of
 from qlora.atomic import write_json
-from qlora.checkpoint import is_finite
-
-# Keys of the configuration that are not written.
-NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings", "quantization_config")
+from qlora.checkpoint import empty_model, is_finite
 
 
 def write_checkpoint(
     folder: str | Path,
-    config: ChatGLMConfig,
+    config: ModelDescription,
     tensor: Callable[[str, torch.Size], torch.Tensor],
     shard_size: str = "1900MB",
     dtype: torch.dtype = torch.float16,
@@ -31,7 +28,7 @@ def write_checkpoint(
         folder: created if it is missing. The tokenizer's files and the official code are not written; if
             modeling_chatglm.py is already in the folder, config.json refers to the official code.
         config: of the model.
-        tensor: (name, shape) -> weight; called with the embedding's name for the head.
+        tensor: (name, shape) -> weight; called with the embedding's name for a head that is the same tensor.
         shard_size: largest size of a file.
         dtype: of the weights.
     Raises:
@@ -39,16 +36,17 @@ def write_checkpoint(
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    inv_freq = ChatGLMRotaryEmbedding(config).inv_freq
-    sizes = parameter_sizes(config, inv_freq)
+    model_class = architecture_of(config).model_class
+    buffers, tied = model_class.official_buffers(config), tied_weights(config)
+    sizes = parameter_sizes(config, buffers)
     plan = split_torch_state_dict_into_shards(
         sizes, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=shard_size
     )
 
     def stored(name: str) -> torch.Tensor:
-        if name.endswith("inv_freq"):
-            return inv_freq.half()
-        source = "transformer.word_embeddings.weight" if name == "lm_head.weight" else name
+        if name in buffers:
+            return buffers[name].half()
+        source = tied.get(name, name)
         weight = tensor(source, sizes[name].shape).to("cpu", dtype).contiguous()
         if not is_finite(weight):
             raise ValueError(
@@ -62,7 +60,7 @@ def write_checkpoint(
     if plan.is_sharded:
         index = {"metadata": {"total_size": plan.metadata["total_size"]}, "weight_map": plan.tensor_to_filename}
         write_json(target / "pytorch_model.bin.index.json", index)
-    values = official_config(config, dtype)
+    values = config.official_values() | {"torch_dtype": str(dtype).removeprefix("torch.")}
     if not (target / "modeling_chatglm.py").is_file():
         del values["auto_map"]
     write_json(target / "config.json", values)
@@ -87,24 +85,17 @@ def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, fold
     model.save_pretrained(folder)
 
 
-def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor) -> dict[str, torch.Tensor]:
+def tied_weights(config: ModelDescription) -> dict[str, str]:
+    """Name of a weight -> that of the other weight that is the same tensor."""
+    tied = architecture_of(config).model_class._tied_weights_keys
+    return dict(tied or {}) if config.tie_word_embeddings else {}
+
+
+def parameter_sizes(config: ModelDescription, buffers: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The entries of an official checkpoint, in its order: name -> a tensor of the right shape without storage."""
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config).half()
-        sizes = {name: torch.empty_like(parameter) for name, parameter in model.state_dict().items()}
-        for i in range(config.num_layers):
-            sizes[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = torch.empty_like(
-                inv_freq, dtype=torch.float16, device="meta"
-            )
-    return dict(sorted(sizes.items(), key=lambda item: item[0] == "lm_head.weight"))
-
-
-def official_config(config: ChatGLMConfig, dtype: torch.dtype) -> dict:
-    """The values of config.json, with the keys of the official file."""
-    values = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_OFFICIAL}
-    auto_map = {
-        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
-        "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
-    }
-    torch_dtype = str(dtype).removeprefix("torch.")
-    return {"auto_map": auto_map} | values | {"architectures": ["ChatGLMModel"], "torch_dtype": torch_dtype}
+    model = empty_model(config).half()
+    head = model.get_output_embeddings()
+    (last,) = [f"{name}.weight" for name, module in model.named_modules() if module is head]
+    sizes = {name: torch.empty_like(parameter) for name, parameter in model.state_dict().items()}
+    sizes |= {name: torch.empty_like(buffer, dtype=torch.float16, device="meta") for name, buffer in buffers.items()}
+    return dict(sorted(sizes.items(), key=lambda item: item[0] == last))

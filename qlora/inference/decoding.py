@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWar
 from transformers.cache_utils import Cache, StaticCache
 
 from chatglm.chat import OFFICIAL_SAMPLING
-from chatglm.modeling_chatglm import prefix_lm_position_ids
 
 # Without cuDNN's, which takes a second to plan for each new shape.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -103,9 +102,9 @@ class Decoder:
         self.new_tokens = torch.full((B, max_new_tokens), model.config.pad_token_id, device=input_ids.device)
         self.cache_position = torch.zeros(1, dtype=torch.long, device=input_ids.device)  # of the next token in [B, N]
         self.finished = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
-        positions = prefix_lm_position_ids(input_ids, attention_mask, model.config)  # [B, 2, T]
+        positions = model.config.position_ids(input_ids, attention_mask)  # [B, ..., T]
         logits = last_logits(model, input_ids, attention_mask, positions, self.cache)
-        self.position_ids = positions[:, :, -1:] + torch.tensor([[0], [1]], device=input_ids.device)  # [B, 2, 1]
+        self.position_ids = model.config.next_position_ids(positions[..., -1:])  # [B, ..., 1]
         self.token = torch.empty_like(input_ids[:, :1])
         self.accept(logits)
 
@@ -121,7 +120,7 @@ class Decoder:
         """Generates one token of every answer."""
         logits = last_logits(self.model, self.token, self.attention_mask, self.position_ids, self.cache)
         self.accept(logits)
-        self.position_ids[:, 1] += 1
+        self.position_ids.copy_(self.model.config.next_position_ids(self.position_ids))
 
 
 def last_logits(

@@ -79,7 +79,7 @@ class Answerer:
 
     def check_prompt(self, prompt: str, args: InferenceArguments):
         """ValueError for a prompt that cannot be answered; see `generation.check_prompt`."""
-        limit = self.model.config.max_sequence_length
+        limit = self.model.config.max_position_embeddings
         check_prompt(prompt, self.tokenizer, limit, args.max_new_tokens, args.prompt_text)
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
 from qlora.arguments import REPOSITORY, FinetuneArguments, LoraSettings
-from qlora.checkpoint import TOKENIZER_FILES
+from qlora.checkpoint import all_tokenizer_files
 from qlora.data.row_files import update_hash
 from qlora.training.same_run import MAY_CHANGE
 from qlora.training.training_args import TrainingSetup
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CARD, PICTURE = "README.md", "loss.png"
-UPLOADED = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES, CARD, PICTURE)
+UPLOADED = ("adapter_config.json", "adapter_model.safetensors", *all_tokenizer_files(), CARD, PICTURE)
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 ALWAYS_SHOWN = (
     "learning_rate",

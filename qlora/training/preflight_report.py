@@ -56,10 +56,11 @@ def run_table(preflight: Preflight) -> list[tuple[str, str | None]]:
     """Names and values of what is known of machine, model and run; a value is None if it is not known."""
     args, config, steps, disk = preflight.args, preflight.config, preflight.steps, preflight.disk
     plan = preflight.plan_table()
+    weights = f"{config.multiplied_weights / 1e6:,.1f} million weights" if config else ""
     return [
         ("versions", ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + f", CUDA {torch.version.cuda}"),
         ("GPU", describe_gpu(preflight)),
-        ("model", config and f"{args.model_name_or_path}, {config.multiplied_weights / 1e6:,.1f} million weights"),
+        ("model", f"{args.model_name_or_path}, {weights}, architecture of {config.display_name}" if config else None),
         ("adapter", describe_adapter(preflight)),
         ("arithmetic", str(preflight.compute_dtype).removeprefix("torch.")),
         ("resumes", preflight.resume_from and f"from {preflight.resume_from}"),

@@ -8,7 +8,7 @@ import bitsandbytes
 import torch
 
 from chatglm import ChatGLMConfig, PackedSequences
-from chatglm import loss as plain_loss
+from chatglm.fused_residual import FusedResidualNorm
 from chatglm.modeling_chatglm import ResidualNorm
 from chatglm.packed_attention import attention_by_sample
 from chatglm.rotary import ChatGLMRotaryEmbedding, apply_rotary, split_and_rotate
@@ -18,7 +18,7 @@ from glm_kernels.cross_entropy import cross_entropy_in_place
 from glm_kernels.decode_attention import decode_attention
 from glm_kernels.layer_norm import layer_norm, residual_norm_grad
 from glm_kernels.rotary import rotate_in_place
-from qlora.layers.residual import FusedResidualNorm
+from glm_shared import loss as plain_loss
 
 LENGTHS = [(35, 60), (3, 2), (70, 100), (1, 1), (130, 5), (10, 150), (4, 0)]
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from chatglm import ChatGLMConfig
-from chatglm.loss import ROWS_AT_ONCE
+from glm_shared.loss import ROWS_AT_ONCE
 from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, predict_peak, relative_cost
 from qlora.units import GIB
 

@@ -4,7 +4,7 @@ import torch
 from transformers.cache_utils import Cache, StaticCache
 
 from chatglm.modeling_chatglm import ChatGLMAttention
-from chatglm.packed_attention import PackedSequences
+from glm_shared.packed_attention import PackedSequences
 
 
 class DecodingAttention(ChatGLMAttention):

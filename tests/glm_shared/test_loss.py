@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from chatglm.loss import ROWS_AT_ONCE, linear_cross_entropy
+from glm_shared.loss import ROWS_AT_ONCE, linear_cross_entropy
 
 HIDDEN, VOCABULARY = 16, 40
 
