@@ -5,14 +5,15 @@ import shutil
 from pathlib import Path
 
 import sentencepiece
-from transformers import PreTrainedTokenizer
+
+from chatglm.chat import CHAT_TEMPLATE, ChatTokenizer, Rounds, build_prompt
 
 MAX_BLANKS = 80  # there is a piece for each run of 2 to 80 spaces
 RUN_OF_SPACES = re.compile(f" {{2,{MAX_BLANKS}}}")
 BLANK_PIECE = re.compile(r"<\|blank_([2-9]|[1-7][0-9]|80)\|>")  # as text, any other number is not such a piece
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):
+class ChatGLMTokenizer(ChatTokenizer):
     """SentencePiece with pieces for newline, tab and runs of spaces; adds the control tokens that the model expects.
 
     `encode(text)` gives `text [gMASK] <sop>`; a pair gives `text [gMASK] <sop> pair <eop>`. Padding is on the left,
@@ -23,6 +24,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     Args:
         vocab_file: path of `ice_text.model`.
         num_image_tokens: must be 0; the files of early releases, in which the ids of text start at 20,000, do not fit.
+        chat_template: for `apply_chat_template`; the official files have none.
     Raises:
         ValueError: `num_image_tokens` is not 0.
     Source: `tokenizer_config.json` and `ice_text.model` of THUDM/chatglm-6b.
@@ -30,6 +32,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
+    prompt_end = 2  # [gMASK] <sop>
 
     def __init__(
         self,
@@ -41,6 +44,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         mask_token: str = "[MASK]",
         padding_side: str = "left",
         num_image_tokens: int = 0,
+        chat_template: str | dict[str, str] | None = CHAT_TEMPLATE,
         **kwargs,
     ):
         if num_image_tokens:
@@ -60,6 +64,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             mask_token=mask_token,
             padding_side=padding_side,
             num_image_tokens=num_image_tokens,
+            chat_template=chat_template,
             **kwargs,
         )
 
@@ -100,6 +105,10 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         """The ids of `A [gMASK] <sop>`, or of `A [gMASK] <sop> B <eop>` for a pair."""
         answer = [] if token_ids_1 is None else [*token_ids_1, self.eos_token_id]
         return [*token_ids_0, self.gmask_token_id, self.bos_token_id, *answer]
+
+    def build_prompt(self, query: str, history: Rounds = (), system: str = "") -> str:
+        """The prompt as the official `chat` builds it."""
+        return build_prompt(query, history, system)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copies the SentencePiece model into a folder; returns its path there."""
