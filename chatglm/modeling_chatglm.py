@@ -14,10 +14,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from chatglm.chat import ChatMixin
 from chatglm.configuration_chatglm import ChatGLMConfig
 from chatglm.packed_attention import packed_attention
 from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
+from glm_shared.chat import ChatMixin
 from glm_shared.modeling import CausalLMMixin, SublayerBlock, TransformerMixin, eager_attention_forward, mask_lengths
 from glm_shared.packed_attention import PackedSequences
 

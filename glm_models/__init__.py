@@ -4,3 +4,4 @@ A model is a package of its own, which registers its classes, with what glm_shar
 """
 
 import chatglm  # noqa: F401
+import chatglm2  # noqa: F401

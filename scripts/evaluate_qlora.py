@@ -20,8 +20,7 @@ from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_score
 from qlora.evaluation.protocols import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizer
-
+    from glm_shared.chat import ChatTokenizer
     from qlora.evaluation.general import Task
 
 
@@ -128,9 +127,9 @@ def evaluate(args: EvaluationArguments):
             reason = f"{args.batch_size} prompts at once are too many, lower --batch_size: {error}"
             raise SystemExit(f"error: {reason}") from None
     if task:
-        section = summarize_general(folder, settings, predictions, args.data_path, task)
+        section = summarize_general(folder, settings, predictions, tokenizer, args.data_path, task)
     else:
-        section = summarize(folder, settings, predictions)
+        section = summarize(folder, settings, predictions, tokenizer)
     if folder.resolve().parent == Path(args.adapter_path).resolve():
         with message_instead_of_traceback():
             add_section(Path(args.adapter_path), *section)
@@ -144,7 +143,7 @@ def read_general(args: EvaluationArguments) -> list[dict]:
     return [row | {"prompt": args.prompt_text + row.pop("instruction")} for row in rows]
 
 
-def read_samples(args: EvaluationArguments, tokenizer: "PreTrainedTokenizer") -> list[dict]:
+def read_samples(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> list[dict]:
     """Prompt and reference of each row."""
     from chatglm.chat import build_prompt
     from qlora.data.rows import read_rows
@@ -184,7 +183,9 @@ def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predic
             predictions.update({row["index"]: row for row in batch})
 
 
-def summarize(folder: Path, settings: dict, predictions: dict[int, dict]) -> tuple[str, str, dict[str, float]]:
+def summarize(
+    folder: Path, settings: dict, predictions: dict[int, dict], tokenizer: "ChatTokenizer"
+) -> tuple[str, str, dict[str, float]]:
     """Scores all answers, writes the three files and prints the mean scores.
 
     Returns:
@@ -202,7 +203,8 @@ def summarize(folder: Path, settings: dict, predictions: dict[int, dict]) -> tup
     means = {model: mean_scores(row["scores"][model] for row in rows) for model in MODELS}
     write_json(folder / METRICS_FILE, {"settings": settings, "samples": len(rows), **means})
     title = f"{settings['data_path']} · {settings['protocol']}"
-    (folder / "summary.html").write_text(render_page(title, settings, means, rows), encoding="utf-8")
+    page = render_page(title, settings, means, rows, tokenizer.clean_response)
+    (folder / "summary.html").write_text(page, encoding="utf-8")
     print(f"{f'{len(rows)} samples':<15}" + "".join(f"{name.upper():>10}" for name in METRICS))
     for model, label in MODELS.items():
         print(f"{label:<12}" + "".join(f"{means[model][name]:10.2f}" for name in METRICS))
@@ -215,7 +217,12 @@ def summarize(folder: Path, settings: dict, predictions: dict[int, dict]) -> tup
 
 
 def summarize_general(
-    folder: Path, settings: dict, predictions: dict[int, dict], data_path: str, task: "Task"
+    folder: Path,
+    settings: dict,
+    predictions: dict[int, dict],
+    tokenizer: "ChatTokenizer",
+    data_path: str,
+    task: "Task",
 ) -> tuple[str, str]:
     """Measures how far the answers moved, writes the three files and prints the table.
 
@@ -235,7 +242,7 @@ def summarize_general(
     found = {"data_path": data_path, "threshold": task.threshold}
     write_json(folder / METRICS_FILE, {"settings": settings, "task": found, "categories": table})
     title = f"{settings['data_path']} · {settings['protocol']}"
-    page = render_general_page(title, settings | {"task": data_path}, table, rows)
+    page = render_general_page(title, settings | {"task": data_path}, table, rows, tokenizer.clean_response)
     (folder / "summary.html").write_text(page, encoding="utf-8")
     print(format_table(table))
     print(f"Wrote {folder}/summary.html, metrics.json and predictions.jsonl")

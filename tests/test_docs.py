@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, import_script
 from transformers import TrainingArguments
 
-import chatglm.chat
+import chatglm
 from qlora.adapter import add_lora
 from qlora.arguments import FinetuneArguments, InferenceArguments, training_argument_names
 from qlora.checkpoint import check_checkpoint
@@ -247,7 +247,7 @@ def test_python_example_runs(page, tiny_checkpoint, tmp_path, monkeypatch):
     add_lora(
         load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.0, ["query_key_value"]
     ).save_pretrained(tmp_path)
-    monkeypatch.setitem(chatglm.chat.CHAT_DEFAULTS, "max_length", 80)
+    monkeypatch.setattr(chatglm.ChatGLMTokenizer, "chat_length", 80)
     (code,) = blocks(page, "python")
     replacements = {
         "THUDM/chatglm-6b": str(tiny_checkpoint),

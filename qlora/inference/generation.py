@@ -6,16 +6,14 @@ from collections.abc import Iterator
 import torch
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizer
+from transformers import PreTrainedModel
 
-from chatglm.chat import clean_response
+from glm_shared.chat import ChatTokenizer
 from qlora.inference.decoding import Sampler, decode
-
-LONGEST_TOKEN = 80  # characters, of <|blank_80|>
 
 
 def check_prompt(
-    prompt: str, tokenizer: PreTrainedTokenizer, max_length: int, max_new_tokens: int, prompt_text: str = ""
+    prompt: str, tokenizer: ChatTokenizer, max_length: int, max_new_tokens: int, prompt_text: str = ""
 ) -> list[int]:
     """Checks that a prompt can be answered, and returns its token ids.
 
@@ -32,7 +30,7 @@ def check_prompt(
         raise ValueError("输入是空的。 The prompt is empty.")
     text = prompt_text + prompt
     chinese, english = f"{len(text):,} 个字符", f"{len(text):,} characters"
-    if len(text) <= LONGEST_TOKEN * max_length:  # a longer text cannot fit, and would take long to tokenize
+    if len(text) <= tokenizer.longest_token * max_length:  # a longer text cannot fit, and would take long to tokenize
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         length = len(ids)
         if length + max_new_tokens <= max_length:
@@ -48,7 +46,7 @@ def check_prompt(
 
 def compare_answers(
     model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
+    tokenizer: ChatTokenizer,
     prompts: list[str],
     max_new_tokens: int,
     sampler: Sampler,
@@ -77,21 +75,20 @@ def compare_answers(
 
 def generate_answers(
     model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
+    tokenizer: ChatTokenizer,
     prompts: list[str],
     max_new_tokens: int,
     sampler: Sampler,
     batch_size: int,
 ) -> list[str]:
-    """The answers to all prompts, formatted by `clean_response`; arguments as for `generate_texts`."""
-    return [
-        clean_response(text) for text in generate_texts(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
-    ]
+    """The answers to all prompts, formatted by the tokenizer's `clean_response`; arguments as for `generate_texts`."""
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
+    return [tokenizer.clean_response(text) for text in texts]
 
 
 def generate_texts(
     model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
+    tokenizer: ChatTokenizer,
     prompts: list[str],
     max_new_tokens: int,
     sampler: Sampler,
@@ -133,7 +130,7 @@ def generate_texts(
 
 def stream_answer(
     model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
+    tokenizer: ChatTokenizer,
     prompt: str,
     max_new_tokens: int,
     sampler: Sampler,
@@ -150,7 +147,7 @@ def stream_answer(
     tokens = []
     for piece in decode(language_model(model), **batch, max_new_tokens=max_new_tokens, sampler=sampler, sync_every=2):
         tokens += piece[0].tolist()
-        yield clean_response(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
+        yield tokenizer.clean_response(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
 
 
 def language_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:

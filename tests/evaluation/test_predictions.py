@@ -232,5 +232,5 @@ def test_control_tokens_in_a_reference_stay_text(tokenizer):
 def test_page_escapes_answers():
     scores = {model: dict.fromkeys(METRICS, 1.0) for model in ("base", "adapter")}
     row = {"prompt": "<script>alert(1)</script>", "reference": "a & b", "base": "<b>", "adapter": "", "scores": scores}
-    page = render_page("title", {"seed": 1}, scores, [row])
+    page = render_page("title", {"seed": 1}, scores, [row], str.strip)
     assert "<script>" not in page and "&lt;script&gt;" in page and "a &amp; b" in page and "空 empty" in page
