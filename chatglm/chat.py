@@ -5,7 +5,8 @@ import re
 from glm_shared.chat import Rounds, with_training_time
 
 MARKS = ",!:;?"
-FULL_WIDTH = str.maketrans(MARKS, "，！：；？")
+FULL_WIDTH_MARKS = "，！：；？"
+FULL_WIDTH = str.maketrans(MARKS, FULL_WIDTH_MARKS)
 CJK = "[\u4e00-\u9fff]"
 HALF_WIDTH_BY_CJK = re.compile(f"(?<={CJK})[,!:;?]|[,!:;?](?={CJK})")
 # `chat` of the official code sets top_p and temperature; top_k is the default of transformers' `generate`.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from chatglm.chat import CHAT_TEMPLATE, FULL_WIDTH, MARKS, OFFICIAL_SAMPLING, build_prompt, clean_response
+from chatglm.chat import CHAT_TEMPLATE, FULL_WIDTH_MARKS, MARKS, OFFICIAL_SAMPLING, build_prompt, clean_response
 from glm_shared.chat import ChatTokenizer, Rounds
 
 MAX_BLANKS = 80  # there is a piece for each run of 2 to 80 spaces
@@ -38,7 +38,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     sampling = OFFICIAL_SAMPLING
     chat_length = 2048
     open_marks = MARKS
-    same_marks = {full: half for half, full in FULL_WIDTH.items()}
+    same_marks = dict(zip(map(ord, FULL_WIDTH_MARKS), MARKS, strict=True))
 
     def __init__(
         self,

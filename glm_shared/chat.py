@@ -1,4 +1,4 @@
-"""Conversations: what every tokenizer says of the prompts and replies of its model, and the official chat interface."""
+"""Conversations: what a tokenizer says of the prompts and replies of its model, and the official chat interface."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ class ChatTokenizer(PreTrainedTokenizer):
         longest_token: characters of the longest token.
         sampling: arguments of `generate` with which the official `chat` draws.
         chat_length: most tokens of prompt and reply together in the official `chat`.
-        open_marks: punctuation at the end of a reply that `clean_response` may change when the next character is there.
+        open_marks: punctuation at the end of a reply that `clean_response` may still change by what follows.
         same_marks: table of `str.translate` to characters that the tokenizer takes for the same.
     """
 
