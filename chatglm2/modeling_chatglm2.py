@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from chatglm2.activation import gated_activation
 from chatglm2.configuration_chatglm2 import ChatGLM2Config
 from chatglm2.packed_attention import packed_attention
 from chatglm2.rotary import ChatGLM2RotaryEmbedding, split_and_rotate
@@ -103,8 +104,7 @@ class ChatGLM2MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, C] -> [B, T, C]."""
-        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
-        return self.dense_4h_to_h(F.silu(gate) * up)
+        return self.dense_4h_to_h(gated_activation(self.dense_h_to_4h(hidden_states)))
 
 
 class RMSNorm(nn.Module):
