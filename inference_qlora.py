@@ -21,8 +21,9 @@ from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, se
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizer
+    from transformers import PreTrainedModel
 
+    from glm_shared.chat import ChatTokenizer, Prompt
     from glm_shared.description import ModelDescription
     from qlora.inference.decoding import Sampler
 
@@ -61,8 +62,9 @@ def main():
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)
+        texts = {place: tokenizer.build_prompt(*prompt) for place, prompt in prompts.items()}
         if not (args.chat or args.web or args.serve):
-            check_prompts(prompts, tokenizer, config, args)
+            check_prompts(texts, tokenizer, config, args)
         model = load_adapters(load_quantized_model(base_path, compute_dtype, config), args.adapter_path)
     replace_layers(model.eval(), for_training=False)
     torch.manual_seed(args.seed)
@@ -70,7 +72,7 @@ def main():
     if args.web:
         from qlora.inference.web_page import serve  # gradio is optional
 
-        serve(Page(Answerer(model, tokenizer), args), list(prompts.values()))
+        serve(Page(Answerer(model, tokenizer), args), list(texts.values()))
     elif args.serve:
         from qlora.inference.server import serve  # fastapi is optional
 
@@ -80,21 +82,22 @@ def main():
         converse(model, tokenizer, sampler, args)
     else:
         with message_instead_of_traceback(OSError):
-            answer(model, tokenizer, list(prompts.values()), sampler, args)
+            answer(model, tokenizer, list(texts.values()), sampler, args)
 
 
-def read_all_prompts(args: InferenceArguments) -> dict[str, str]:
+def read_all_prompts(args: InferenceArguments) -> "dict[str, Prompt]":
     """Where each prompt stands -> the prompt: those of `--prompt` and `--prompt_file`, at most `--max_prompts`.
 
     Without any, the default one, or for the page the sample rows.
     """
+    from glm_shared.chat import Prompt
     from qlora.data.rows import read_prompts
 
-    prompts = {f"--prompt, number {number}": prompt for number, prompt in enumerate(args.prompt, 1)}
+    prompts = {f"--prompt, number {number}": Prompt(text) for number, text in enumerate(args.prompt, 1)}
     if args.prompt_file:
         prompts |= read_prompts(args.prompt_file)
     if not prompts:
-        prompts = read_prompts(str(EXAMPLES)) if args.web else {"the default prompt": DEFAULT_PROMPT}
+        prompts = read_prompts(str(EXAMPLES)) if args.web else {"the default prompt": Prompt(DEFAULT_PROMPT)}
     return dict(itertools.islice(prompts.items(), args.max_prompts))
 
 
@@ -107,7 +110,7 @@ def check_output(path: str | None):
 
 
 def check_prompts(
-    prompts: dict[str, str], tokenizer: "PreTrainedTokenizer", config: "ModelDescription", args: InferenceArguments
+    prompts: dict[str, str], tokenizer: "ChatTokenizer", config: "ModelDescription", args: InferenceArguments
 ):
     """ValueError with its place for the first prompt that cannot be answered."""
     from qlora.inference.generation import check_prompt
@@ -121,7 +124,7 @@ def check_prompts(
 
 def answer(
     model: "PeftModel | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizer",
+    tokenizer: "ChatTokenizer",
     prompts: list[str],
     sampler: "Sampler",
     args: InferenceArguments,
@@ -145,12 +148,11 @@ def answer(
 
 def converse(
     model: "PeftModel | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizer",
+    tokenizer: "ChatTokenizer",
     sampler: "Sampler",
     args: InferenceArguments,
 ):
     """A conversation on the terminal; each reply is printed as it is generated."""
-    from chatglm.chat import build_prompt
     from qlora.inference.generation import check_prompt, stream_answer
 
     print("清空历史 clear history: clear   结束 leave: exit")
@@ -159,7 +161,7 @@ def converse(
         if query == "clear":
             history = []
         elif query:
-            prompt, reply = args.prompt_text + build_prompt(query, history), ""
+            prompt, reply = args.prompt_text + tokenizer.build_prompt(query, history), ""
             try:
                 check_prompt(prompt, tokenizer, model.config.max_position_embeddings, args.max_new_tokens)
             except ValueError as error:

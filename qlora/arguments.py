@@ -89,6 +89,10 @@ class FinetuneArguments:
     max_output_length: int = field(
         default=1536, metadata={"help": "Longest answer in tokens, <eop> included; the rest is cut."}
     )
+    train_on: str = field(
+        default="all",
+        metadata={"help": "Answers of a conversation to train on: all, or the last.", "choices": ["all", "last"]},
+    )
     lora_rank: int | None = field(
         default=None, metadata={"help": "Rank r of the adapter's matrices; by default 4, or that of --init_adapter."}
     )

@@ -5,8 +5,9 @@ import shutil
 
 import bitsandbytes
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from glm_shared.registration import architecture_of_tokenizer
 from qlora.checkpoint import check_checkpoint, is_finite, is_quantized
@@ -43,7 +44,7 @@ def quantization_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizer:
+def load_tokenizer(path: str) -> ChatTokenizer:
     """The tokenizer of a checkpoint folder.
 
     Args:

@@ -103,7 +103,7 @@ def evaluate(args: EvaluationArguments):
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         tokenizer = load_tokenizer(base_path)
         task = read_task(args.data_path) if args.general else None
-        rows = read_general(args) if args.general else read_samples(args, tokenizer)
+        rows = read_general(args, tokenizer) if args.general else read_samples(args, tokenizer)
         settings = {  # everything that the answers depend on
             "protocol": args.protocol,
             **asdict(PROTOCOLS[args.protocol]),
@@ -135,23 +135,22 @@ def evaluate(args: EvaluationArguments):
             add_section(Path(args.adapter_path), *section)
 
 
-def read_general(args: EvaluationArguments) -> list[dict]:
+def read_general(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> list[dict]:
     """The general prompts: `category`, `prompt` and, where there is one right answer, `expected`."""
     from qlora.evaluation.general import read_general_prompts
 
     rows = read_general_prompts()[: args.max_prompts]
-    return [row | {"prompt": args.prompt_text + row.pop("instruction")} for row in rows]
+    return [row | {"prompt": args.prompt_text + tokenizer.build_prompt(row.pop("instruction"))} for row in rows]
 
 
 def read_samples(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> list[dict]:
     """Prompt and reference of each row."""
-    from chatglm.chat import build_prompt
     from qlora.data.rows import read_rows
     from qlora.evaluation.predictions import reference_text
 
     return [
         {
-            "prompt": args.prompt_text + build_prompt(row["query"], row["history"]),
+            "prompt": args.prompt_text + tokenizer.build_prompt(row["query"], row["history"], row["system"]),
             "reference": reference_text(tokenizer, row["answer"], PROTOCOLS[args.protocol].max_reference_tokens),
         }
         for row in list(read_rows(args.data_path))[: args.max_prompts]

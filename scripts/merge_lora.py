@@ -67,7 +67,7 @@ def merge(args: MergeArguments):
     from qlora.atomic import atomic_folder
     from qlora.export.merging import merged_tensors
     from qlora.export.official_folder import write_checkpoint
-    from qlora.loading import DTYPES
+    from qlora.loading import DTYPES, load_tokenizer
 
     base_path = args.model_name_or_path or base_model_path(args.adapter_path)
     config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, DTYPES[args.compute_dtype])
@@ -75,6 +75,7 @@ def merge(args: MergeArguments):
         folder.mkdir(parents=True)
         for file in [file for pattern in COPIED for file in Path(base_path).glob(pattern)]:
             shutil.copyfile(file, folder / file.name)
+        load_tokenizer(base_path).save_chat_templates(folder, {}, None, save_jinja_files=True)
         write_checkpoint(folder, config, tensor, dtype=DTYPES[args.dtype])
     weights = WEIGHTS[args.onto]
     print(f"Merged {args.adapter_path} into {weights} ({base_path}); wrote {args.output_dir} in {args.dtype}")

@@ -7,21 +7,29 @@ import torch
 
 from qlora.data.dataset import IGNORE_INDEX
 
-Sample: TypeAlias = dict  # `input_ids` and `labels`, [tokens], long; `line`, `element` and `file` where they are known
+# `input_ids` and `labels`, [tokens], long; `line`, `element`, `turn` and `file` where they are known
+Sample: TypeAlias = dict
 
 
 class SourceRow(NamedTuple):
-    """The file of a sample, empty where there is one data file only, and the number of its line, or array element."""
+    """The file of a sample, empty where there is one data file only, and the number of its line, or array element.
+
+    And the turn of its conversation from 1, or 0 for the whole row.
+    """
 
     file: str
     kind: str
     number: int
+    turn: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.number} (turn {self.turn})" if self.turn else str(self.number)
 
     @classmethod
     def of(cls, sample: Sample) -> "SourceRow":
         """Where a sample that has a line is from."""
-        element = sample.get("element")
-        return cls(sample.get("file", ""), "element" if element else "line", element or sample["line"])
+        kind = "element" if sample.get("element") else "line"
+        return cls(sample.get("file", ""), kind, sample[kind], sample.get("turn", 0))
 
 
 @dataclass

@@ -3,14 +3,14 @@
 import bisect
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from transformers import PreTrainedTokenizer
 
-from chatglm.chat import build_prompt
+from glm_shared.chat import ChatTokenizer, Rounds
 from qlora.data.cache import cache_folder, check_sums, use_cache
 from qlora.data.row_files import MOST_LISTED, Place, bad_rows
 from qlora.data.rows import ROWS_VERSION, read_rows
@@ -25,11 +25,14 @@ ROW_FEATURES = Features(
         "query": Value("string"),
         "history": List(List(Value("string"))),
         "answer": Value("string"),
+        "system": Value("string"),
+        "turns": List(Value("int32")),
     }
 )
 SAMPLE_FEATURES = Features(
     {
         **PLACE_FEATURES,
+        "turn": Value("int64"),
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
         "length": Value("int64"),
@@ -46,7 +49,10 @@ ROWS_PER_PROCESS = 5000  # below, the same holds for one more
 
 @dataclass
 class SampleEncoder:
-    """Tokenizes rows into samples `prompt [gMASK] <sop> answer <eop>`, with labels on the answer and `<eop>`.
+    """Tokenizes rows into samples, prompt and answer, with labels on the answer and the token that ends it.
+
+    A conversation has a sample for each answer that is trained on, whose prompt has all messages before it: a prompt
+    is read in both directions, so that its hidden states depend on its last question, and no two prompts share them.
 
     Control tokens written in a row stay text. From a prompt that is too long the oldest rounds are dropped first; what
     is still too long is cut at the end. An answer that is too long is cut at the end.
@@ -54,68 +60,82 @@ class SampleEncoder:
     Args:
         tokenizer: of the model.
         prompt_text: put before every prompt.
-        max_input_length: most tokens of a prompt, `[gMASK]` and `<sop>` included.
-        max_output_length: most tokens of an answer, `<eop>` included.
+        max_input_length: most tokens of a prompt, control tokens included.
+        max_output_length: most tokens of an answer, the one that ends it included.
+        train_on: answers of a conversation that are trained on: "all", or the "last".
     """
 
-    tokenizer: PreTrainedTokenizer
+    tokenizer: ChatTokenizer
     prompt_text: str
     max_input_length: int
     max_output_length: int
-    version: int = 3  # to be raised when the code gives other samples; part of the cache key, as all fields are
+    train_on: str = "all"
+    version: int = 4  # to be raised when the code gives other samples; part of the cache key, as all fields are
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        """Columns `query`, `history`, `answer` of a batch -> the columns of SAMPLE_FEATURES but for the place.
+        """Columns of ROW_FEATURES of a batch -> the columns of SAMPLE_FEATURES, with all samples of these rows."""
+        batch = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        samples = [sample for row in batch for sample in self.samples(row)]
+        return {name: [sample[name] for sample in samples] for name in SAMPLE_FEATURES}
 
-        A row without a sample has the reason in `problem`, and a length of 0: in a worker process an error would end
+    def samples(self, row: dict) -> Iterator[dict]:
+        """The samples of a row.
+
+        One that has no tokens has the reason in `problem`, and a length of 0: in a worker process an error would end
         at the first one.
         """
-        samples = []
-        for row in zip(rows["query"], rows["history"], rows["answer"], strict=True):
+        rounds = [*row["history"], [row["query"], row["answer"]]]
+        turns = row["turns"] or [0]  # the last round; the numbers of those of a conversation count from 1
+        for turn in turns if self.train_on == "all" else turns[-1:]:
+            query, answer = rounds[turn - 1]
             try:
-                ids, labels, *rest = self.encode(*row)
-                samples.append((ids, labels, *rest, sum(ids) + sum(labels), ""))
+                ids, labels, *rest = self.encode(query, rounds[: turn - 1], answer, row["system"])
+                values = (ids, labels, *rest, sum(ids) + sum(labels), "")
             except ValueError as error:
-                samples.append(([], [], 0, False, False, 0, str(error)))
-        names = [name for name in SAMPLE_FEATURES if name not in PLACE_FEATURES]
-        return dict(zip(names, map(list, zip(*samples, strict=True)), strict=True))
+                values = ([], [], 0, False, False, 0, str(error))
+            yield dict(zip(SAMPLE_FEATURES, (row["line"], row["element"], turn, *values), strict=True))
+
+    def count(self, rows: Dataset) -> int:
+        """The number of samples of checked rows."""
+        if self.train_on != "all":
+            return len(rows)
+        chunks = rows.data.column("turns").chunks
+        return sum(int(np.maximum(np.diff(chunk.offsets.to_numpy()), 1).sum()) for chunk in chunks)
 
     def encode(
-        self, query: str, history: list[list[str]], answer: str
+        self, query: str, history: Rounds, answer: str, system: str = ""
     ) -> tuple[list[int], list[int], int, bool, bool]:
-        """Tokenizes one row.
+        """Tokenizes one sample.
 
         Args:
-            query, history, answer: as `read_rows` yields them.
+            query, history, answer, system: as `read_rows` yields them.
         Returns:
             Token ids, labels, number of tokens, whether the prompt was cut, whether the answer was cut.
         Raises:
             ValueError: the question or the answer has no token.
         """
-        max_prompt_ids, max_answer_ids = self.max_input_length - 2, self.max_output_length - 1
-        prompt_ids, answer_ids = self.prompt_ids(query, history), self.text_ids(answer)
-        for name, ids in {"instruction": prompt_ids, "output": answer_ids}.items():
-            if not ids:
-                raise ValueError(f"field '{name}' has nothing but characters that the tokenizer drops")
-        prompt_cut, answer_cut = len(prompt_ids) > max_prompt_ids, len(answer_ids) > max_answer_ids
-        if prompt_cut and history:
+        recent = history[-self.max_input_length :]  # a round has at least one token
+        prompt_ids, answer_ids = self.prompt_ids(query, recent, system), self.tokenizer.build_answer_ids(answer)
+        end, limit = self.tokenizer.prompt_end, self.max_input_length
+        for name, ids, control in (("question", prompt_ids, end), ("answer", answer_ids, 1)):
+            if len(ids) == control:
+                raise ValueError(f"the {name} has nothing but characters that the tokenizer drops")
+        prompt_cut, answer_cut = len(prompt_ids) > limit, len(answer_ids) > self.max_output_length
+        if prompt_cut:
             dropped = bisect.bisect_left(
-                range(len(history)), True, key=lambda i: len(self.prompt_ids(query, history[i:])) <= max_prompt_ids
+                range(len(recent)), True, key=lambda i: len(self.prompt_ids(query, recent[i:], system)) <= limit
             )
-            prompt_ids = self.prompt_ids(query, history[dropped:])
-        prompt_ids, answer_ids = prompt_ids[:max_prompt_ids], answer_ids[:max_answer_ids]
-        input_ids = self.tokenizer.build_inputs_with_special_tokens(prompt_ids, answer_ids)
-        prompt_length = len(prompt_ids) + 2
-        labels = [IGNORE_INDEX] * prompt_length + input_ids[prompt_length:]
-        return input_ids, labels, len(input_ids), prompt_cut, answer_cut
+            prompt_ids = self.prompt_ids(query, recent[dropped:], system)
+        if len(prompt_ids) > limit:
+            prompt_ids = prompt_ids[: limit - end] + prompt_ids[len(prompt_ids) - end :]
+        if answer_cut:
+            answer_ids = [*answer_ids[: self.max_output_length - 1], answer_ids[-1]]
+        labels = [IGNORE_INDEX] * len(prompt_ids) + answer_ids
+        return prompt_ids + answer_ids, labels, len(labels), prompt_cut, answer_cut
 
-    def prompt_ids(self, query: str, history: list[list[str]]) -> list[int]:
-        """Token ids of a prompt with its history, not cut."""
-        return self.text_ids(self.prompt_text + build_prompt(query, history))
-
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of a text; control tokens written in it stay text."""
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    def prompt_ids(self, query: str, history: Rounds, system: str) -> list[int]:
+        """Token ids of a prompt, not cut."""
+        return self.tokenizer.build_prompt_ids(query, history, system, self.prompt_text)
 
 
 def load_rows(path: str) -> Dataset:
@@ -148,12 +168,12 @@ def cached_samples(path: str, encoder: SampleEncoder, folder: Path) -> Dataset:
         batched=True,
         batch_size=ROWS_AT_ONCE,
         writer_batch_size=ROWS_AT_ONCE,
-        remove_columns=["query", "history", "answer"],
+        remove_columns=rows.column_names,
         features=SAMPLE_FEATURES,
         num_proc=workers if workers > 1 else None,
         desc=f"Tokenizing {path}",
     )
-    check_sums(samples, len(rows))
+    check_sums(samples, encoder.count(rows))
     return samples
 
 
@@ -164,8 +184,8 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
         path: of the file.
         encoder: tokenizes the rows.
     Returns:
-        A Dataset with `input_ids` and `labels`, lists of int of the same length; this `length`; the row's `line`, and
-        its `element` in an array, or 0; `prompt_cut` and `answer_cut`, whether prompt and answer were cut.
+        A Dataset with `input_ids` and `labels`, lists of int of the same length; this `length`; `line`, `element` and
+        `turn`, as `Place` has them; `prompt_cut` and `answer_cut`, whether prompt and answer were cut.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: rows that cannot be used, with their places and reasons; the cache cannot be written to.
@@ -175,7 +195,7 @@ def load_samples(path: str, encoder: SampleEncoder) -> Dataset:
     without_tokens = np.flatnonzero(numpy_column(samples, "length") == 0)
     if len(without_tokens):
         first = samples.select(without_tokens[:MOST_LISTED])
-        reasons = [f"{Place(row['line'], row['element'])}: {row['problem']}." for row in first]
+        reasons = [f"{Place(row['line'], row['element'], row['turn'])}: {row['problem']}." for row in first]
         raise bad_rows(path, reasons, len(without_tokens))
     samples = samples.remove_columns(["checksum", "problem"])
     logger.info("%s: %s", path, summary(samples))

@@ -18,13 +18,18 @@ Parsed = TypeVar("Parsed")
 
 
 class Place(NamedTuple):
-    """Where a row is: its line from 1, and its number from 1 in an array, or 0 where a row is a line."""
+    """Where a row is: its line from 1, and its number from 1 in an array, or 0 where a row is a line.
+
+    And the turn of its conversation from 1, or 0 for the whole row.
+    """
 
     line: int
     element: int = 0
+    turn: int = 0
 
     def __str__(self) -> str:
-        return f"element {self.element} (line {self.line})" if self.element else f"line {self.line}"
+        row = f"element {self.element} (line {self.line})" if self.element else f"line {self.line}"
+        return f"{row}, turn {self.turn}" if self.turn else row
 
 
 Text: TypeAlias = str | Exception  # of a row, or why it has none

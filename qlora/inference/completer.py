@@ -9,8 +9,8 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from transformers import PreTrainedTokenizer
 
+from glm_shared.chat import ChatTokenizer
 from qlora.arguments import LOWEST_TEMPERATURE, InferenceArguments
 from qlora.inference.answer_text import AnswerText
 from qlora.inference.batching import Answer, Batcher, GenerationFailed
@@ -37,7 +37,7 @@ class Completer:
     def __init__(
         self,
         batcher: Batcher,
-        tokenizer: PreTrainedTokenizer,
+        tokenizer: ChatTokenizer,
         names: list[str],
         args: InferenceArguments,
         metrics: ServerMetrics,

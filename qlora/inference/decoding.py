@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, StaticCache
 
-from chatglm.chat import OFFICIAL_SAMPLING
+from glm_shared.chat import OFFICIAL_SAMPLING
 
 # Without cuDNN's, which takes a second to plan for each new shape.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

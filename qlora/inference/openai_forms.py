@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from chatglm.chat import build_prompt
+from glm_shared.chat import Prompt
 
 Text = Annotated[str, Field(min_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -100,8 +100,8 @@ class ChatRequest(GenerationRequest):
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def prompt(self) -> str:
-        """The conversation in the format of `build_prompt`; texts of the system stand before the first question.
+    def prompt(self) -> Prompt:
+        """The conversation up to the answer to generate.
 
         Raises:
             RequestError: the user and the assistant do not take turns, or the last question is blank.
@@ -115,8 +115,8 @@ class ChatRequest(GenerationRequest):
             raise RequestError(400, f"messages: expected {expected}; found {', '.join(roles) or 'none'}.", "messages")
         if not turns[-1].strip():
             raise RequestError(400, "messages: the last message is blank.", "messages")
-        turns[0] = "\n".join([*texts[:start], turns[0]])
-        return build_prompt(turns[-1], list(zip(turns[:-1:2], turns[1::2], strict=True)))
+        system = "\n".join(text for text in texts[:start] if text.strip())
+        return Prompt(turns[-1], list(zip(turns[:-1:2], turns[1::2], strict=True)), system)
 
 
 class CompletionRequest(GenerationRequest):

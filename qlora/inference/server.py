@@ -18,8 +18,9 @@ from peft import PeftModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from transformers import PreTrainedModel, PreTrainedTokenizer
+from transformers import PreTrainedModel
 
+from glm_shared.chat import ChatTokenizer
 from qlora.arguments import InferenceArguments
 from qlora.inference.batching import Batcher, GenerationFailed
 from qlora.inference.completer import Completer
@@ -76,7 +77,7 @@ def build_app(completer: Completer, key: str | None) -> FastAPI:
     @app.post("/v1/chat/completions", dependencies=authorized)
     async def chat_completions(request: Request) -> Response:
         form = parse(ChatRequest, await body_of(request))
-        return await completer.respond(request, form, form.prompt())
+        return await completer.respond(request, form, completer.tokenizer.build_prompt(*form.prompt()))
 
     @app.post("/v1/completions", dependencies=authorized)
     async def completions(request: Request) -> Response:
@@ -116,7 +117,7 @@ async def body_of(request: Request) -> bytes:
 
 
 def make_completer(
-    model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizer, args: InferenceArguments
+    model: PeftModel | PreTrainedModel, tokenizer: ChatTokenizer, args: InferenceArguments
 ) -> Completer:
     """What answers requests, with the slots for which there is memory; errors as for `affordable_slots`."""
     slots = Slots(model, affordable_slots(model, args.batch_size), args.top_k)
@@ -124,7 +125,7 @@ def make_completer(
     return Completer(batcher, tokenizer, model_names(args.adapter_path), args, ServerMetrics(batcher))
 
 
-def serve(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizer, args: InferenceArguments):
+def serve(model: PeftModel | PreTrainedModel, tokenizer: ChatTokenizer, args: InferenceArguments):
     """Serves the model until Ctrl-C."""
     completer, key = make_completer(model, tokenizer, args), os.environ.get(KEY_VARIABLE)
     if key is None and args.host not in LOCAL_HOSTS:

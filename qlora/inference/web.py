@@ -14,9 +14,8 @@ from collections.abc import Iterator
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizer
 
-from chatglm.chat import build_prompt
+from glm_shared.chat import ChatTokenizer
 from qlora.arguments import InferenceArguments
 from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import check_prompt, stream_answer
@@ -37,7 +36,7 @@ class Answerer:
     Enabling or disabling the adapter changes the model itself, so that a lock lets one visitor use it at a time.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizer):
+    def __init__(self, model: PeftModel, tokenizer: ChatTokenizer):
         self.model, self.tokenizer = model, tokenizer
         self.lock = threading.Lock()  # the web server may resume a generator on another thread
 
@@ -106,8 +105,8 @@ class Page:
         """
         args = with_settings(self.args, settings)
         self.answerer.check_prompt(message, args)  # the prompt with its history is never blank
-        history = [(question, reply) for question, reply, _ in rounds]
-        for (reply,) in self.answerer.stream(build_prompt(message, history), (tuned,), args):
+        prompt = self.answerer.tokenizer.build_prompt(message, [(question, reply) for question, reply, _ in rounds])
+        for (reply,) in self.answerer.stream(prompt, (tuned,), args):
             longer = [*rounds, (message, reply, tuned)]
             yield "", longer, conversation_html(longer)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from qlora.arguments import REPOSITORY, FinetuneArguments, LoraSettings
 from qlora.checkpoint import all_tokenizer_files
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CARD, PICTURE = "README.md", "loss.png"
-UPLOADED = ("adapter_config.json", "adapter_model.safetensors", *all_tokenizer_files(), CARD, PICTURE)
+UPLOADED = ("adapter_config.json", "adapter_model.safetensors", *all_tokenizer_files(), CHAT_TEMPLATE_FILE, CARD)
+UPLOADED += (PICTURE,)
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    *all_tokenizer_files(),
+    CHAT_TEMPLATE_FILE,
+    CARD,
+    PICTURE,
+)
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 ALWAYS_SHOWN = (
     "learning_rate",

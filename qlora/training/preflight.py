@@ -19,7 +19,6 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedTokenizer,
     Trainer,
     TrainerControl,
     TrainerState,
@@ -28,6 +27,7 @@ from transformers import (
 from transformers.trainer_callback import DefaultFlowCallback
 
 from glm_kernels import kernels_supported
+from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_settings, add_adapter, base_model_path
 from qlora.arguments import FinetuneArguments, LoraSettings
@@ -104,7 +104,7 @@ class Preflight:
     setup: TrainingSetup | None = None
     resume_from: str | None = None
     config: ModelDescription | None = None
-    tokenizer: PreTrainedTokenizer | None = None
+    tokenizer: ChatTokenizer | None = None
     train_samples: Dataset | None = None
     eval_samples: Dataset | None = None
     bitsandbytes_works: bool = False
@@ -205,11 +205,12 @@ def check_rows(preflight: Preflight):
     files = args.train_files()
     paths = [path for path, _ in files] + ([args.eval_data_path] if args.eval_data_path else [])
     loaded: dict[str, Dataset] = {}
-    encoder = SampleEncoder(tokenizer, args.prompt_text, args.max_input_length, args.max_output_length)
+    limits = args.max_input_length, args.max_output_length
+    encoder = tokenizer and SampleEncoder(tokenizer, args.prompt_text, *limits, args.train_on)
     with setup.training_args.main_process_first(desc="tokenizing") if setup else contextlib.nullcontext():
         for path in dict.fromkeys(paths):
             with preflight.collect_problems():
-                if tokenizer:
+                if encoder:
                     loaded[path] = load_samples(path, encoder)
                 else:
                     load_rows(path)

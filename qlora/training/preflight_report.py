@@ -115,15 +115,15 @@ def show_sample(sample: dict, tokenizer: PreTrainedTokenizer, colour: bool) -> s
     """A sample as text, one line for each part: prompt, control tokens, answer, end.
 
     Args:
-        sample: with `input_ids`, `labels`, `line`, `element`, and possibly `file`.
+        sample: with `input_ids`, `labels`, `line`, `element`, `turn`, and possibly `file`.
         tokenizer: of the model.
         colour: whether ANSI codes color the parts.
     """
     control = {tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
     ids, trained = sample["input_ids"], [label != IGNORE_INDEX for label in sample["labels"]]
     of_file = f"{sample['file']}, " if "file" in sample else ""
-    place = str(Place(sample["line"], sample["element"]))
-    lines = [f"{place:<11} {of_file}{len(ids)} tokens, {sum(trained)} of them trained on"]
+    place = str(Place(sample["line"], sample["element"], sample["turn"]))
+    lines = [f"{place + ' ':<11} {of_file}{len(ids)} tokens, {sum(trained)} of them trained on"]
     kinds = [(is_trained, token_id in control) for is_trained, token_id in zip(trained, ids, strict=True)]
     for kind, tokens in itertools.groupby(zip(kinds, ids, strict=True), lambda token: token[0]):
         name, ansi = PARTS[kind]

@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "use_cpu",
 )
 DESCRIBED_OTHERWISE = ("bf16", "fp16", "per_device_train_batch_size", "gradient_accumulation_steps")
+SAMPLE_FLAGS = ("max_input_length", "max_output_length", "prompt_text", "train_on")
 LENGTH_KEYS = ("num_train_epochs", "max_steps")
 
 
@@ -76,7 +77,7 @@ def describe_run(
         "per_device_train_batch_size x gradient_accumulation_steps": samples_per_step(training_args),
         "--train_data_path": f"{num_samples} samples, sha256 {digest(args.train_files())}",
         "--compute_dtype": str(setup.compute_dtype).removeprefix("torch."),
-        **{f"--{name}": getattr(args, name) for name in ("max_input_length", "max_output_length", "prompt_text")},
+        **{f"--{name}": getattr(args, name) for name in SAMPLE_FLAGS},
         "--lora_dropout": args.lora_settings().dropout,
     }
     run = {"settings": values, "processes": training_args.world_size, "adapter": tensor_shapes(adapter)}

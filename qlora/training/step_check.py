@@ -106,7 +106,7 @@ def name_rows(rows: Iterable[SourceRow]) -> str:
     """A sentence with the numbers of data rows, by file."""
     by_file = itertools.groupby(sorted(rows), key=lambda row: (row.file, row.kind))
     named = [
-        f"{kind}s {', '.join(str(row.number) for row in group)} of {file or 'the training data'}"
+        f"{kind}s {', '.join(str(row) for row in group)} of {file or 'the training data'}"
         for (file, kind), group in by_file
     ]
     return f"Its rows are on {'; '.join(named)}."

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import GOOD, GOOD_LINE, ROOT, to_json, write_lines, write_rows
 
-from chatglm.chat import build_prompt
+from chatglm.chat import Prompt
 from qlora.data.dataset import load_samples
 from qlora.data.row_files import LONGEST_LINE, MOST_LISTED
 from qlora.data.rows import read_prompts, read_rows
@@ -86,8 +86,8 @@ BROKEN_ROWS = {
     "longer than any row": (to_json(output="a" * LONGEST_LINE), "longer than 16,777,216 bytes"),
     "byte order mark inside the file": (b"\xef\xbb\xbf" + GOOD_LINE, "not valid JSON"),
     "lines of an old Mac": (GOOD_LINE + b"\r" + GOOD_LINE, "not valid JSON"),
-    "instruction without tokens": (to_json(instruction="\u200b"), "field 'instruction' has nothing but characters"),
-    "output without tokens": (to_json(output="\ufeff\u200b"), "field 'output' has nothing but characters"),
+    "instruction without tokens": (to_json(instruction="\u200b"), "the question has nothing but characters"),
+    "output without tokens": (to_json(output="\ufeff\u200b"), "the answer has nothing but characters"),
     "misspelt input": (to_json(inptu="a"), "unknown field 'inptu' (did you mean 'input'?)"),
     "input in capitals": (to_json(Input="a"), "unknown field 'Input' (did you mean 'input'?)"),
     "misspelt history": (to_json(histroy=[]), "unknown field 'histroy' (did you mean 'history'?)"),
@@ -221,7 +221,7 @@ def test_prompts_of_a_text(tmp_path):
     path = write_lines(
         tmp_path / "prompts.txt", b"\xef\xbb\xbf" + "类型#裙".encode(), b"", " 类型#裤 ".encode(), end=b"\r\n"
     )
-    assert read_prompts(path) == {f"{path}, line 1": "类型#裙", f"{path}, line 3": "类型#裤"}
+    assert read_prompts(path) == {f"{path}, line 1": Prompt("类型#裙"), f"{path}, line 3": Prompt("类型#裤")}
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.json"])
@@ -232,7 +232,7 @@ def test_prompts_are_rows_without_answers_or_strings(tmp_path, name):
         path.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8-sig")
     else:
         write_rows(path, rows)
-    prompts = ["甲\n乙", build_prompt("丙", [("问", "答")]), GOOD["instruction"], " 丁\n"]
+    prompts = [Prompt("甲\n乙", []), Prompt("丙", [["问", "答"]]), Prompt(GOOD["instruction"], []), Prompt(" 丁\n")]
     found = read_prompts(str(path))
     assert list(found.values()) == prompts
     last = "element 4 (line 19)" if path.suffix == ".json" else "line 4"
@@ -262,7 +262,7 @@ def test_broken_array_of_prompts_is_refused_with_its_place(tmp_path, lines, mess
 
 def test_line_of_full_width_spaces_is_no_prompt(tmp_path):
     path = write_lines(tmp_path / "prompts.txt", "\u3000".encode(), "类型#裙".encode())
-    assert list(read_prompts(path).values()) == ["类型#裙"]
+    assert list(read_prompts(path).values()) == [Prompt("类型#裙")]
 
 
 def test_broken_prompt_row_is_refused(rows_file):

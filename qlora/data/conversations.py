@@ -1,0 +1,109 @@
+"""Conversations as other programs write them: OpenAI's `messages` and ShareGPT's `conversations`."""
+
+from dataclasses import dataclass, field
+
+from qlora.data.fields import check_spelling, optional_text, text_field
+
+FIELDS = ("messages", "conversations", "conversation")
+SPEAKERS = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "bing", "bard"),
+}
+ROLES = {role: speaker for speaker, roles in SPEAKERS.items() for role in roles}
+
+
+@dataclass
+class Conversation:
+    """A conversation in which user and assistant take turns.
+
+    Args:
+        system: text of the system; empty without one.
+        texts: of user and assistant in turn; the user is first.
+        turns: numbers, from 1, of the assistant's texts that are to be trained on.
+    """
+
+    system: str = ""
+    texts: list[str] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
+
+    def add(self, message: object):
+        """Adds a message; ValueError with the reason for one that cannot follow."""
+        if not isinstance(message, dict):
+            raise ValueError(f"expected an object with role and content, found a {type(message).__name__}")
+        role = text_field(message, "role", "from", of="message")
+        speaker, content = ROLES.get(role.lower()), "content" if "content" in message else "value"
+        if speaker is None:
+            raise ValueError(f"unknown role '{role}'; expected system, user or assistant, or human or gpt")
+        if speaker == "system":
+            self.add_system(optional_text(message, content))
+            return
+        if speaker != self.next_speaker:
+            raise ValueError(
+                f"two messages of the {speaker} in a row; the {self.next_speaker}'s between them is missing"
+                if self.texts
+                else "the assistant speaks first; expected a question of the user"
+            )
+        self.texts.append(text_field(message, "content", "value", of="message"))
+        if speaker == "assistant" and is_trained(message):
+            self.turns.append(len(self.texts) // 2)
+
+    def add_system(self, text: str):
+        """Adds a text of the system; ValueError after the first question."""
+        if self.texts:
+            raise ValueError("a message of the system after the first question; it must stand before it")
+        self.system = "\n".join(filter(None, (self.system, text)))
+
+    @property
+    def next_speaker(self) -> str:
+        """Whose turn it is."""
+        return "assistant" if len(self.texts) % 2 else "user"
+
+    @property
+    def rounds(self) -> list[list[str]]:
+        """The [question, answer] pairs, without a question that has no answer."""
+        return [list(pair) for pair in zip(self.texts[::2], self.texts[1::2], strict=False)]
+
+
+def is_trained(message: dict) -> bool:
+    """Whether the `weight` of an assistant's message, 1 by default, is not 0; ValueError for any other value."""
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"field 'weight' is {weight!r}; expected 0, not to train on the message, or 1")
+    return weight != 0
+
+
+def find_conversation(row: dict, other_fields: tuple[str, ...]) -> Conversation | None:
+    """The conversation of a row, or None for a row of another kind.
+
+    Args:
+        row: a parsed line.
+        other_fields: of the other kind.
+    Raises:
+        ValueError: the conversation cannot be used, or the row is of both kinds.
+    """
+    given = [name for name in (*FIELDS, *other_fields) if row.get(name)]
+    given = given or [name for name in FIELDS if row.get(name) is not None]  # it is empty, and will be refused
+    if not given:
+        check_spelling(row, *FIELDS)
+    if not set(FIELDS) & set(given):
+        return None
+    if len(given) > 1:
+        raise ValueError(f"both '{given[0]}' and '{given[1]}'; a row has one conversation, or one question and answer")
+    check_spelling(row, "system")
+    return parse_messages(row[given[0]], given[0], optional_text(row, "system"))
+
+
+def parse_messages(messages: object, name: str, system: str) -> Conversation:
+    """The conversation of a list of messages, which follow a text of the system; `name` is that of the field."""
+    if not isinstance(messages, list):
+        raise ValueError(f"field '{name}' must be a list of messages, found a {type(messages).__name__}")
+    conversation = Conversation(system)
+    for number, message in enumerate(messages, 1):
+        try:
+            conversation.add(message)
+        except ValueError as error:
+            raise ValueError(f"message {number} of '{name}': {error}") from error
+    if not conversation.texts:
+        raise ValueError(f"field '{name}' has no question")
+    return conversation
