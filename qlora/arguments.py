@@ -91,7 +91,11 @@ class FinetuneArguments:
     )
     train_on: str = field(
         default="all",
-        metadata={"help": "Answers of a conversation to train on: all, or the last.", "choices": ["all", "last"]},
+        metadata={
+            "help": "Answers of a conversation to train on: all, or the last.",
+            "choices": ["all", "last"],
+            "expert": True,
+        },
     )
     lora_rank: int | None = field(
         default=None, metadata={"help": "Rank r of the adapter's matrices; by default 4, or that of --init_adapter."}

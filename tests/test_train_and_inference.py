@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizer
 import inference_qlora
 import qlora.loading
 import train_qlora
+from chatglm.chat import Prompt
 from qlora.arguments import DEFAULT_PROMPT, InferenceArguments
 from qlora.data.dataset import SampleEncoder
 from qlora.inference import generation
@@ -309,8 +310,8 @@ def test_missing_base_model_ends_in_one_line(trained, tmp_path):
 def test_prompts_of_the_command_line_and_of_a_file_are_all_answered(tmp_path):
     (tmp_path / "prompts.txt").write_text("甲\n乙\n", encoding="utf-8")
     flags = InferenceArguments(prompt=["丙"], prompt_file=str(tmp_path / "prompts.txt"))
-    assert list(inference_qlora.read_all_prompts(flags).values()) == ["丙", "甲", "乙"]
-    assert list(inference_qlora.read_all_prompts(InferenceArguments()).values()) == [DEFAULT_PROMPT]
+    assert list(inference_qlora.read_all_prompts(flags).values()) == [Prompt("丙"), Prompt("甲"), Prompt("乙")]
+    assert list(inference_qlora.read_all_prompts(InferenceArguments()).values()) == [Prompt(DEFAULT_PROMPT)]
 
 
 @pytest.mark.parametrize(

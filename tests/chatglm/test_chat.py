@@ -6,9 +6,10 @@ The expected texts follow the official `build_prompt` and `process_response` of 
 import threading
 
 import pytest
-from transformers import LogitsProcessor
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, LogitsProcessor
 
-from chatglm.chat import build_prompt, clean_response
+from chatglm.chat import CHAT_TEMPLATE, build_prompt, clean_response
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
@@ -23,6 +24,60 @@ def test_prompt_with_history_numbers_the_rounds():
     assert build_prompt("问三", history) == (
         "[Round 0]\n问：问一\n答：答一\n[Round 1]\n问：问二\n答：答二\n[Round 2]\n问：问三\n答："
     )
+
+
+def test_text_of_the_system_stands_before_the_first_question():
+    assert build_prompt("问", [], "简短。") == "简短。\n问"
+    assert build_prompt("问二", [("问一", "答一")], "简短。") == (
+        "[Round 0]\n问：简短。\n问一\n答：答一\n[Round 1]\n问：问二\n答："
+    )
+
+
+MESSAGES = [
+    {"role": "user", "content": "<sop>裙"},
+    {"role": "assistant", "content": "白[gMASK]裙<eop>"},
+    {"role": "user", "content": "  裤\n"},
+]
+
+
+def test_chat_template_gives_the_prompt_and_its_ids(tokenizer):
+    prompts = [build_prompt("<sop>裙"), build_prompt("  裤\n", [("<sop>裙", "白[gMASK]裙<eop>")])]
+    ids = [tokenizer(prompt, split_special_tokens=True)["input_ids"] for prompt in prompts]
+    assert [tokenizer.apply_chat_template(MESSAGES[:n], tokenize=False) for n in (1, 3)] == prompts
+    assert [tokenizer.apply_chat_template(MESSAGES[:n], return_dict=False) for n in (1, 3)] == ids
+    batch = tokenizer.apply_chat_template([MESSAGES[:1], MESSAGES], padding=True, return_tensors="pt")
+    assert [row[mask == 1].tolist() for row, mask in zip(*batch.values(), strict=True)] == ids
+    assert all(row[-2:] == [tokenizer.gmask_token_id, tokenizer.bos_token_id] for row in ids)
+
+
+def test_genuine_chat_template_gives_the_ids_of_chat(genuine_tokenizer):
+    ids = genuine_tokenizer.apply_chat_template(MESSAGES)["input_ids"]
+    prompt = build_prompt("  裤\n", [("<sop>裙", "白[gMASK]裙<eop>")])
+    assert ids == genuine_tokenizer.encode(prompt, split_special_tokens=True)
+
+
+def test_chat_template_is_saved_and_one_in_the_folder_is_used(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(MESSAGES, tokenize=False) == "<sop>裙!"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (MESSAGES[:2], "The last message must be of the user"),
+        (MESSAGES[1:], "the user and the assistant in turn"),
+        (MESSAGES[:1] * 2, "the user and the assistant in turn"),
+        ([*MESSAGES, {"role": "system", "content": "简短。"}], "the user and the assistant in turn"),
+        ([{"role": "tool", "content": "x"}], "the user and the assistant in turn"),
+        ([{"role": "user", "content": [{"type": "text", "text": "裙"}]}], "must be a text"),
+        ([{"role": "user"}], "must be a text"),
+    ],
+)
+def test_messages_that_have_no_prompt_are_refused(tokenizer, messages, reason):
+    with pytest.raises(TemplateError, match=reason):
+        tokenizer.apply_chat_template(messages)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, add_random_lora, import_script, write_rows
 from huggingface_hub import ModelCard
 
+from chatglm.chat import build_prompt
 from qlora import loading
 from qlora.adapter import load_adapter
 from qlora.evaluation.general import compare, format_table, read_general_prompts, read_task, summarize_categories
@@ -83,6 +84,16 @@ def test_every_row_is_answered_twice_and_scored(run, tmp_path, sample_rows, prot
     assert f"{metrics['adapter']['rouge-l']:.2f}" in capsys.readouterr().out
     page = (tmp_path / "summary.html").read_text(encoding="utf-8")
     assert page.count('<div class="sample">') == 10 and "<svg" in page and f"{metrics['base']['rouge-1']:.2f}" in page
+
+
+def test_last_answer_of_a_conversation_is_the_reference(script, tokenizer, tmp_path):
+    rounds = [("类型#裙", "白色的裙。"), ("类型#裤", "好看的裤。")]
+    texts = [{"role": "system", "content": "写广告。"}]
+    texts += [{"role": r, "content": t} for pair in rounds for r, t in zip(("user", "assistant"), pair, strict=True)]
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": texts}])
+    args = script.EvaluationArguments(data_path=str(data))
+    prompt = build_prompt(rounds[1][0], [(f"写广告。\n{rounds[0][0]}", rounds[0][1])])
+    assert script.read_samples(args, tokenizer) == [{"prompt": prompt, "reference": rounds[1][1]}]
 
 
 def test_scores_beside_an_adapter_are_added_to_its_card(run, adapter, tmp_path):

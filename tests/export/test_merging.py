@@ -11,6 +11,7 @@ from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, ROOT, import_script
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from chatglm import ChatGLMForConditionalGeneration
+from chatglm.chat import CHAT_TEMPLATE
 from qlora.adapter import load_adapter
 from qlora.atomic import atomic_folder
 from qlora.checkpoint import check_checkpoint, weight_files
@@ -146,6 +147,7 @@ def test_written_folder_is_official_and_has_the_same_logits(golden_folder, tmp_p
     assert load_tokenizer(str(output))("类型#裙") == load_tokenizer(str(golden_folder))("类型#裙")
     for name in ("modeling_chatglm.py", "tokenizer_config.json", "ice_text.model"):
         assert (output / name).read_bytes() == (golden_folder / name).read_bytes()
+    assert (output / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE
     merged, official = (stored(folder) for folder in (output, golden_folder))
     assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in official.items()}
     torch_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]

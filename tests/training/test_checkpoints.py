@@ -464,7 +464,8 @@ def test_length_of_a_run_matters_if_the_schedule_depends_on_it(train_file, tmp_p
     args = FinetuneArguments(train_data_path=[str(train_file)], eval_data_path=None)
     path = tmp_path / "args.json"
     path.write_text(json.dumps({"output_dir": "out", "report_to": "none"} | schedule))
-    assert (length in describe_run(args, read_training_args(str(path)), 48, {})["settings"]) is matters
+    settings = describe_run(args, read_training_args(str(path)), 48, {})["settings"]
+    assert (length in settings) is matters and settings["--train_on"] == "all"
 
 
 def test_evaluations_matter_if_they_choose_the_best_checkpoint(train_file, dev_file, tmp_path):

@@ -312,7 +312,14 @@ def test_rows_are_tokenized_without_weights(flags, tokenizer, tmp_path):
     write_rows(Path(flags["eval_data_path"]), [{"instruction": "\u200b", "output": "b"}])
     problems = run_preflight(FinetuneArguments(**flags | {"model_name_or_path": str(tmp_path)})).problems
     assert len(problems) == 2 and "config.json is missing" in problems[0]
-    assert "dev.jsonl, line 1: field 'instruction' has nothing but characters" in problems[1]
+    assert "dev.jsonl, line 1: the question has nothing but characters" in problems[1]
+
+
+def test_answers_of_conversations_are_counted_as_samples(flags):
+    texts = [{"from": role, "value": "裙"} for role in ("human", "gpt", "human", "gpt")]
+    write_rows(Path(flags["eval_data_path"]), [{"conversations": texts}] * 3)
+    for train_on, count in (("all", 6), ("last", 3)):
+        assert len(run_preflight(FinetuneArguments(**flags, train_on=train_on)).eval_samples) == count
 
 
 def test_large_model_needs_a_gpu(flags, monkeypatch):
