@@ -108,7 +108,7 @@ def test_few_texts_are_tokenized_to_drop_many_rounds(rows_file, tokenizer, encod
     # If the rounds were dropped one by one, the prompt would be tokenized 20,000 times.
     history = [[f"问{n}", "答"] for n in range(20_000)]
     samples = load_samples(write_lines(rows_file, to_json(history=history)), SampleEncoder(tokenizer, "", 512, 512))
-    assert len(encoded_texts) < 30 and max(map(len, encoded_texts)) < 20 * 512
+    assert len(encoded_texts) < 30 and max(map(len, encoded_texts)) < 30 * 512
     num_rounds = tokenizer.decode(samples[0]["input_ids"][:510]).count("[Round") - 1
     prompts = [build_prompt(GOOD["instruction"], history[len(history) - n :]) for n in (num_rounds, num_rounds + 1)]
     lengths_of_both = [len(tokenizer.encode(prompt)) for prompt in prompts]
