@@ -251,7 +251,8 @@ def test_prompts_from_a_file(trained, tmp_path, capsys, name):
     if path.suffix == ".txt":
         path.write_text("\n".join(PROMPTS), encoding="utf-8")
     else:
-        write_rows(path, [{"instruction": prompt} for prompt in PROMPTS])
+        first = {"messages": [{"role": "user", "content": PROMPTS[0]}]}
+        write_rows(path, [first, *({"instruction": prompt} for prompt in PROMPTS[1:])])
     flags = ("--adapter_path", trained, "--prompt_file", path, "--max_new_tokens", 10)
     run_main(inference_qlora, *flags)
     found = answers(capsys.readouterr().out)

@@ -29,24 +29,23 @@ class Conversation:
 
     def add(self, message: object):
         """Adds a message; ValueError with the reason for one that cannot follow."""
-        if not isinstance(message, dict):
-            raise ValueError(f"expected an object with role and content, found a {type(message).__name__}")
-        role = text_field(message, "role", "from", of="message")
-        speaker, content = ROLES.get(role.lower()), "content" if "content" in message else "value"
-        if speaker is None:
-            raise ValueError(f"unknown role '{role}'; expected system, user or assistant, or human or gpt")
+        message, speaker = check_message(message)
         if speaker == "system":
-            self.add_system(optional_text(message, content))
+            self.add_system(optional_text(message, "content" if "content" in message else "value"))
             return
-        if speaker != self.next_speaker:
-            raise ValueError(
-                f"two messages of the {speaker} in a row; the {self.next_speaker}'s between them is missing"
-                if self.texts
-                else "the assistant speaks first; expected a question of the user"
-            )
+        self.check_turn(speaker)
         self.texts.append(text_field(message, "content", "value", of="message"))
         if speaker == "assistant" and is_trained(message):
             self.turns.append(len(self.texts) // 2)
+
+    def check_turn(self, speaker: str):
+        """ValueError if it is not this speaker's turn."""
+        if speaker == self.next_speaker:
+            return
+        if not self.texts:
+            raise ValueError("the assistant speaks first; expected a question of the user")
+        missing = f"the {self.next_speaker}'s between them is missing"
+        raise ValueError(f"two messages of the {speaker} in a row; {missing}")
 
     def add_system(self, text: str):
         """Adds a text of the system; ValueError after the first question."""
@@ -63,6 +62,16 @@ class Conversation:
     def rounds(self) -> list[list[str]]:
         """The [question, answer] pairs, without a question that has no answer."""
         return [list(pair) for pair in zip(self.texts[::2], self.texts[1::2], strict=False)]
+
+
+def check_message(message: object) -> tuple[dict, str]:
+    """A message and who speaks; ValueError if it is no object, or has no role that is known."""
+    if not isinstance(message, dict):
+        raise ValueError(f"expected an object with role and content, found a {type(message).__name__}")
+    role = text_field(message, "role", "from", of="message")
+    if role.lower() not in ROLES:
+        raise ValueError(f"unknown role '{role}'; expected system, user or assistant, or human or gpt")
+    return message, ROLES[role.lower()]
 
 
 def is_trained(message: dict) -> bool:

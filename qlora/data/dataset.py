@@ -114,24 +114,33 @@ class SampleEncoder:
         Raises:
             ValueError: the question or the answer has no token.
         """
-        recent = history[-self.max_input_length :]  # a round has at least one token
-        prompt_ids, answer_ids = self.prompt_ids(query, recent, system), self.tokenizer.build_answer_ids(answer)
-        end, limit = self.tokenizer.prompt_end, self.max_input_length
-        for name, ids, control in (("question", prompt_ids, end), ("answer", answer_ids, 1)):
-            if len(ids) == control:
-                raise ValueError(f"the {name} has nothing but characters that the tokenizer drops")
-        prompt_cut, answer_cut = len(prompt_ids) > limit, len(answer_ids) > self.max_output_length
-        if prompt_cut:
-            dropped = bisect.bisect_left(
-                range(len(recent)), True, key=lambda i: len(self.prompt_ids(query, recent[i:], system)) <= limit
-            )
-            prompt_ids = self.prompt_ids(query, recent[dropped:], system)
-        if len(prompt_ids) > limit:
-            prompt_ids = prompt_ids[: limit - end] + prompt_ids[len(prompt_ids) - end :]
+        prompt_ids, prompt_cut = self.encode_prompt(query, history, system)
+        answer_ids = self.tokenizer.build_answer_ids(answer)
+        if len(answer_ids) == 1:  # the token that ends it
+            raise ValueError("the answer has nothing but characters that the tokenizer drops")
+        answer_cut = len(answer_ids) > self.max_output_length
         if answer_cut:
             answer_ids = [*answer_ids[: self.max_output_length - 1], answer_ids[-1]]
         labels = [IGNORE_INDEX] * len(prompt_ids) + answer_ids
         return prompt_ids + answer_ids, labels, len(labels), prompt_cut, answer_cut
+
+    def encode_prompt(self, query: str, history: Rounds, system: str) -> tuple[list[int], bool]:
+        """Token ids of a prompt, and whether it was cut; ValueError if the question has no token."""
+        limit, end = self.max_input_length, self.tokenizer.prompt_end
+        recent = history[-limit:]  # a round has at least one token
+        ids = self.prompt_ids(query, recent, system)
+        if len(ids) == end:
+            raise ValueError("the question has nothing but characters that the tokenizer drops")
+        if len(ids) <= limit:
+            return ids, False
+        if recent:
+            dropped = bisect.bisect_left(
+                range(len(recent)), True, key=lambda i: len(self.prompt_ids(query, recent[i:], system)) <= limit
+            )
+            ids = self.prompt_ids(query, recent[dropped:], system)
+        if len(ids) > limit:
+            ids = ids[: limit - end] + ids[len(ids) - end :]
+        return ids, True
 
     def prompt_ids(self, query: str, history: Rounds, system: str) -> list[int]:
         """Token ids of a prompt, not cut."""
