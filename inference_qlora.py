@@ -62,17 +62,17 @@ def main():
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)
-        texts = {place: tokenizer.build_prompt(*prompt) for place, prompt in prompts.items()}
+        args = args.with_sampling(tokenizer.sampling)
         if not (args.chat or args.web or args.serve):
-            check_prompts(texts, tokenizer, config, args)
+            check_prompts(prompts, tokenizer, config, args)
         model = load_adapters(load_quantized_model(base_path, compute_dtype, config), args.adapter_path)
     replace_layers(model.eval(), for_training=False)
     torch.manual_seed(args.seed)
-    sampler = make_sampler(args.do_sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    sampler = make_sampler(**args.sampling())
     if args.web:
         from qlora.inference.web_page import serve  # gradio is optional
 
-        serve(Page(Answerer(model, tokenizer), args), list(texts.values()))
+        serve(Page(Answerer(model, tokenizer), args), [prompt.query for prompt in prompts.values()])
     elif args.serve:
         from qlora.inference.server import serve  # fastapi is optional
 
@@ -82,7 +82,7 @@ def main():
         converse(model, tokenizer, sampler, args)
     else:
         with message_instead_of_traceback(OSError):
-            answer(model, tokenizer, list(texts.values()), sampler, args)
+            answer(model, tokenizer, list(prompts.values()), sampler, args)
 
 
 def read_all_prompts(args: InferenceArguments) -> "dict[str, Prompt]":
@@ -110,7 +110,7 @@ def check_output(path: str | None):
 
 
 def check_prompts(
-    prompts: dict[str, str], tokenizer: "ChatTokenizer", config: "ModelDescription", args: InferenceArguments
+    prompts: "dict[str, Prompt]", tokenizer: "ChatTokenizer", config: "ModelDescription", args: InferenceArguments
 ):
     """ValueError with its place for the first prompt that cannot be answered."""
     from qlora.inference.generation import check_prompt
@@ -125,15 +125,15 @@ def check_prompts(
 def answer(
     model: "PeftModel | PreTrainedModel",
     tokenizer: "ChatTokenizer",
-    prompts: list[str],
+    prompts: "list[Prompt]",
     sampler: "Sampler",
     args: InferenceArguments,
 ):
     """Prints, and keeps in `--output`, each prompt with its answers as soon as these are finished."""
     from qlora.inference.generation import compare_answers
 
-    prompts = [args.prompt_text + prompt for prompt in prompts]
-    rows = compare_answers(model, tokenizer, prompts, args.max_new_tokens, sampler, args.batch_size)
+    options = (args.max_new_tokens, sampler, args.batch_size, args.prompt_text)
+    rows = compare_answers(model, tokenizer, prompts, *options)
     with open(args.output, "x", encoding="utf-8") if args.output else contextlib.nullcontext() as output:
         try:
             for row in rows:
@@ -153,6 +153,7 @@ def converse(
     args: InferenceArguments,
 ):
     """A conversation on the terminal; each reply is printed as it is generated."""
+    from glm_shared.chat import Prompt
     from qlora.inference.generation import check_prompt, stream_answer
 
     print("清空历史 clear history: clear   结束 leave: exit")
@@ -161,13 +162,13 @@ def converse(
         if query == "clear":
             history = []
         elif query:
-            prompt, reply = args.prompt_text + tokenizer.build_prompt(query, history), ""
+            prompt, reply, limit = Prompt(query, history), "", model.config.max_position_embeddings
             try:
-                check_prompt(prompt, tokenizer, model.config.max_position_embeddings, args.max_new_tokens)
+                check_prompt(prompt, tokenizer, limit, args.max_new_tokens, args.prompt_text)
             except ValueError as error:
                 print(error)
                 continue
-            for longer in stream_answer(model, tokenizer, prompt, args.max_new_tokens, sampler):
+            for longer in stream_answer(model, tokenizer, prompt, args.max_new_tokens, sampler, args.prompt_text):
                 # A mark that is printed already may become full-width with the next character; it is not reprinted.
                 print(longer[len(reply) :], end="", flush=True)
                 reply = longer

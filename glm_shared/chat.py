@@ -25,6 +25,11 @@ class Prompt(NamedTuple):
     history: Rounds = ()
     system: str = ""
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is nothing but the question."""
+        return not (self.history or self.system)
+
 
 class ChatTokenizer(PreTrainedTokenizer):
     """A tokenizer that knows the prompts of its model; training, inference and serving have them from here alone.
@@ -69,6 +74,10 @@ class ChatTokenizer(PreTrainedTokenizer):
             prompt_text: put before the whole prompt.
         """
         return self(prompt_text + self.build_prompt(query, history, system), split_special_tokens=True)["input_ids"]
+
+    def cut_prompt_ids(self, ids: list[int], most: int) -> list[int]:
+        """The ids of a prompt, of which at most so many are left; the control tokens at its end stay."""
+        return ids if len(ids) <= most else ids[: most - self.prompt_end] + ids[len(ids) - self.prompt_end :]
 
     def build_answer_ids(self, answer: str) -> list[int]:
         """The token ids that follow those of the prompt; the last one ends the answer."""

@@ -20,7 +20,7 @@ from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_score
 from qlora.evaluation.protocols import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
-    from glm_shared.chat import ChatTokenizer
+    from glm_shared.chat import ChatTokenizer, Prompt
     from qlora.evaluation.general import Task
 
 
@@ -103,7 +103,7 @@ def evaluate(args: EvaluationArguments):
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         tokenizer = load_tokenizer(base_path)
         task = read_task(args.data_path) if args.general else None
-        rows = read_general(args, tokenizer) if args.general else read_samples(args, tokenizer)
+        prompts, rows = read_general(args, tokenizer) if args.general else read_samples(args, tokenizer)
         settings = {  # everything that the answers depend on
             "protocol": args.protocol,
             **asdict(PROTOCOLS[args.protocol]),
@@ -122,7 +122,7 @@ def evaluate(args: EvaluationArguments):
             model = load_adapter(model, args.adapter_path).eval()
     if len(predictions) < len(rows):
         try:
-            answer(model, tokenizer, rows, args, predictions, folder)
+            answer(model, tokenizer, prompts, rows, args, predictions, folder)
         except torch.OutOfMemoryError as error:
             reason = f"{args.batch_size} prompts at once are too many, lower --batch_size: {error}"
             raise SystemExit(f"error: {reason}") from None
@@ -135,29 +135,46 @@ def evaluate(args: EvaluationArguments):
             add_section(Path(args.adapter_path), *section)
 
 
-def read_general(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> list[dict]:
-    """The general prompts: `category`, `prompt` and, where there is one right answer, `expected`."""
+def read_general(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> "tuple[list[Prompt], list[dict]]":
+    """The general prompts, and for each `category`, `prompt` and, where there is one right answer, `expected`."""
+    from glm_shared.chat import Prompt
     from qlora.evaluation.general import read_general_prompts
+    from qlora.inference.generation import shown_prompt
 
     rows = read_general_prompts()[: args.max_prompts]
-    return [row | {"prompt": args.prompt_text + tokenizer.build_prompt(row.pop("instruction"))} for row in rows]
+    prompts = [Prompt(row.pop("instruction")) for row in rows]
+    shown = [{"prompt": shown_prompt(tokenizer, prompt, args.prompt_text)} for prompt in prompts]
+    return prompts, [row | text for row, text in zip(rows, shown, strict=True)]
 
 
-def read_samples(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> list[dict]:
-    """Prompt and reference of each row."""
+def read_samples(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> "tuple[list[Prompt], list[dict]]":
+    """The prompt of each row, and the row's `prompt` as a text and `reference`."""
+    from glm_shared.chat import Prompt
     from qlora.data.rows import read_rows
     from qlora.evaluation.predictions import reference_text
+    from qlora.inference.generation import shown_prompt
 
-    return [
+    rows = list(read_rows(args.data_path))[: args.max_prompts]
+    prompts = [Prompt(row["query"], row["history"], row["system"]) for row in rows]
+    most = PROTOCOLS[args.protocol].max_reference_tokens
+    return prompts, [
         {
-            "prompt": args.prompt_text + tokenizer.build_prompt(row["query"], row["history"], row["system"]),
-            "reference": reference_text(tokenizer, row["answer"], PROTOCOLS[args.protocol].max_reference_tokens),
+            "prompt": shown_prompt(tokenizer, prompt, args.prompt_text),
+            "reference": reference_text(tokenizer, row["answer"], most),
         }
-        for row in list(read_rows(args.data_path))[: args.max_prompts]
+        for prompt, row in zip(prompts, rows, strict=True)
     ]
 
 
-def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predictions: dict[int, dict], folder: Path):
+def answer(
+    model,
+    tokenizer: "ChatTokenizer",
+    prompts: "list[Prompt]",
+    rows: list[dict],
+    args: EvaluationArguments,
+    predictions: dict[int, dict],
+    folder: Path,
+):
     """Generates the missing predictions, adds them to `predictions` and appends each batch to their file."""
     import torch
 
@@ -168,12 +185,13 @@ def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predic
 
     protocol: Protocol = PROTOCOLS[args.protocol]
     limits = {"max_new_tokens": protocol.max_new_tokens, "max_prompt_tokens": protocol.max_prompt_tokens}
-    sampler = make_sampler(protocol.do_sample)
+    sampler = make_sampler(**tokenizer.sampling | {"do_sample": protocol.do_sample})
+    options = {"sampler": sampler, "batch_size": args.batch_size, "prompt_text": args.prompt_text, **limits}
     replace_layers(model, for_training=False)
 
-    def generate(prompts: list[str], seed: int) -> list[str]:
+    def generate(indices: list[int], seed: int) -> list[str]:
         torch.manual_seed(seed)
-        return generate_texts(model, tokenizer, prompts, sampler=sampler, batch_size=args.batch_size, **limits)
+        return generate_texts(model, tokenizer, [prompts[i] for i in indices], **options)
 
     with open(folder / PREDICTIONS, "a", encoding="utf-8") as file:
         for batch in answer_rows(model, generate, rows, args.batch_size, args.seed, predictions):

@@ -138,8 +138,7 @@ class SampleEncoder:
                 range(len(recent)), True, key=lambda i: len(self.prompt_ids(query, recent[i:], system)) <= limit
             )
             ids = self.prompt_ids(query, recent[dropped:], system)
-        if len(ids) > limit:
-            ids = ids[: limit - end] + ids[len(ids) - end :]
+        ids = self.tokenizer.cut_prompt_ids(ids, limit)
         return ids, True
 
     def prompt_ids(self, query: str, history: Rounds, system: str) -> list[int]:

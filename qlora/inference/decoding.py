@@ -8,7 +8,7 @@ answers have ended. Without a GPU the same step runs without a graph. For greedy
 Shapes: B prompts, T prompt tokens, N new tokens, V vocabulary size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -16,21 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, StaticCache
 
-from glm_shared.chat import OFFICIAL_SAMPLING
-
 # Without cuDNN's, which takes a second to plan for each new shape.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Sampler = Callable[[torch.Tensor], torch.Tensor]  # logits [B, V] -> token ids [B, 1]
 
 
-def make_sampler(
-    do_sample: bool,
-    *,
-    temperature: float = OFFICIAL_SAMPLING["temperature"],
-    top_k: int = int(OFFICIAL_SAMPLING["top_k"]),
-    top_p: float = OFFICIAL_SAMPLING["top_p"],
-) -> Sampler:
-    """A sampler: the most likely token, or one drawn as `generate` draws it, by default with the official settings.
+def make_sampler(do_sample: bool, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampler:
+    """A sampler: the most likely token, or one drawn as `generate` draws it.
 
     Args:
         do_sample: whether to draw.
@@ -85,6 +77,7 @@ class Decoder:
         input_ids, attention_mask: [B, T], long, prompts padded on the left.
         max_new_tokens: N.
         sampler: see `make_sampler`.
+        stop_token_ids: the tokens that end an answer; None for the one of the configuration.
     """
 
     def __init__(
@@ -94,8 +87,10 @@ class Decoder:
         attention_mask: torch.Tensor,
         max_new_tokens: int,
         sampler: Sampler,
+        stop_token_ids: Sequence[int] | None = None,
     ):
         self.model, self.sampler = model, sampler
+        self.stop_ids = torch.tensor(stop_token_ids or [model.config.eos_token_id], device=input_ids.device)
         B, T = input_ids.shape
         self.cache = StaticCache(config=model.config, max_cache_len=T + max_new_tokens)
         self.attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)  # [B, T + N]
@@ -113,7 +108,7 @@ class Decoder:
         token = self.sampler(logits).masked_fill(self.finished, self.model.config.pad_token_id)
         self.token.copy_(token)
         self.new_tokens.index_copy_(1, self.cache_position, token)
-        self.finished |= token == self.model.config.eos_token_id
+        self.finished |= (token == self.stop_ids).any(dim=1, keepdim=True)
         self.cache_position += 1
 
     def step(self):
@@ -159,6 +154,7 @@ def decode(
     max_new_tokens: int,
     sampler: Sampler,
     sync_every: int = 16,
+    stop_token_ids: Sequence[int] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Generates answers, yielding the new tokens every few steps.
 
@@ -168,10 +164,11 @@ def decode(
         max_new_tokens: most tokens of an answer.
         sampler: see `make_sampler`.
         sync_every: steps between two synchronizations with the host.
+        stop_token_ids: the tokens that end an answer; None for the one of the configuration.
     Yields:
         [B, up to sync_every], long; padding after an answer's end.
     """
-    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens, sampler)
+    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens, sampler, stop_token_ids)
     step, done, yielded = decoder.step, 1, 0
     while done < max_new_tokens and not decoder.finished.all():
         if input_ids.is_cuda and done == 1:

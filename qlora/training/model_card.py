@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CARD, PICTURE = "README.md", "loss.png"
-UPLOADED = ("adapter_config.json", "adapter_model.safetensors", *all_tokenizer_files(), CHAT_TEMPLATE_FILE, CARD)
-UPLOADED += (PICTURE,)
+UPLOADED = (
     "adapter_config.json",
     "adapter_model.safetensors",
     *all_tokenizer_files(),

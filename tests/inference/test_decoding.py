@@ -155,7 +155,7 @@ def test_frequencies_are_those_of_the_warpers_of_generate(tiny_model, settings):
     logits = torch.randn(1, 200) * 2
     expected = processors(torch.zeros(1, 1, dtype=torch.long), logits).softmax(dim=-1)[0]
     draws = 20_000
-    found = kept_tokens(make_sampler(True, **settings), logits, draws).double()
+    found = kept_tokens(make_sampler(**OFFICIAL_SAMPLING | settings), logits, draws).double()
     possible = expected > 0
     assert not found[~possible].any()
     statistic = ((found - draws * expected) ** 2 / (draws * expected))[possible].sum().item()

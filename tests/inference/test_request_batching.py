@@ -40,7 +40,7 @@ class Counting:
 
 
 async def tokens_of(answer: Answer) -> list[int]:
-    return [token async for piece in answer.tokens(EOS) for token in piece]
+    return [token async for piece in answer.tokens([EOS]) for token in piece]
 
 
 def run(
@@ -50,7 +50,7 @@ def run(
 
     async def main():
         slots = Counting(count)
-        batcher = Batcher(slots, EOS)
+        batcher = Batcher(slots, [EOS])
         answers = [Answer(task) for task in tasks]
         for place, answer in enumerate(answers):
             answer.cancelled = place in cancelled
