@@ -84,6 +84,11 @@ class ChatGLMTokenizer(ChatTokenizer):
         """Id of `[gMASK]`, after which the answer is generated."""
         return self.sp_model.piece_to_id("[gMASK]")
 
+    @property
+    def control_token_ids(self) -> list[int]:
+        """`[gMASK]`, `<sop>`, `<eop>`."""
+        return [self.gmask_token_id, self.bos_token_id, self.eos_token_id]
+
     def get_vocab(self) -> dict[str, int]:
         """Piece -> id, with added tokens."""
         return {self.sp_model.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder

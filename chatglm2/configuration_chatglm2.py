@@ -101,6 +101,7 @@ class ChatGLM2Config(ModelDescription, PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
     chatglm_version: int | None = None
     rope_ratio: float | int = 1

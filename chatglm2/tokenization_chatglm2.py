@@ -24,7 +24,7 @@ from chatglm2.chat import (
 )
 from chatglm2.configuration_chatglm2 import told_version
 from glm_shared.chat import ChatTokenizer, Rounds
-from glm_shared.registration import TOKENIZER_CONFIG, hub_options
+from glm_shared.registration import TOKENIZER_CONFIG, UnknownModel, hub_options
 
 
 class ChatGLM2Tokenizer(ChatTokenizer):
@@ -80,7 +80,7 @@ class ChatGLM2Tokenizer(ChatTokenizer):
         """As `PreTrainedTokenizer.from_pretrained`; of ChatGLM2Tokenizer and ChatGLM3Tokenizer, the one that fits.
 
         Raises:
-            ValueError: neither tokenizer_config.json nor config.json says which it is.
+            UnknownModel: see `version_of`.
         """
         path = str(pretrained_model_name_or_path)
         if cls is ChatGLM2Tokenizer and version_of(path, hub_options(kwargs)) == 3:
@@ -96,6 +96,11 @@ class ChatGLM2Tokenizer(ChatTokenizer):
     def vocab_size(self) -> int:
         """Number of pieces and control tokens."""
         return self.sp_model.get_piece_size() + len(self.control_tokens)
+
+    @property
+    def control_token_ids(self) -> list[int]:
+        """`control_tokens`, and `</s>`."""
+        return [*self.control_ids.values(), self.eos_token_id]
 
     def get_vocab(self) -> dict[str, int]:
         """Piece or control token -> id."""
@@ -247,14 +252,19 @@ def version_of(path: str, options: dict) -> int:
         path: of a folder, or name on the Hub.
         options: of transformers' `cached_file`.
     Raises:
-        ValueError: they do not say it.
+        UnknownModel: they do not say it, or contradict each other.
     """
+    told = {}
     for name in (TOKENIZER_CONFIG, "config.json"):
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **options)
-        version = told_version(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
-        if version:
-            return version
-    raise ValueError(
+        told[name] = told_version(json.loads(Path(file).read_text(encoding="utf-8"))) if file else None
+    versions = {version for version in told.values() if version}
+    if len(versions) == 1:
+        return versions.pop()
+    if versions:
+        found = " and ".join(f"{name} is that of ChatGLM{version}-6B" for name, version in told.items())
+        raise UnknownModel(f"{path}: {found}: they do not belong together. Download both again.")
+    raise UnknownModel(
         f"{path}: nothing in tokenizer_config.json and config.json says whether the model is ChatGLM2-6B or "
         'ChatGLM3-6B, whose prompts differ. Add "chatglm_version": 2 or 3 to tokenizer_config.json.'
     )

@@ -54,6 +54,11 @@ class ChatTokenizer(PreTrainedTokenizer):
     same_marks: Mapping[int, str] = {}
 
     @property
+    def control_token_ids(self) -> list[int]:
+        """The tokens in a sample that stand for no text."""
+        raise NotImplementedError
+
+    @property
     def stop_token_ids(self) -> list[int]:
         """The tokens that end an answer."""
         return [self.eos_token_id]

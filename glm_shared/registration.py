@@ -23,6 +23,10 @@ MODEL_TYPE = "chatglm"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
+class UnknownModel(ValueError):
+    """Files that do not say which model they belong to."""
+
+
 class Architecture(NamedTuple):
     """What belongs to an architecture.
 

@@ -74,7 +74,7 @@ class FinetuneArguments:
     )
     model_name_or_path: str = field(
         default_factory=lambda: in_repository(DEFAULT_MODEL),
-        metadata={"help": "Folder with the files of THUDM/chatglm-6b."},
+        metadata={"help": "Folder with the files of THUDM/chatglm-6b, chatglm2-6b or chatglm3-6b."},
     )
     train_data_path: list[str] = field(
         default_factory=lambda: [in_repository("data/train.jsonl")],
@@ -85,10 +85,10 @@ class FinetuneArguments:
         metadata={"help": "Evaluation rows, one JSON a line; 'none' for no evaluation."},
     )
     max_input_length: int = field(
-        default=512, metadata={"help": "Longest prompt in tokens, [gMASK] and <sop> included; the rest is cut."}
+        default=512, metadata={"help": "Longest prompt in tokens, control tokens included; the rest is cut."}
     )
     max_output_length: int = field(
-        default=1536, metadata={"help": "Longest answer in tokens, <eop> included; the rest is cut."}
+        default=1536, metadata={"help": "Longest answer in tokens, the one that ends it included; the rest is cut."}
     )
     train_on: str = field(
         default="all",

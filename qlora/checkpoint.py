@@ -15,7 +15,10 @@ import glm_models  # noqa: F401, makes the models known to the Auto classes
 from glm_shared.description import ModelDescription, Shape
 from glm_shared.registration import ARCHITECTURES, MODEL_TYPE, architecture_of, architecture_of_tokenizer
 
-HOW_TO_GET = 'Download all files of THUDM/chatglm-6b into it (README, "Weights"), or try `bash train.sh --demo`.'
+HOW_TO_GET = (
+    "Download all files of THUDM/chatglm-6b, THUDM/chatglm2-6b or THUDM/chatglm3-6b into it (README, "
+    '"Weights"), or try `bash train.sh --demo`.'
+)
 NF4 = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LAYER = re.compile(r".*\.layers\.\d+\.")  # the name of a weight of a block, up to the number of the block
 LFS_POINTER = b"version https://git-lfs"
@@ -89,7 +92,7 @@ def check_no_adapter(folder: Path):
 
 
 def read_config(folder: Path) -> ModelDescription:
-    """The configuration of a ChatGLM-6B in 16 bits, or in 4 bits as this project writes it; ValueError for others."""
+    """The configuration of a model in 16 bits, or in 4 bits as this project writes it; ValueError for others."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type, quantization = values.get("model_type"), values.get("quantization_config")
@@ -100,7 +103,7 @@ def read_config(folder: Path) -> ModelDescription:
     if quantization is not None and not (isinstance(quantization, dict) and NF4.items() <= quantization.items()):
         raise ValueError(
             f"{folder}/config.json has a quantization_config that is not bitsandbytes' NF4 with double quantisation: "
-            "these weights are already quantised, in another way. Use the 16-bit files of THUDM/chatglm-6b."
+            "these weights are already quantised, in another way. Use the model's 16-bit files."
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)

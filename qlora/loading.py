@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
-from glm_shared.registration import architecture_of_tokenizer
+from glm_shared.registration import UnknownModel, architecture_of_tokenizer
 from qlora.checkpoint import check_checkpoint, is_finite, is_quantized
 from qlora.errors import first_line
 from qlora.units import GIB
@@ -50,10 +50,12 @@ def load_tokenizer(path: str) -> ChatTokenizer:
     Args:
         path: of the folder, which `check_checkpoint` has checked.
     Raises:
-        ValueError: one of its files is damaged.
+        ValueError: one of its files is damaged, or they do not say which model they belong to.
     """
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except UnknownModel:
+        raise
     except Exception as error:  # damaged files make transformers and SentencePiece raise many types
         files = " or ".join(reversed(architecture_of_tokenizer(path).tokenizer_files))
         files = f"{path}: {files} is damaged or incomplete"

@@ -15,8 +15,8 @@ from qlora.arguments import COMPUTE_DTYPES, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
-# The tokenizer's files, and the official code, to which config.json refers if it is copied.
-COPIED = ("ice_text.model", "tokenizer_config.json", "generation_config.json", "*.py", "*LICENSE*")
+# Beside the tokenizer's files; to the official code config.json refers if it is copied.
+COPIED = ("generation_config.json", "*.py", "*LICENSE*")
 WEIGHTS = {
     "nf4": "the 4-bit weights that the adapter was trained against, dequantised",
     "original": "the original 16-bit weights",
@@ -65,6 +65,7 @@ def merge(args: MergeArguments):
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     from qlora.adapter import base_model_path
     from qlora.atomic import atomic_folder
+    from qlora.checkpoint import tokenizer_files
     from qlora.export.merging import merged_tensors
     from qlora.export.official_folder import write_checkpoint
     from qlora.loading import DTYPES, load_tokenizer
@@ -73,7 +74,8 @@ def merge(args: MergeArguments):
     config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, DTYPES[args.compute_dtype])
     with atomic_folder(args.output_dir) as folder:
         folder.mkdir(parents=True)
-        for file in [file for pattern in COPIED for file in Path(base_path).glob(pattern)]:
+        patterns = (*tokenizer_files(Path(base_path)), *COPIED)
+        for file in [file for pattern in patterns for file in Path(base_path).glob(pattern)]:
             shutil.copyfile(file, folder / file.name)
         load_tokenizer(base_path).save_chat_templates(folder, {}, None, save_jinja_files=True)
         write_checkpoint(folder, config, tensor, dtype=DTYPES[args.dtype])

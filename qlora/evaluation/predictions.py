@@ -23,7 +23,7 @@ def reference_text(tokenizer: PreTrainedTokenizer, text: str, max_tokens: int | 
     Args:
         tokenizer: of the model.
         text: of the reference; control tokens written in it stay text.
-        max_tokens: it is cut to so many tokens, `[gMASK]` and `<sop>` included; None for no limit.
+        max_tokens: it is cut to so many tokens, control tokens included; None for no limit.
     """
     cut = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
     return tokenizer.decode(tokenizer(text, split_special_tokens=True, **cut).input_ids, skip_special_tokens=True)

@@ -76,7 +76,7 @@ python inference_qlora.py --adapter_path saved_files/{{ name }}{{ prompt_flag }}
 Or from Python with peft:
 
 ```python
-import chatglm  # makes ChatGLM-6B known to the Auto classes
+import glm_models  # makes the models known to the Auto classes
 
 import torch
 from peft import PeftModel
