@@ -93,7 +93,9 @@ def test_last_answer_of_a_conversation_is_the_reference(script, tokenizer, tmp_p
     data = write_rows(tmp_path / "rows.jsonl", [{"messages": texts}])
     args = script.EvaluationArguments(data_path=str(data))
     prompt = build_prompt(rounds[1][0], [(f"写广告。\n{rounds[0][0]}", rounds[0][1])])
-    assert script.read_samples(args, tokenizer) == [{"prompt": prompt, "reference": rounds[1][1]}]
+    prompts, rows = script.read_samples(args, tokenizer)
+    assert [tokenizer.build_prompt(*each) for each in prompts] == [prompt]
+    assert rows == [{"prompt": prompt, "reference": rounds[1][1]}]
 
 
 def test_scores_beside_an_adapter_are_added_to_its_card(run, adapter, tmp_path):

@@ -158,9 +158,10 @@ def test_conversation_is_the_official_prompt(served, client):
         reply = client.chat.completions.create(model="red", messages=messages, max_completion_tokens=5)
     finally:
         served.completer.task = original
-    assert task == [build_prompt("裤", [("你是裁缝。\n裙子", "白裙。")])]
+    assert task == [Prompt("裤", [("裙子", "白裙。")], "你是裁缝。")]
+    prompt = build_prompt("裤", [("你是裁缝。\n裙子", "白裙。")])
     assert reply.choices[0].message.role == "assistant" and reply.model == "red"
-    assert reply.choices[0].message.content == complete(client, task[0], model="red", max_tokens=5).choices[0].text
+    assert reply.choices[0].message.content == complete(client, prompt, model="red", max_tokens=5).choices[0].text
 
 
 def test_usage_counts_tokens(client, tokenizer):

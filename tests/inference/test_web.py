@@ -448,7 +448,7 @@ def test_generate_button_shows_both_answers(page, answerer):
 def test_example_can_be_clicked(page, answerer):
     compare(page, PROMPT)
     expect_answers(page, expected_answers(answerer, PROMPT))  # what is generated later would fill the boxes again
-    example = next(iter(read_prompts(str(inference_qlora.EXAMPLES)).values()))
+    example = next(iter(read_prompts(str(inference_qlora.EXAMPLES)).values())).query
     page.get_by_role("button", name=example).click()
     expect(page.get_by_label("输入 Prompt")).to_have_value(example)
     expect_answers(page, ["", ""])
