@@ -16,8 +16,8 @@ from glm_shared.description import ModelDescription, Shape
 from glm_shared.registration import ARCHITECTURES, MODEL_TYPE, architecture_of, architecture_of_tokenizer
 
 HOW_TO_GET = (
-    "Download all files of THUDM/chatglm-6b, THUDM/chatglm2-6b or THUDM/chatglm3-6b into it (README, "
-    '"Weights"), or try `bash train.sh --demo`.'
+    "Download all files of THUDM/chatglm-6b, chatglm2-6b or chatglm3-6b into it "
+    '(README, "Weights"), or try `bash train.sh --demo`.'
 )
 NF4 = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LAYER = re.compile(r".*\.layers\.\d+\.")  # the name of a weight of a block, up to the number of the block
