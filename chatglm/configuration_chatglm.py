@@ -62,7 +62,7 @@ class ChatGLMConfig(ModelDescription, PreTrainedConfig):
         if found:
             raise ValueError(
                 f"config.json has {', '.join(found)}: it describes ChatGLM2 or later, another architecture under the "
-                "same name. This project needs the files of THUDM/chatglm-6b (the first ChatGLM)."
+                "same name, and other keys describe the first ChatGLM or nothing makes ChatGLM2 known (`import glm_models`)."
             )
         if self.quantization_bit:
             raise ValueError(

@@ -158,8 +158,9 @@ class ChatGLM2Config(ModelDescription, PreTrainedConfig):
 
     @classmethod
     def describes(cls, values: dict) -> bool:
-        """Whether the values of a config.json have a key that those of ChatGLM-6B do not have."""
-        return "padded_vocab_size" in values or "multi_query_attention" in values
+        """Whether the values of a config.json have keys of this architecture, and none of the first ChatGLM."""
+        own, first = ("padded_vocab_size", "multi_query_attention"), ("inner_hidden_size", "position_encoding_2d")
+        return any(key in values for key in own) and not any(key in values for key in first)
 
     @property
     def attention_shapes(self) -> dict[str, tuple[int, int]]:
