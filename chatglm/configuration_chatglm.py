@@ -62,7 +62,7 @@ class ChatGLMConfig(ModelDescription, PreTrainedConfig):
         if found:
             raise ValueError(
                 f"config.json has {', '.join(found)}: it describes ChatGLM2 or later, another architecture under the "
-                "same name, and other keys describe the first ChatGLM or nothing makes ChatGLM2 known (`import glm_models`)."
+                "same name. Its other keys are of the first ChatGLM, or the models are not known: `import glm_models`."
             )
         if self.quantization_bit:
             raise ValueError(
