@@ -78,7 +78,6 @@ class ChatGLMConfig(ModelDescription, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     display_name = "ChatGLM-6B"
-    hub_name = "THUDM/chatglm-6b"
     sizes = (
         *("vocab_size", "hidden_size", "num_layers", "num_attention_heads"),
         *("inner_hidden_size", "max_sequence_length"),

@@ -153,7 +153,8 @@ class ChatGLM2Config(ModelDescription, PreTrainedConfig):
         return f"ChatGLM{self.chatglm_version}-6B" if self.chatglm_version else "ChatGLM2-6B or ChatGLM3-6B"
 
     @property
-    def hub_name(self) -> str:  # type: ignore[override]
+    def hub_name(self) -> str:
+        """Under which the official files are published; by this name they are told apart."""
         return f"THUDM/chatglm{self.chatglm_version or 2}-6b"
 
     @classmethod

@@ -17,7 +17,6 @@ class ModelDescription:
 
     Attributes:
         display_name: of the model, for messages, such as "ChatGLM-6B".
-        hub_name: under which the official files are published, such as "THUDM/chatglm-6b".
         vocab_size: V, rows of the embedding; there may be fewer tokens.
         hidden_size: C.
         num_hidden_layers: number of blocks.
@@ -31,7 +30,6 @@ class ModelDescription:
     """
 
     display_name: str
-    hub_name: str
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int

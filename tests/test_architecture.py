@@ -52,6 +52,12 @@ def test_imports_run_one_way(path):
     assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(wrong)}"
 
 
+@parameters([*QLORA_FILES, ROOT / "train_qlora.py", ROOT / "inference_qlora.py"])
+def test_training_and_inference_know_no_model_by_name(path):
+    named = [".".join(name) for name in own_imports(path) if name[0] in MODELS]
+    assert not named, f"{path.relative_to(ROOT)} imports {', '.join(named)}: a model describes itself, see glm_shared/"
+
+
 @parameters(QLORA_FILES)
 def test_folders_of_qlora_use_what_is_shared_and_not_each_other(path):
     folder = path.relative_to(ROOT / "qlora").parts[0] if path.parent != ROOT / "qlora" else None

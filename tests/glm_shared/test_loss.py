@@ -1,4 +1,4 @@
-"""chatglm/loss.py, compared with PyTorch's cross-entropy of all logits."""
+"""glm_shared/loss.py, compared with PyTorch's cross-entropy of all logits."""
 
 import pytest
 import torch
