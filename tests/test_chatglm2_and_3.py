@@ -99,6 +99,20 @@ def test_sample_is_the_official_prompt_with_the_answer(tokenizer, version):
     assert cut[:12] == prompt_of_query(tokenizer)[: 12 - end] + prompt_of_query(tokenizer)[-end:] * bool(end)
 
 
+def test_chat_template_gives_the_prompt(tokenizer):
+    history, query = [("你好", "你好。"), ("裙子", "白裙。<|user|>")], "黑色的"
+    messages = [{"role": "system", "content": "简短。"}]
+    for question, answer in history:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages.append({"role": "user", "content": query})
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.build_prompt(query, history, "简短。")
+    ids = tokenizer.build_prompt_ids(query, history, "简短。")
+    assert tokenizer.apply_chat_template(messages)["input_ids"] == ids
+    batch = tokenizer.apply_chat_template([messages, messages[-1:]], padding=True, return_tensors="pt")
+    assert batch["input_ids"][0].tolist() == ids
+    assert batch["attention_mask"].sum(1).tolist() == [len(ids), len(tokenizer.build_prompt_ids(query))]
+
+
 def prompt_of_query(tokenizer: ChatGLM2Tokenizer) -> list[int]:
     return tokenizer.build_prompt_ids("类型#裙*颜色#白色*风格#简约*图案#条纹")
 
