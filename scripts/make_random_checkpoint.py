@@ -1,6 +1,7 @@
 """Write a checkpoint of random weights in the official format, to measure speed and memory without the real weights.
 
     python scripts/make_random_checkpoint.py --tokenizer_path THUDM/chatglm-6b --output_dir THUDM/chatglm-6b-random
+    python scripts/make_random_checkpoint.py --tokenizer_path THUDM/chatglm2-6b --output_dir THUDM/chatglm2-6b-random
 
 The model is that of the config.json in the tokenizer's folder; its size is that of this file (13 GB on disk) unless
 flags say otherwise. Weights are drawn on the GPU if there is one.

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from chatglm2.modeling_chatglm2 import RMSNorm
 from chatglm2.rotary import ChatGLM2RotaryEmbedding
+from qlora.adapter import load_adapter
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 from qlora.inference.decoding import decode, make_sampler
@@ -94,6 +95,12 @@ def test_logits_equal_official(model, cases, arrays, number, adapter):
     logits = tuned(**tensors(cases["forward"][number], "input_ids")).logits[0]
     name = f"forward_{number}_logits" + "_with_adapter" * adapter
     torch.testing.assert_close(logits, arrays[name].reshape(logits.shape), **LOGITS)
+
+
+def test_adapter_of_old_peft_is_read_with_its_checks(sdpa_model, cases, arrays):
+    tuned = load_adapter(sdpa_model, str(ADAPTER))
+    logits = tuned(**tensors(cases["forward"][0], "input_ids")).logits[0]
+    torch.testing.assert_close(logits, arrays["forward_0_logits_with_adapter"].reshape(logits.shape), **LOGITS)
 
 
 @pytest.mark.parametrize("given", [False, True])
