@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from chatglm import ChatGLMConfig
-    from chatglm.chat import ChatTokenizer, Prompt
+    from glm_shared.chat import ChatTokenizer, Prompt
+    from glm_shared.description import ModelDescription
     from qlora.inference.decoding import Sampler
 
 EXAMPLES = Path(__file__).parent / "data" / "dev.jsonl"
@@ -64,17 +64,17 @@ def main():
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         check_hardware(config, compute_dtype)
         tokenizer = load_tokenizer(base_path)
-        texts = {place: tokenizer.build_prompt(*prompt) for place, prompt in prompts.items()}
+        args = args.with_sampling(tokenizer.sampling)
         if not (args.chat or args.web or args.serve):
-            check_prompts(texts, tokenizer, config, args)
+            check_prompts(prompts, tokenizer, config, args)
         model = load_adapters(load_quantized_model(base_path, compute_dtype, config), args.adapter_path)
     replace_layers(model.eval(), for_training=False)
     torch.manual_seed(args.seed)
-    sampler = make_sampler(args.do_sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    sampler = make_sampler(**args.sampling())
     if args.web:
         from qlora.inference.web_page import serve  # gradio is optional
 
-        serve(Page(Answerer(model, tokenizer), args), list(texts.values()))
+        serve(Page(Answerer(model, tokenizer), args), [prompt.query for prompt in prompts.values()])
     elif args.serve:
         from qlora.inference.server import serve  # fastapi is optional
 
@@ -84,7 +84,7 @@ def main():
         converse(model, tokenizer, sampler, args)
     else:
         with message_instead_of_traceback(OSError):
-            answer(model, tokenizer, list(texts.values()), sampler, args)
+            answer(model, tokenizer, list(prompts.values()), sampler, args)
 
 
 def read_all_prompts(args: InferenceArguments) -> "dict[str, Prompt]":
@@ -92,7 +92,7 @@ def read_all_prompts(args: InferenceArguments) -> "dict[str, Prompt]":
 
     Without any, the default one, or for the page the sample rows.
     """
-    from chatglm.chat import Prompt
+    from glm_shared.chat import Prompt
     from qlora.data.rows import read_prompts
 
     prompts = {f"--prompt, number {number}": Prompt(text) for number, text in enumerate(args.prompt, 1)}
@@ -112,14 +112,14 @@ def check_output(path: str | None):
 
 
 def check_prompts(
-    prompts: dict[str, str], tokenizer: "ChatTokenizer", config: "ChatGLMConfig", args: InferenceArguments
+    prompts: "dict[str, Prompt]", tokenizer: "ChatTokenizer", config: "ModelDescription", args: InferenceArguments
 ):
     """ValueError with its place for the first prompt that cannot be answered."""
     from qlora.inference.generation import check_prompt
 
     for place, prompt in prompts.items():
         try:
-            check_prompt(prompt, tokenizer, config.max_sequence_length, args.max_new_tokens, args.prompt_text)
+            check_prompt(prompt, tokenizer, config.max_position_embeddings, args.max_new_tokens, args.prompt_text)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
 
@@ -127,15 +127,15 @@ def check_prompts(
 def answer(
     model: "PeftModel | PreTrainedModel",
     tokenizer: "ChatTokenizer",
-    prompts: list[str],
+    prompts: "list[Prompt]",
     sampler: "Sampler",
     args: InferenceArguments,
 ):
     """Prints, and keeps in `--output`, each prompt with its answers as soon as these are finished."""
     from qlora.inference.generation import compare_answers
 
-    prompts = [args.prompt_text + prompt for prompt in prompts]
-    rows = compare_answers(model, tokenizer, prompts, args.max_new_tokens, sampler, args.batch_size)
+    options = (args.max_new_tokens, sampler, args.batch_size, args.prompt_text)
+    rows = compare_answers(model, tokenizer, prompts, *options)
     with open(args.output, "x", encoding="utf-8") if args.output else contextlib.nullcontext() as output:
         try:
             for row in rows:
@@ -155,6 +155,7 @@ def converse(
     args: InferenceArguments,
 ):
     """A conversation on the terminal; each reply is printed as it is generated."""
+    from glm_shared.chat import Prompt
     from qlora.inference.generation import check_prompt, stream_answer
 
     print("清空历史 clear history: clear   结束 leave: exit")
@@ -163,13 +164,13 @@ def converse(
         if query == "clear":
             history = []
         elif query:
-            prompt, reply = args.prompt_text + tokenizer.build_prompt(query, history), ""
+            prompt, reply, limit = Prompt(query, history), "", model.config.max_position_embeddings
             try:
-                check_prompt(prompt, tokenizer, model.config.max_sequence_length, args.max_new_tokens)
+                check_prompt(prompt, tokenizer, limit, args.max_new_tokens, args.prompt_text)
             except ValueError as error:
                 print(error)
                 continue
-            for longer in stream_answer(model, tokenizer, prompt, args.max_new_tokens, sampler):
+            for longer in stream_answer(model, tokenizer, prompt, args.max_new_tokens, sampler, args.prompt_text):
                 # A mark that is printed already may become full-width with the next character; it is not reprinted.
                 print(longer[len(reply) :], end="", flush=True)
                 reply = longer

@@ -4,18 +4,14 @@ Importing this package registers the classes, so that `AutoConfig`, `AutoTokeniz
 `AutoModelForCausalLM` read an official ChatGLM-6B folder natively although its files point to remote code.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
 from chatglm.configuration_chatglm import ChatGLMConfig
+from chatglm.fast_layers import fast_layer
 from chatglm.modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel, ChatGLMPreTrainedModel
-from chatglm.packed_attention import PackedSequences
 from chatglm.tokenization_chatglm import ChatGLMTokenizer
+from glm_shared.packed_attention import PackedSequences
+from glm_shared.registration import Architecture, register
 
-AutoConfig.register("chatglm", ChatGLMConfig, exist_ok=True)
-AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
-# The official auto_map gives the model with its head for AutoModel too.
-AutoModel.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
-AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+register(Architecture(ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer, fast_layer))
 
 __all__ = [
     "ChatGLMConfig",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from chatglm.chat import CHAT_TEMPLATE, ChatTokenizer, Rounds, build_prompt
+from chatglm.chat import CHAT_TEMPLATE, FULL_WIDTH_MARKS, MARKS, OFFICIAL_SAMPLING, build_prompt, clean_response
+from glm_shared.chat import ChatTokenizer, Rounds
 
 MAX_BLANKS = 80  # there is a piece for each run of 2 to 80 spaces
 RUN_OF_SPACES = re.compile(f" {{2,{MAX_BLANKS}}}")
@@ -33,6 +34,11 @@ class ChatGLMTokenizer(ChatTokenizer):
     vocab_files_names = {"vocab_file": "ice_text.model"}
     model_input_names = ["input_ids", "attention_mask"]
     prompt_end = 2  # [gMASK] <sop>
+    longest_token = MAX_BLANKS
+    sampling = OFFICIAL_SAMPLING
+    chat_length = 2048
+    open_marks = MARKS
+    same_marks = dict(zip(map(ord, FULL_WIDTH_MARKS), MARKS, strict=True))
 
     def __init__(
         self,
@@ -78,6 +84,11 @@ class ChatGLMTokenizer(ChatTokenizer):
         """Id of `[gMASK]`, after which the answer is generated."""
         return self.sp_model.piece_to_id("[gMASK]")
 
+    @property
+    def control_token_ids(self) -> list[int]:
+        """`[gMASK]`, `<sop>`, `<eop>`."""
+        return [self.gmask_token_id, self.bos_token_id, self.eos_token_id]
+
     def get_vocab(self) -> dict[str, int]:
         """Piece -> id, with added tokens."""
         return {self.sp_model.id_to_piece(i): i for i in range(self.vocab_size)} | self.added_tokens_encoder
@@ -109,6 +120,10 @@ class ChatGLMTokenizer(ChatTokenizer):
     def build_prompt(self, query: str, history: Rounds = (), system: str = "") -> str:
         """The prompt as the official `chat` builds it."""
         return build_prompt(query, history, system)
+
+    def clean_response(self, text: str) -> str:
+        """The reply as the official `chat` formats it."""
+        return clean_response(text)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copies the SentencePiece model into a folder; returns its path there."""

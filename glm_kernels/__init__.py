@@ -1,12 +1,14 @@
-"""Triton kernels for training and running ChatGLM-6B on NVIDIA GPUs.
+"""Triton kernels for training and running the models on NVIDIA GPUs.
 
-    attention.py         prefix-LM attention of the samples in a row, and its gradient
+    attention.py         attention within the samples of a row, and its gradient
     cross_entropy.py     cross-entropy, and its gradient in place of the logits
     decode_attention.py  attention of one new token, with rotary positions and cache update
     layer_norm.py        layer norm, and its gradient joined with that of the residual
     lora.py              products with the LoRA matrices, with dropout; lora_reference.py in plain PyTorch
     nf4.py               dequantization of NF4 weights
+    rms_norm.py          RMS norm, and its gradient joined with that of the residual
     rotary.py            rotary positions of queries and keys, in place
+    swiglu.py            gated activation, and its gradient
     launch.py            launches of compiled kernels with little host time
 
 This file does not import Triton: code that also runs without a GPU needs TILE and `kernels_supported` from it.
@@ -18,7 +20,7 @@ PyTorch's operations take the place of the other kernels.
 
 import torch
 
-# Tokens of one sample that a program of the attention kernels works on. `chatglm.packed_attention` cuts the samples
+# Tokens of one sample that a program of the attention kernels works on. `glm_shared.packed_attention` cuts the samples
 # into tiles of this size.
 TILE = 64
 

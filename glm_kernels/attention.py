@@ -1,7 +1,7 @@
-"""Triton kernels: attention of a prefix language model over the samples concatenated in a row, and its gradient.
+"""Triton kernels: attention within the samples that are concatenated in a row, and its gradient.
 
 Formula, for each sample and head. Q, K, V are its rotated queries, rotated keys and values; key k is visible to query
-q if k <= q or k is in the context:
+q if k <= q or k is in the context, which has 0 tokens in a causal model:
     S   = D ** -0.5 * Q @ K.T               -inf where the key is not visible
     P   = softmax(S) = exp2(S * log2(e) - lse)
     O   = P @ V
@@ -11,19 +11,23 @@ Gradient; P is recomputed from lse:
     dS  = P * (dO @ V.T - delta)            dV = P.T @ dO
     dQ  = D ** -0.5 * dS @ K                dK = D ** -0.5 * dS.T @ Q
 Scores, softmax and sums are in fp32; the operands of products are in the dtype of the activations. The scores are
-scaled by log2(e), so that exp2, one GPU instruction, takes the place of exp.
+scaled by log2(e), so that exp2, one GPU instruction, takes the place of exp. With grouped queries K and V of a group
+serve H / G heads, and their gradients are sums over these.
 
-Shapes: T tokens of the row, H heads, D head dimension, C = H * D hidden size, TILE tokens of a program, BLOCK_N keys
-and BLOCK_M queries per iteration. The fused projection [T, 3C] is [T, H, 3, D]: query, key and value of each head.
+Shapes: T tokens of the row, H heads of queries, G heads of keys and values, D head dimension, TILE tokens of a
+program, BLOCK_N keys and BLOCK_M queries per iteration. The fused projection [T, (H + 2G) * D] is, see `HeadLayout`,
+    by head   [T, H, 3, D]: query, key and value of each head, with G = H;
+    by kind   [T, H + G + G, D]: all queries, all keys, all values.
 `tiles` [number of tiles, 4] int32: each sample is cut into tiles of TILE tokens, the last with the remainder. Columns:
     0  first token of the sample in the row     2  tokens of the sample's context
     1  tokens of the sample                     3  first token of the tile in the sample
 One program a head of a tile. The samples cover the row, so that the programs write every token of the outputs.
-Reference: `chatglm.packed_attention.attention_by_sample`.
+Reference: `glm_shared.packed_attention.attention_by_sample`.
 Source: "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", algorithms 1 and 2.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,11 +35,57 @@ import triton.language as tl
 
 from glm_kernels import TILE
 from glm_kernels.launch import launch
-from glm_kernels.rotary import rotate_in_place
+from glm_kernels.rotary import rotate_in_place, rotate_pairs_in_place
 
 BLOCK_N = 32  # keys per iteration, in the kernels of the output and of the query gradient
 BLOCK_M = 64  # queries per iteration, in the kernel of the key and value gradients
 LOG2_E = math.log2(math.e)
+MOST_SPLITS = 4  # programs that share the heads of a group in the kernel of the key and value gradients
+
+
+class HeadLayout(NamedTuple):
+    """Where queries, keys and values are in the fused projection.
+
+    Attributes:
+        heads: H.
+        groups: G.
+        head_dim: D, a power of 2.
+        by_head: whether query, key and value of each head are side by side; otherwise all queries, keys, values.
+    """
+
+    heads: int
+    groups: int
+    head_dim: int
+    by_head: bool
+
+    @property
+    def splits(self) -> int:
+        """Programs that share the heads of a group, each with a sum of its own over a part of them."""
+        return math.gcd(self.heads // self.groups, MOST_SPLITS)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The constexpr parameters that all kernels have."""
+        sizes = {"HEADS": self.heads, "GROUPS": self.groups, "HEAD_DIM": self.head_dim}
+        return sizes | {"BY_HEAD": int(self.by_head), "TILE": TILE}
+
+
+@triton.jit
+def query_offset(head, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr):
+    """Where the query of a head begins in the vector of a token."""
+    return head * HEAD_DIM * (3 if BY_HEAD else 1)  # scalar
+
+
+@triton.jit
+def key_offset(group, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr):
+    """Where the key of a group begins in the vector of a token."""
+    return (group * 3 + 1 if BY_HEAD else HEADS + group) * HEAD_DIM  # scalar
+
+
+@triton.jit
+def value_offset(group, HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr):
+    """Where the value of a group begins in the vector of a token."""
+    return (group * 3 + 2 if BY_HEAD else HEADS + GROUPS + group) * HEAD_DIM  # scalar
 
 
 @triton.jit
@@ -72,15 +122,17 @@ def prefix_lm_mask(query_index, key_index, sample_length, context_length):
 
 @triton.jit(do_not_specialize=["tokens"])
 def forward_kernel(
-    projected, output, lse, tiles, log2_scale, tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    projected, output, lse, tiles, log2_scale, tokens, HEADS: tl.constexpr, GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """output [T, C] and lse [H, T] for one head of one tile of queries. `tokens` is T."""
+    """output [T, H * D] and lse [H, T] for one head of one tile of queries. `tokens` is T."""
     head = tl.program_id(1)
+    group = head // (HEADS // GROUPS)
     sample_start, sample_length, context_length, first_query = load_tile(tiles, tl.program_id(0))
-    stride: tl.constexpr = HEADS * 3 * HEAD_DIM
-    query_base = projected + head * 3 * HEAD_DIM
-    key_base, value_base = query_base + HEAD_DIM, query_base + 2 * HEAD_DIM
+    stride: tl.constexpr = (HEADS + 2 * GROUPS) * HEAD_DIM
+    query_base = projected + query_offset(head, HEAD_DIM, BY_HEAD)
+    key_base = projected + key_offset(group, HEADS, HEAD_DIM, BY_HEAD)
+    value_base = projected + value_offset(group, HEADS, GROUPS, HEAD_DIM, BY_HEAD)
     query_index = first_query + tl.arange(0, TILE)
     query = load_tokens(query_base, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
     running_max = tl.full([TILE], float("-inf"), tl.float32)
@@ -113,14 +165,17 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def query_grad_kernel(
     projected, output, output_grad, lse, delta, projected_grad, tiles, scale, log2_scale, tokens,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_N: tl.constexpr,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ in projected_grad [T, H, 3, D], and delta [H, T], for one head of one tile of queries."""
+    """dQ in projected_grad, laid out as `projected`, and delta [H, T], for one head of one tile of queries."""
     head = tl.program_id(1)
+    group = head // (HEADS // GROUPS)
     sample_start, sample_length, context_length, first_query = load_tile(tiles, tl.program_id(0))
-    stride: tl.constexpr = HEADS * 3 * HEAD_DIM
-    query_base = projected + head * 3 * HEAD_DIM
-    key_base, value_base = query_base + HEAD_DIM, query_base + 2 * HEAD_DIM
+    stride: tl.constexpr = (HEADS + 2 * GROUPS) * HEAD_DIM
+    query_base = projected + query_offset(head, HEAD_DIM, BY_HEAD)
+    key_base = projected + key_offset(group, HEADS, HEAD_DIM, BY_HEAD)
+    value_base = projected + value_offset(group, HEADS, GROUPS, HEAD_DIM, BY_HEAD)
     query_index = first_query + tl.arange(0, TILE)
     query = load_tokens(query_base, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
     out_stride: tl.constexpr = HEADS * HEAD_DIM
@@ -145,56 +200,112 @@ def query_grad_kernel(
         probabilities_grad = tl.dot(out_grad, tl.trans(value))  # [TILE, BLOCK_N]
         scores_grad = probabilities * (probabilities_grad - delta_of_query[:, None])
         acc += tl.dot(scores_grad.to(key.dtype), key)  # [TILE, D]
-    query_grad_base = projected_grad + head * 3 * HEAD_DIM
+    query_grad_base = projected_grad + query_offset(head, HEAD_DIM, BY_HEAD)
     store_tokens(query_grad_base, acc * scale, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def key_value_grad_kernel(
-    projected, output_grad, lse, delta, projected_grad, tiles, scale, log2_scale, tokens,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    projected, output_grad, lse, delta, key_value_grad, tiles, scale, log2_scale, tokens, HEADS: tl.constexpr,
+    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV in projected_grad [T, H, 3, D], for one head of one tile of keys; delta is from query_grad_kernel."""
-    head = tl.program_id(1)
+    """dK and dV for one group of one tile of keys, summed over a part of its heads; delta is from query_grad_kernel.
+
+    key_value_grad is the gradient of `projected` by head, which has one head a group, or [SPLITS, T, 2, G, D] fp32.
+    """
+    group, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
     sample_start, sample_length, context_length, first_key = load_tile(tiles, tl.program_id(0))
-    stride: tl.constexpr = HEADS * 3 * HEAD_DIM
+    stride: tl.constexpr = (HEADS + 2 * GROUPS) * HEAD_DIM
     out_stride: tl.constexpr = HEADS * HEAD_DIM
-    query_base = projected + head * 3 * HEAD_DIM
-    key_base, value_base = query_base + HEAD_DIM, query_base + 2 * HEAD_DIM
+    key_base = projected + key_offset(group, HEADS, HEAD_DIM, BY_HEAD)
+    value_base = projected + value_offset(group, HEADS, GROUPS, HEAD_DIM, BY_HEAD)
     key_index = first_key + tl.arange(0, TILE)
     key = load_tokens(key_base, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
     value = load_tokens(value_base, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
     key_grad = tl.zeros([TILE, HEAD_DIM], tl.float32)
     value_grad = tl.zeros([TILE, HEAD_DIM], tl.float32)
-    # If the tile has keys of the context, all queries of the sample see those; if not, only queries from first_key on.
-    for first_query in range(tl.where(first_key < context_length, 0, first_key), sample_length, BLOCK_M):
-        query_index = first_query + tl.arange(0, BLOCK_M)
-        query = load_tokens(query_base, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [BLOCK_M, D]
+    heads_here: tl.constexpr = HEADS // GROUPS // SPLITS
+    for index in range(heads_here):
+        head = (group * SPLITS + split) * heads_here + index
+        query_base = projected + query_offset(head, HEAD_DIM, BY_HEAD)
         out_grad_base = output_grad + head * HEAD_DIM
-        # [BLOCK_M, D]
-        out_grad = load_tokens(out_grad_base, sample_start, query_index, sample_length, out_stride, HEAD_DIM)
-        statistics_offsets = head * tokens + sample_start + query_index
-        in_range = query_index < sample_length
-        lse_of_query = tl.load(lse + statistics_offsets, mask=in_range, other=0.0)  # [BLOCK_M]
-        delta_of_query = tl.load(delta + statistics_offsets, mask=in_range, other=0.0)  # [BLOCK_M]
-        scores = tl.dot(query, tl.trans(key)) * log2_scale  # [BLOCK_M, TILE]
-        # prefix_lm_mask bounds the keys only. Queries beyond the sample must not add to the gradients.
-        visible = prefix_lm_mask(query_index, key_index, sample_length, context_length) & in_range[:, None]
-        probabilities = tl.where(visible, tl.exp2(scores - lse_of_query[:, None]), 0.0)
-        value_grad += tl.dot(tl.trans(probabilities.to(out_grad.dtype)), out_grad)  # [TILE, D]
-        probabilities_grad = tl.dot(out_grad, tl.trans(value))  # [BLOCK_M, TILE]
-        scores_grad = probabilities * (probabilities_grad - delta_of_query[:, None])
-        key_grad += tl.dot(tl.trans(scores_grad.to(query.dtype)), query)  # [TILE, D]
-    grad_base = projected_grad + head * 3 * HEAD_DIM  # query, key and value gradient are D apart
-    key_grad_base = grad_base + HEAD_DIM
+        # If the tile has keys of the context, all queries of the sample see those; if not, those from first_key on.
+        for first_query in range(tl.where(first_key < context_length, 0, first_key), sample_length, BLOCK_M):
+            query_index = first_query + tl.arange(0, BLOCK_M)
+            query = load_tokens(query_base, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [BLOCK_M, D]
+            # [BLOCK_M, D]
+            out_grad = load_tokens(out_grad_base, sample_start, query_index, sample_length, out_stride, HEAD_DIM)
+            statistics_offsets = head * tokens + sample_start + query_index
+            in_range = query_index < sample_length
+            lse_of_query = tl.load(lse + statistics_offsets, mask=in_range, other=0.0)  # [BLOCK_M]
+            delta_of_query = tl.load(delta + statistics_offsets, mask=in_range, other=0.0)  # [BLOCK_M]
+            scores = tl.dot(query, tl.trans(key)) * log2_scale  # [BLOCK_M, TILE]
+            # prefix_lm_mask bounds the keys only. Queries beyond the sample must not add to the gradients.
+            visible = prefix_lm_mask(query_index, key_index, sample_length, context_length) & in_range[:, None]
+            probabilities = tl.where(visible, tl.exp2(scores - lse_of_query[:, None]), 0.0)
+            value_grad += tl.dot(tl.trans(probabilities.to(out_grad.dtype)), out_grad)  # [TILE, D]
+            probabilities_grad = tl.dot(out_grad, tl.trans(value))  # [BLOCK_M, TILE]
+            scores_grad = probabilities * (probabilities_grad - delta_of_query[:, None])
+            key_grad += tl.dot(tl.trans(scores_grad.to(query.dtype)), query)  # [TILE, D]
+    grad_stride: tl.constexpr = stride if BY_HEAD else 2 * GROUPS * HEAD_DIM
+    if BY_HEAD:
+        key_grad_base = key_value_grad + key_offset(group, HEADS, HEAD_DIM, BY_HEAD)
+        value_grad_base = key_value_grad + value_offset(group, HEADS, GROUPS, HEAD_DIM, BY_HEAD)
+    else:
+        key_grad_base = key_value_grad + split.to(tl.int64) * tokens * grad_stride + group * HEAD_DIM
+        value_grad_base = key_grad_base + GROUPS * HEAD_DIM
     key_grad *= scale
-    store_tokens(key_grad_base, key_grad, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
-    value_grad_base = grad_base + 2 * HEAD_DIM
-    store_tokens(value_grad_base, value_grad, sample_start, key_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
+    store_tokens(key_grad_base, key_grad, sample_start, key_index, sample_length, grad_stride, HEAD_DIM)  # [TILE, D]
+    # [TILE, D]
+    store_tokens(value_grad_base, value_grad, sample_start, key_index, sample_length, grad_stride, HEAD_DIM)
+
+
+def attend(projected: torch.Tensor, tiles: torch.Tensor, layout: HeadLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a rotated projection [T, (H + 2G) * D]: output [T, H * D], and lse [H, T], fp32."""
+    heads, head_dim = layout.heads, layout.head_dim
+    output = projected.new_empty(len(projected), heads * head_dim)
+    lse = torch.empty(heads, len(projected), dtype=torch.float32, device=projected.device)
+    launch(
+        forward_kernel, (len(tiles), heads), projected, output, lse, tiles, head_dim**-0.5 * LOG2_E,
+        len(projected), **layout.constants, BLOCK_N=BLOCK_N, num_stages=3,
+    )  # fmt: skip
+    return output, lse
+
+
+def attend_grad(
+    projected: torch.Tensor,
+    tiles: torch.Tensor,
+    layout: HeadLayout,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    output_grad: torch.Tensor,
+) -> torch.Tensor:
+    """Gradient of a rotated projection, laid out as it; `output` and `lse` are those of `attend`."""
+    output_grad = output_grad.contiguous()
+    grad, delta = torch.empty_like(projected), torch.empty_like(lse)
+    T, splits = len(projected), layout.splits
+    key_value_grad = grad
+    if not layout.by_head:
+        width = 2 * layout.groups * layout.head_dim
+        key_value_grad = torch.empty(splits, T, width, dtype=torch.float32, device=grad.device)
+    scales = (layout.head_dim**-0.5, layout.head_dim**-0.5 * LOG2_E, T)
+    # In this order: the first kernel stores delta, the second loads it.
+    launch(
+        query_grad_kernel, (len(tiles), layout.heads), projected, output, output_grad, lse, delta, grad, tiles,
+        *scales, **layout.constants, BLOCK_N=BLOCK_N, num_stages=2,
+    )  # fmt: skip
+    launch(
+        key_value_grad_kernel, (len(tiles), layout.groups * splits), projected, output_grad, lse, delta,
+        key_value_grad, tiles, *scales, **layout.constants, SPLITS=splits, BLOCK_M=BLOCK_M, num_stages=2,
+    )  # fmt: skip
+    if not layout.by_head:
+        grad[:, layout.heads * layout.head_dim :] = key_value_grad.sum(0)
+    return grad
 
 
 class PackedAttention(torch.autograd.Function):
-    """Rotary positions, then prefix-LM attention within each sample of a row."""
+    """Rotary positions of both halves of a head, then attention within each sample of a row; laid out by head."""
 
     @staticmethod
     def forward(ctx, projected, cos, sin, tiles, head_dim):
@@ -208,37 +319,51 @@ class PackedAttention(torch.autograd.Function):
             tiles: [number of tiles, 4], int32, contiguous; see the top of this file.
             head_dim: D, a power of 2.
         Returns:
-            [T, C], in the dtype of `projected`.
+            [T, C], in the dtype of `projected`; C = H * D.
         """
         heads = projected.shape[-1] // (3 * head_dim)
-        constants = {"HEADS": heads, "HEAD_DIM": head_dim, "TILE": TILE}
+        ctx.layout = HeadLayout(heads, heads, head_dim, by_head=True)
         rotate_in_place(projected, cos, sin, head_dim)
-        output = projected.new_empty(len(projected), heads * head_dim)
-        lse = torch.empty(heads, len(projected), dtype=torch.float32, device=projected.device)
-        launch(
-            forward_kernel, (len(tiles), heads), projected, output, lse, tiles, head_dim**-0.5 * LOG2_E,
-            len(projected), **constants, BLOCK_N=BLOCK_N, num_stages=3,
-        )  # fmt: skip
+        output, lse = attend(projected, tiles, ctx.layout)
         ctx.save_for_backward(projected, cos, sin, tiles, output, lse)
-        ctx.constants = constants
         return output
 
     @staticmethod
     def backward(ctx, output_grad):
         """[T, C] -> [T, 3C], the gradient of the fused projection before its rotation."""
         projected, cos, sin, tiles, output, lse = ctx.saved_tensors
-        output_grad = output_grad.contiguous()
-        grad, delta = torch.empty_like(projected), torch.empty_like(lse)
-        head_dim, grid = ctx.constants["HEAD_DIM"], (len(tiles), ctx.constants["HEADS"])
-        scales = (head_dim**-0.5, head_dim**-0.5 * LOG2_E, len(projected))
-        # In this order: the first kernel stores delta, the second loads it.
-        launch(
-            query_grad_kernel, grid, projected, output, output_grad, lse, delta, grad, tiles, *scales,
-            **ctx.constants, BLOCK_N=BLOCK_N, num_stages=2,
-        )  # fmt: skip
-        launch(
-            key_value_grad_kernel, grid, projected, output_grad, lse, delta, grad, tiles, *scales,
-            **ctx.constants, BLOCK_M=BLOCK_M, num_stages=2,
-        )  # fmt: skip
-        rotate_in_place(grad, cos, sin, head_dim, inverse=True)
+        grad = attend_grad(projected, tiles, ctx.layout, output, lse, output_grad)
+        rotate_in_place(grad, cos, sin, ctx.layout.head_dim, inverse=True)
         return grad, None, None, None, None
+
+
+class GroupedPackedAttention(torch.autograd.Function):
+    """Rotary positions of the first half of a head, then attention within each sample of a row; laid out by kind."""
+
+    @staticmethod
+    def forward(ctx, projected, cos, sin, tiles, heads, groups):
+        """Output of the attention.
+
+        Args:
+            projected: [T, (H + 2G) * D], bf16 or fp16, contiguous; see `PackedAttention`.
+            cos: [T, D / 4], contiguous.
+            sin: [T, D / 4], contiguous.
+            tiles: [number of tiles, 4], int32, contiguous; see the top of this file.
+            heads: H.
+            groups: G.
+        Returns:
+            [T, H * D], in the dtype of `projected`.
+        """
+        ctx.layout = HeadLayout(heads, groups, projected.shape[-1] // (heads + 2 * groups), by_head=False)
+        rotate_pairs_in_place(projected, cos, sin, heads, groups)
+        output, lse = attend(projected, tiles, ctx.layout)
+        ctx.save_for_backward(projected, cos, sin, tiles, output, lse)
+        return output
+
+    @staticmethod
+    def backward(ctx, output_grad):
+        """[T, H * D] -> [T, (H + 2G) * D], the gradient of the fused projection before its rotation."""
+        projected, cos, sin, tiles, output, lse = ctx.saved_tensors
+        grad = attend_grad(projected, tiles, ctx.layout, output, lse, output_grad)
+        rotate_pairs_in_place(grad, cos, sin, ctx.layout.heads, ctx.layout.groups, inverse=True)
+        return grad, None, None, None, None, None

@@ -9,7 +9,7 @@ Computed in fp32. The sum is an online softmax: a running maximum and a running 
 grows, so that one pass over the logits computes both.
 
 Shapes: N rows, V vocabulary size, BLOCK logits of a row per iteration. One program a row.
-Reference: `torch.nn.functional.cross_entropy`, and `chatglm.loss.cross_entropy_in_place` on the CPU.
+Reference: `torch.nn.functional.cross_entropy`, and `glm_shared.loss.cross_entropy_in_place` on the CPU.
 Source: "Online normalizer calculation for softmax", algorithm 3.
 """
 

@@ -1,15 +1,17 @@
 """Triton kernel: attention of one new token a row, from the fused projection to the output, with the cache update.
 
-Formula, for each row and head; t is the cache position of its new token, `rotary` is that of `glm_kernels.rotary`:
+Formula, for each row and head; t is the cache position of its new token, `rotary` is that of `glm_kernels.rotary`;
+with grouped queries a group of heads has k, v, keys and values in common:
     q, k, v   = rotary(query), rotary(key), value       of the fused projection
     keys[t]   = k          values[t] = v
     score[j]  = D ** -0.5 * q . keys[j]                 for j = t, and for j < t with visible[j]; else -inf
     output    = sum over j of softmax(score)[j] * values[j]
 Computed in fp32; the scores are scaled by log2(e), so that exp2 takes the place of exp.
 
-Shapes: B rows, H heads, S positions in the cache, D head dimension, C = H * D hidden size, BLOCK keys per iteration.
-The fused projection [B, 3C] is [B, H, 3, D]: query, key and value of each head. One program a head of a row.
-Reference: `chatglm.rotary.split_and_rotate`, and `torch.nn.functional.scaled_dot_product_attention` over the cache.
+Shapes: B rows, H heads of queries, G heads of keys and values, S positions in the cache, D head dimension, BLOCK keys
+per iteration. The fused projection [B, (H + 2G) * D] is laid out by head or by kind, as `glm_kernels.attention` says;
+by head it is rotated as in ChatGLM-6B, by kind as in ChatGLM2-6B. One program a head of a row.
+Reference: `split_and_rotate` of the models, and `torch.nn.functional.scaled_dot_product_attention` over the cache.
 Source: "Online normalizer calculation for softmax", its parallel form.
 """
 
@@ -19,42 +21,55 @@ import torch
 import triton
 import triton.language as tl
 
+from glm_kernels.attention import key_offset, query_offset, value_offset
 from glm_kernels.launch import launch
 
 BLOCK, STAGES = 64, 3  # keys per iteration; iterations whose loads are in flight at once
 
 
 @triton.jit
-def load_rotated(x, cos, sin, HEAD_DIM: tl.constexpr):
-    """x * cos + rotate_half(x) * sin of a query or key x [D], in the dtype of the cache; rotate_half within D/2."""
+def load_rotated(x, cos, sin, row, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr):
+    """A query or key x [D], rotated by the tables of its row, in the dtype of the cache."""
     dim = tl.arange(0, HEAD_DIM)  # [D]
-    is_first = dim % (HEAD_DIM // 2) < HEAD_DIM // 4  # of a pair (first, second), D/4 elements apart
-    partner = tl.where(is_first, dim + HEAD_DIM // 4, dim - HEAD_DIM // 4)
+    if BY_HEAD:  # tables [B, D]; the two elements of a pair are D/4 apart, within a half
+        is_first = dim % (HEAD_DIM // 2) < HEAD_DIM // 4
+        partner = tl.where(is_first, dim + HEAD_DIM // 4, dim - HEAD_DIM // 4)
+        c = tl.load(cos + row * HEAD_DIM + dim).to(tl.float32)  # [D]
+        s = tl.load(sin + row * HEAD_DIM + dim).to(tl.float32)  # [D]
+    else:  # tables [B, D/4]; the two elements of a pair are neighbours, in the first half
+        is_first = dim % 2 == 0
+        partner = tl.where(is_first, dim + 1, dim - 1)
+        is_rotated = dim < HEAD_DIM // 2
+        table_offsets = row * (HEAD_DIM // 4) + dim // 2
+        c = tl.load(cos + table_offsets, mask=is_rotated, other=1.0).to(tl.float32)  # [D]
+        s = tl.load(sin + table_offsets, mask=is_rotated, other=0.0).to(tl.float32)  # [D]
     rotated_half = tl.load(x + partner).to(tl.float32) * tl.where(is_first, -1.0, 1.0)  # [D]
-    result = tl.load(x + dim).to(tl.float32) * tl.load(cos + dim).to(tl.float32)  # [D], [D]
-    return (result + rotated_half * tl.load(sin + dim).to(tl.float32)).to(x.dtype.element_ty)  # [D]
+    return (tl.load(x + dim).to(tl.float32) * c + rotated_half * s).to(x.dtype.element_ty)  # [D]
 
 
 @triton.jit(do_not_specialize=["capacity"])
 def decode_attention_kernel(
     projected, cos, sin, keys, values, visible, cache_position, output, log2_scale, capacity,
-    PER_ROW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PER_ROW: tl.constexpr, HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output of one head of one row.
 
     `capacity` is S; `log2_scale` is D ** -0.5 * log2(e); PER_ROW is 1 if each row has a cache position, else 0.
     """
-    row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group = head // (HEADS // GROUPS)
     past_length = tl.load(cache_position + row * PER_ROW)  # scalar: tokens in the cache before the new one
     dim = tl.arange(0, HEAD_DIM)  # [D]
-    head_base = projected + (row * heads + head) * 3 * HEAD_DIM  # query at 0, key at D, value at 2D
-    cache_offset = (row * heads + head) * capacity * HEAD_DIM
-    query = load_rotated(head_base, cos + row * HEAD_DIM, sin + row * HEAD_DIM, HEAD_DIM)  # [D]
+    row_base = projected + row * (HEADS + 2 * GROUPS) * HEAD_DIM
+    cache_offset = (row * GROUPS + group) * capacity * HEAD_DIM
+    query = load_rotated(row_base + query_offset(head, HEAD_DIM, BY_HEAD), cos, sin, row, HEAD_DIM, BY_HEAD)  # [D]
     query = query.to(tl.float32) * log2_scale
-    key = load_rotated(head_base + HEAD_DIM, cos + row * HEAD_DIM, sin + row * HEAD_DIM, HEAD_DIM)  # [D]
-    value = tl.load(head_base + 2 * HEAD_DIM + dim)  # [D]
-    tl.store(keys + cache_offset + past_length * HEAD_DIM + dim, key)  # [D]
-    tl.store(values + cache_offset + past_length * HEAD_DIM + dim, value)  # [D]
+    key = load_rotated(row_base + key_offset(group, HEADS, HEAD_DIM, BY_HEAD), cos, sin, row, HEAD_DIM, BY_HEAD)  # [D]
+    value = tl.load(row_base + value_offset(group, HEADS, GROUPS, HEAD_DIM, BY_HEAD) + dim)  # [D]
+    if head % (HEADS // GROUPS) == 0:  # the first head of a group stores what they have in common
+        tl.store(keys + cache_offset + past_length * HEAD_DIM + dim, key)  # [D]
+        tl.store(values + cache_offset + past_length * HEAD_DIM + dim, value)  # [D]
     # Lane i computes a partial softmax over the keys i, i + BLOCK, i + 2 * BLOCK and so on. An iteration then needs no
     # reduction over keys; the lanes are combined after the loop. Lane 0 starts with the new token, whose key and value
     # are in registers, so that the loop does not read back what was just stored.
@@ -82,7 +97,7 @@ def decode_attention_kernel(
     # Lane 0 has at least the new token: the maximum over the lanes is finite.
     lane_rescale = tl.exp2(running_max - tl.max(running_max, 0))  # [BLOCK], max: scalar
     result = tl.sum(acc * lane_rescale[:, None], 0) / tl.sum(running_sum * lane_rescale, 0)  # [D] / scalar
-    tl.store(output + (row * heads + head) * HEAD_DIM + dim, result.to(output.dtype.element_ty))  # [D]
+    tl.store(output + (row * HEADS + head) * HEAD_DIM + dim, result.to(output.dtype.element_ty))  # [D]
 
 
 def decode_attention(
@@ -93,25 +108,29 @@ def decode_attention(
     values: torch.Tensor,
     visible: torch.Tensor,
     cache_position: torch.Tensor,
+    by_head: bool = True,
 ) -> torch.Tensor:
     """Attention of one new token a row, over the cache and itself.
 
     Args:
-        projected: [B, 3C], contiguous: query, key and value of each head, not rotated.
-        cos: [B, D], contiguous, of the new tokens' positions.
-        sin: [B, D], contiguous.
-        keys: [B, H, S, D], contiguous, rotated; the new key is written at `cache_position`.
-        values: [B, H, S, D], contiguous; the new value is written at `cache_position`.
+        projected: [B, (H + 2G) * D], contiguous: queries, keys and values, not rotated.
+        cos: [B, D], contiguous, of the new tokens' positions; [B, D / 4] by kind.
+        sin: as `cos`.
+        keys: [B, G, S, D], contiguous, rotated; the new key is written at `cache_position`.
+        values: [B, G, S, D], contiguous; the new value is written at `cache_position`.
         visible: [B, S], bool, contiguous: which keys before `cache_position` count.
         cache_position: [B], long, below S; or a single number on the device, the same for all rows.
+        by_head: how `projected` is laid out.
     Returns:
-        [B, C], in the dtype of `projected`.
+        [B, H * D], in the dtype of `projected`.
     """
-    B, H, S, D = keys.shape
+    B, G, S, D = keys.shape
+    H = projected.shape[-1] // D - 2 * G
     output = projected.new_empty(B, H * D)
+    constants = {"HEADS": H, "GROUPS": G, "HEAD_DIM": D, "BY_HEAD": int(by_head), "BLOCK": BLOCK, "STAGES": STAGES}
     launch(
         decode_attention_kernel, (B, H), projected, cos, sin, keys, values, visible, cache_position, output,
         D**-0.5 * math.log2(math.e), S,
-        PER_ROW=int(cache_position.numel() > 1), HEAD_DIM=D, BLOCK=BLOCK, STAGES=STAGES, num_warps=4,
+        PER_ROW=int(cache_position.numel() > 1), **constants, num_warps=4,
     )  # fmt: skip
     return output

@@ -37,8 +37,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
     Raises:
         ValueError: a target module that the model does not have.
     """
-    layers = [name for name, module in model.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    linear = sorted({name.rsplit(".", 1)[-1] for name in layers})
+    linear = sorted(model.config.attention_shapes | model.config.mlp_shapes)
     unknown = [name for name in target_modules if name not in linear]
     if unknown:
         raise ValueError(f"--lora_target_modules: the model has no {', '.join(unknown)}; it has {', '.join(linear)}.")

@@ -4,11 +4,12 @@ Imports nothing that takes time, so that `--help` and a misspelt flag are answer
 """
 
 import ast
+import dataclasses
 import importlib.util
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qlora.units import parse_size
 
@@ -95,7 +96,7 @@ class FinetuneArguments(DownloadArguments):
     )
     model_name_or_path: str = field(
         default_factory=lambda: in_repository(DEFAULT_MODEL),
-        metadata={"help": "Folder with the files of THUDM/chatglm-6b, or the name of the model on a hub."},
+        metadata={"help": "Folder with THUDM/chatglm-6b, chatglm2-6b or chatglm3-6b, or the model's name on a hub."},
     )
     train_data_path: list[str] = field(
         default_factory=lambda: [in_repository("data/train.jsonl")],
@@ -128,10 +129,10 @@ class FinetuneArguments(DownloadArguments):
         },
     )
     max_input_length: int = field(
-        default=512, metadata={"help": "Longest prompt in tokens, [gMASK] and <sop> included; the rest is cut."}
+        default=512, metadata={"help": "Longest prompt in tokens, control tokens included; the rest is cut."}
     )
     max_output_length: int = field(
-        default=1536, metadata={"help": "Longest answer in tokens, <eop> included; the rest is cut."}
+        default=1536, metadata={"help": "Longest answer in tokens, the one that ends it included; the rest is cut."}
     )
     train_on: str = field(
         default="all",
@@ -399,10 +400,16 @@ class InferenceArguments(DownloadArguments):
     top_k: int = field(
         default=50, metadata={"help": "Sampling: this many most likely tokens at most; 0 for any number."}
     )
-    top_p: float = field(default=0.7, metadata={"help": "Sampling: smallest set of tokens with this probability."})
-    temperature: float = field(
-        default=0.95,
-        metadata={"help": f"Sampling: above 1 flatter, below 1 sharper; {LOWEST_TEMPERATURE} or more."},
+    top_p: float | None = field(
+        default=None,
+        metadata={"help": "Sampling: smallest set of tokens with this probability; by default as the official chat."},
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Sampling: above 1 flatter, below 1 sharper, {LOWEST_TEMPERATURE} or more; by default as the "
+            "official chat."
+        },
     )
     seed: int = field(default=42, metadata={"help": "Random seed of the sampling."})
     max_new_tokens: int = field(default=512, metadata={"help": "Longest answer in tokens."})
@@ -426,13 +433,13 @@ class InferenceArguments(DownloadArguments):
 
     def __post_init__(self) -> None:
         problems = check_positive(self, "max_new_tokens", "batch_size", "max_prompts")
-        if not LOWEST_TEMPERATURE <= self.temperature < math.inf:
+        if self.temperature is not None and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
             problems.append(
                 f"--temperature is {self.temperature}; it must be a finite number from {LOWEST_TEMPERATURE} up"
             )
         if self.top_k < 0:
             problems.append(f"--top_k is {self.top_k}; it must not be negative")
-        if not 0 < self.top_p <= 1:
+        if self.top_p is not None and not 0 < self.top_p <= 1:
             problems.append(f"--top_p is {self.top_p}; it must be above 0 and at most 1")
         if not -(2**63) <= self.seed < 2**64:
             problems.append(f"--seed is {self.seed}; it must fit in 64 bits")
@@ -452,6 +459,15 @@ class InferenceArguments(DownloadArguments):
             problems.append(f"--adapter_path has {len(self.adapter_path)} folders; only --serve takes several")
         if problems:
             raise ValueError("; ".join(problems) + ".")
+
+    def with_sampling(self, official: dict) -> "InferenceArguments":
+        """The arguments with the official settings of a model where the user gave none."""
+        missing = {name for name in ("temperature", "top_p") if getattr(self, name) is None}
+        return dataclasses.replace(self, **{name: official[name] for name in missing})
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `make_sampler`."""
+        return {name: getattr(self, name) for name in ("do_sample", "temperature", "top_k", "top_p")}
 
 
 def split_weight(text: str) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""Checks, before any weight is loaded, that a folder is a complete ChatGLM-6B checkpoint."""
+"""Checks, before any weight is loaded, that a folder is a complete checkpoint of a model that is known here."""
 
 import json
 import math
@@ -9,19 +9,19 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_pt_utils import safe_globals
 
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+import glm_models  # noqa: F401, makes the models known to the Auto classes
+from glm_shared.description import ModelDescription, Shape
+from glm_shared.registration import ARCHITECTURES, MODEL_TYPE, architecture_of, architecture_of_tokenizer
 
 HOW_TO_GET = (
-    'Download the files of THUDM/chatglm-6b into it (README, "Weights"), or try `python train_qlora.py --demo`.'
+    "Download the files of THUDM/chatglm-6b, chatglm2-6b or chatglm3-6b into it "
+    '(README, "Weights"), or try `python train_qlora.py --demo`.'
 )
 NF4 = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-TOKENIZER_FILES = ("ice_text.model", "tokenizer_config.json")
-SIZES = ("vocab_size", "hidden_size", "num_layers", "num_attention_heads", "inner_hidden_size", "max_sequence_length")
-TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id")
-Shape = tuple[int, ...]
+LAYER = re.compile(r".*\.layers\.\d+\.")  # the name of a weight of a block, up to the number of the block
 LFS_POINTER = b"version https://git-lfs"
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -32,7 +32,7 @@ WEIGHT_FILES = (
 LICENCES = ("LICENSE", "MODEL_LICENSE")
 
 
-def check_checkpoint(path: str) -> ChatGLMConfig:
+def check_checkpoint(path: str) -> ModelDescription:
     """Checks that a folder has the configuration, the tokenizer and all weight files, each complete and of its shape.
 
     Args:
@@ -46,9 +46,10 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
     """
     folder = check_folder(path)
     check_no_adapter(folder)
-    for name in ("config.json", *TOKENIZER_FILES):
-        check_file(folder / name)
+    check_file(folder / "config.json")
     config = read_config(folder)
+    for name in architecture_of(config).tokenizer_files:
+        check_file(folder / name)
     shapes: dict[str, Shape] = {}
     for shard in weight_files(folder):
         check_file(shard)
@@ -63,8 +64,18 @@ def check_checkpoint(path: str) -> ChatGLMConfig:
 def check_tokenizer(path: str):
     """FileNotFoundError, ValueError: as `check_checkpoint`, for the files of the tokenizer alone."""
     folder = check_folder(path)
-    for name in TOKENIZER_FILES:
+    for name in tokenizer_files(folder):
         check_file(folder / name)
+
+
+def tokenizer_files(folder: Path) -> tuple[str, ...]:
+    """Names of the tokenizer's files, by the vocabulary file that a folder has."""
+    return architecture_of_tokenizer(folder).tokenizer_files
+
+
+def all_tokenizer_files() -> set[str]:
+    """Names of the tokenizers' files of all models."""
+    return {name for architecture in ARCHITECTURES for name in architecture.tokenizer_files}
 
 
 def check_folder(path: str) -> Path:
@@ -82,19 +93,19 @@ def check_no_adapter(folder: Path):
         raise ValueError(f"{folder} holds an adapter; the base model belongs in a folder of its own: {advice}.")
 
 
-def read_config(folder: Path) -> ChatGLMConfig:
-    """The configuration of a ChatGLM-6B in 16 bits, or in 4 bits as this project writes it; ValueError for others."""
+def read_config(folder: Path) -> ModelDescription:
+    """The configuration of a model in 16 bits, or in 4 bits as this project writes it; ValueError for others."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type, quantization = values.get("model_type"), values.get("quantization_config")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}/config.json is not a JSON object: {error}") from error
-    if model_type != ChatGLMConfig.model_type:
+    if model_type != MODEL_TYPE:
         raise ValueError(f"{folder} holds a model of type {model_type!r}, expected 'chatglm'. {HOW_TO_GET}")
     if quantization is not None and not (isinstance(quantization, dict) and NF4.items() <= quantization.items()):
         raise ValueError(
             f"{folder}/config.json has a quantization_config that is not bitsandbytes' NF4 with double quantisation: "
-            "these weights are already quantised, in another way. Use the 16-bit files of THUDM/chatglm-6b."
+            "these weights are already quantised, in another way. Use the model's 16-bit files."
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -105,16 +116,14 @@ def read_config(folder: Path) -> ChatGLMConfig:
     return config
 
 
-def check_config_values(folder: Path, config: ChatGLMConfig):
+def check_config_values(folder: Path, config: ModelDescription):
     """ValueError for a size, a token id or another value of the configuration that no model has."""
-    sizes = {name: getattr(config, name) for name in SIZES}
+    sizes = {name: getattr(config, name) for name in config.sizes}
     problems = [f"{name} is {size}, expected 1 or more" for name, size in sizes.items() if size < 1]
-    if not problems and config.hidden_size % (4 * config.num_attention_heads):
-        heads = config.num_attention_heads
-        problems.append(f"hidden_size is {config.hidden_size}, expected a multiple of 4 x {heads} num_attention_heads")
+    problems = problems or config.problems()
     if not 0 < config.layernorm_epsilon < math.inf:
         problems.append(f"layernorm_epsilon is {config.layernorm_epsilon}, expected a positive number")
-    for name in TOKEN_IDS:
+    for name in config.token_ids:
         value = getattr(config, name)
         if not (type(value) is int and 0 <= value < config.vocab_size):
             problems.append(f"{name} is {value!r}, expected a token id below vocab_size, {config.vocab_size}")
@@ -122,7 +131,7 @@ def check_config_values(folder: Path, config: ChatGLMConfig):
         raise ValueError(f"{folder}/config.json: {'; '.join(problems)}. Download it again.")
 
 
-def is_quantized(config: ChatGLMConfig) -> bool:
+def is_quantized(config: ModelDescription) -> bool:
     """Whether the weights in the folder of this configuration are in 4 bits."""
     return getattr(config, "quantization_config", None) is not None
 
@@ -139,11 +148,12 @@ def needed_files(model: str, names: Iterable[str]) -> list[str]:
         ValueError: one is missing.
     """
     names = set(names)
+    architecture = next((a for a in ARCHITECTURES if a.tokenizer_files[0] in names), ARCHITECTURES[0])
     weights = next((name for name in WEIGHT_FILES if name in names), None)
-    required = ["config.json", *TOKENIZER_FILES]
+    required = ["config.json", *architecture.tokenizer_files]
     missing = [name for name in required if name not in names] + ([] if weights else [" or ".join(WEIGHT_FILES)])
     if weights is None or missing:
-        raise ValueError(f"{model} has no {', no '.join(missing)}: it is not a ChatGLM-6B, or not all of one")
+        raise ValueError(f"{model} has no {', no '.join(missing)}: it is none of these models, or not all of one")
     stem, _, suffix = weights.removesuffix(".index.json").rpartition(".")
     shards = [name for name in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{suffix}", name)]
     licences = [name for name in LICENCES if name in names]
@@ -241,7 +251,7 @@ def stored_shapes(path: Path) -> dict[str, Shape]:
         raise ValueError(f"{path} is damaged or incomplete: it holds no dictionary of tensors.") from error
 
 
-def check_shapes(folder: Path, config: ChatGLMConfig, shapes: dict[str, Shape]):
+def check_shapes(folder: Path, config: ModelDescription, shapes: dict[str, Shape]):
     """Compares the names and shapes in the weight files with those of the model that the configuration describes.
 
     Args:
@@ -251,16 +261,17 @@ def check_shapes(folder: Path, config: ChatGLMConfig, shapes: dict[str, Shape]):
     Raises:
         ValueError: a weight is missing, has another shape, or is unknown to the model.
     """
-    layers = {name.split(".")[2] for name in shapes if name.startswith("transformer.layers.")}
-    if len(layers) != config.num_layers:
+    layers = {number.group() for number in map(LAYER.match, shapes) if number}
+    expected_layers = config.num_hidden_layers
+    if len(layers) != expected_layers:
         raise ValueError(
-            f"{folder}: config.json has num_layers {config.num_layers}, and the weight files hold {len(layers)} "
+            f"{folder}: config.json has num_layers {expected_layers}, and the weight files hold {len(layers)} "
             f"layers: they do not belong together. {HOW_TO_GET}"
         )
     expected = expected_shapes(config)
-    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    missing = sorted(expected.keys() - shapes.keys() - optional)
-    unknown = sorted(name for name in shapes.keys() - expected.keys() if not name.endswith("rotary_emb.inv_freq"))
+    optional = architecture_of(config).model_class._tied_weights_keys if config.tie_word_embeddings else {}
+    missing = sorted(expected.keys() - shapes.keys() - set(optional or ()))
+    unknown = sorted(name for name in shapes.keys() - expected.keys() if not name.endswith(".inv_freq"))
     different = [name for name, shape in shapes.items() if expected.get(name) not in (None, shape)]
     problems = [f"{name} is in none of its weight files" for name in missing]
     problems += [f"{name} is not a weight of this model" for name in unknown]
@@ -270,15 +281,21 @@ def check_shapes(folder: Path, config: ChatGLMConfig, shapes: dict[str, Shape]):
         raise ValueError(f"{folder}: {problems[0]}{more}: config.json and weights do not fit. {HOW_TO_GET}")
 
 
-def expected_shapes(config: ChatGLMConfig) -> dict[str, Shape | None]:
+def expected_shapes(config: ModelDescription) -> dict[str, Shape | None]:
     """Name -> shape of each tensor in the files of a model, in 16 or in 4 bits; None for any shape."""
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
+    model = empty_model(config)
+    head = model.get_output_embeddings()
     shapes: dict[str, Shape | None] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
-        if is_quantized(config) and isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+        if is_quantized(config) and isinstance(module, torch.nn.Linear) and module is not head:
             shapes |= packed_shapes(f"{name}.weight", module.weight.numel())
     return shapes
+
+
+def empty_model(config: ModelDescription) -> PreTrainedModel:
+    """The model without values, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def packed_shapes(name: str, numel: int) -> dict[str, Shape | None]:

@@ -8,8 +8,9 @@ import bitsandbytes
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
-from chatglm import ChatGLMConfig
-from chatglm.chat import ChatTokenizer
+from glm_shared.chat import ChatTokenizer
+from glm_shared.description import ModelDescription
+from glm_shared.registration import UnknownModel, architecture_of_tokenizer
 from qlora.checkpoint import check_checkpoint, is_finite, is_quantized
 from qlora.errors import first_line
 from qlora.units import GIB
@@ -52,17 +53,20 @@ def load_tokenizer(path: str) -> ChatTokenizer:
     Args:
         path: of the folder, which `check_checkpoint` has checked.
     Raises:
-        ValueError: one of its files is damaged.
+        ValueError: one of its files is damaged, or they do not say which model they belong to.
     """
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except UnknownModel:
+        raise
     except Exception as error:  # damaged files make transformers and SentencePiece raise many types
-        files = f"{path}: tokenizer_config.json or ice_text.model is damaged or incomplete"
+        files = " or ".join(reversed(architecture_of_tokenizer(path).tokenizer_files))
+        files = f"{path}: {files} is damaged or incomplete"
         raise ValueError(f"{files}: download both again ({first_line(error)[:200]}).") from error
 
 
 def load_quantized_model(
-    path: str, compute_dtype: torch.dtype, config: ChatGLMConfig | None = None
+    path: str, compute_dtype: torch.dtype, config: ModelDescription | None = None
 ) -> PreTrainedModel:
     """Loads the base model with its linear layers in 4 bits, on the GPU if there is one.
 
@@ -98,7 +102,7 @@ def load_quantized_model(
     return model
 
 
-def check_hardware(config: ChatGLMConfig, compute_dtype: torch.dtype):
+def check_hardware(config: ModelDescription, compute_dtype: torch.dtype):
     """Checks that this machine can run a model of this size in 4 bits.
 
     Args:
@@ -144,7 +148,7 @@ def check_values(model: PreTrainedModel, path: str, compute_dtype: torch.dtype):
             )
 
 
-def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
+def check_device(config: ModelDescription, compute_dtype: torch.dtype):
     """ValueError unless a GPU has enough free memory for the model, or there is none and the model is small.
 
     Logs what is different on a GPU older than Ampere.
@@ -158,7 +162,7 @@ def check_device(config: ChatGLMConfig, compute_dtype: torch.dtype):
                 "runs on a CPU."
             )
         return
-    quantized = config.num_layers * config.weights_per_layer * BITS_PER_QUANTIZED_WEIGHT / 8
+    quantized = config.num_hidden_layers * config.weights_per_layer * BITS_PER_QUANTIZED_WEIGHT / 8
     needed = quantized + config.embedding_weights * compute_dtype.itemsize + WORKING_MEMORY
     free, total = torch.cuda.mem_get_info()
     if free < needed:

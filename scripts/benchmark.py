@@ -38,8 +38,9 @@ from qlora.units import GIB
 with one_line_on_interrupt():  # these imports take seconds
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedTokenizer
+    from transformers import BatchEncoding
 
+    from glm_shared.chat import ChatTokenizer, Prompt
     from qlora.adapter import add_lora
     from qlora.benchmark.arithmetic import flops_per_token, matmul_rate
     from qlora.benchmark.records import append_record, code_hash, machine
@@ -188,7 +189,7 @@ def measure_decoding(args: BenchmarkArguments) -> dict:
     )
     model = add_lora(model, 4, 32, 0.0, ["query_key_value"]).eval()
     rows = list(read_rows(args.data_path))
-    prompts = sorted((row["query"] for row in rows), key=len)
+    prompts = [Prompt(query) for query in sorted((row["query"] for row in rows), key=len)]
     answer_tokens = round(sum(len(tokenizer.build_answer_ids(row["answer"])) for row in rows) / len(rows))
     transformers_rate = generate_rate(model, tokenizer, prompts[len(prompts) // 2], 64)
     replace_layers(model, for_training=False)
@@ -208,23 +209,29 @@ def measure_decoding(args: BenchmarkArguments) -> dict:
     }
 
 
-def answer(model, tokenizer, prompts: list[str], tokens: int):
-    """Generates answers of exactly `tokens` tokens: `<eop>` is excluded, so that no answer ends before."""
-    batch = tokenizer(prompts, padding=True, split_special_tokens=True, return_tensors="pt").to(model.device)
+def batch_of(tokenizer: ChatTokenizer, prompts: list[Prompt], device: torch.device) -> BatchEncoding:
+    """The ids of prompts, and their attention mask, padded on the left."""
+    ids = [tokenizer.build_prompt_ids(*prompt) for prompt in prompts]
+    return tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
+
+
+def answer(model, tokenizer: ChatTokenizer, prompts: list[Prompt], tokens: int):
+    """Generates answers of exactly `tokens` tokens: those that end an answer are excluded."""
+    batch = batch_of(tokenizer, prompts, model.device)
     greedy = make_sampler(False)
-    eos_token_id = tokenizer.eos_token_id
+    stop_token_ids = tokenizer.stop_token_ids
 
     def sampler(logits: torch.Tensor) -> torch.Tensor:
-        logits[:, eos_token_id] = float("-inf")
+        logits[:, stop_token_ids] = float("-inf")
         return greedy(logits)
 
     for _ in decode(model.get_base_model(), **batch, max_new_tokens=tokens, sampler=sampler):
         pass
 
 
-def generate_rate(model, tokenizer, prompt: str, tokens: int) -> float:
+def generate_rate(model, tokenizer: ChatTokenizer, prompt: Prompt, tokens: int) -> float:
     """Tokens per second of transformers' `generate` with the layers of peft and bitsandbytes."""
-    batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
+    batch = batch_of(tokenizer, [prompt], model.device)
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     model.generate(**batch, **options | {"max_new_tokens": 4, "min_new_tokens": 4})
     return tokens / timed(lambda: model.generate(**batch, **options))
@@ -268,14 +275,14 @@ def measure_serving(args: BenchmarkArguments) -> dict:
     return {"slots": slots, "answer_tokens": args.answer_tokens, **result}
 
 
-def one_by_one(model: PeftModel, tokenizer: PreTrainedTokenizer, prompts: list[str], most_tokens: int) -> dict:
+def one_by_one(model: PeftModel, tokenizer: ChatTokenizer, prompts: list[str], most_tokens: int) -> dict:
     """Rates of answers one by one, without a server."""
 
     def count_tokens_of_answer(prompt: str) -> int:
-        batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
-        pieces = decode(model.get_base_model(), **batch, max_new_tokens=most_tokens, sampler=make_sampler(False))
-        tokens = torch.cat(list(pieces), dim=1)[0].tolist()
-        return tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else len(tokens)
+        batch, stops = batch_of(tokenizer, [Prompt(prompt)], model.device), tokenizer.stop_token_ids
+        options = {"max_new_tokens": most_tokens, "sampler": make_sampler(False), "stop_token_ids": stops}
+        tokens = torch.cat(list(decode(model.get_base_model(), **batch, **options)), dim=1)[0].tolist()
+        return next((place for place, token in enumerate(tokens, 1) if token in stops), len(tokens))
 
     count_tokens_of_answer(prompts[0])  # warms up
     counts: list[int] = []

@@ -20,7 +20,7 @@ from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_score
 from qlora.evaluation.protocols import PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
-    from chatglm.chat import ChatTokenizer
+    from glm_shared.chat import ChatTokenizer, Prompt
     from qlora.evaluation.general import Task
 
 
@@ -105,7 +105,7 @@ def evaluate(args: EvaluationArguments):
         config, compute_dtype = check_checkpoint(base_path), choose_compute_dtype(args.compute_dtype)
         tokenizer = load_tokenizer(base_path)
         task = read_task(args.data_path) if args.general else None
-        rows = read_general(args, tokenizer) if args.general else read_samples(args, tokenizer)
+        prompts, rows = read_general(args, tokenizer) if args.general else read_samples(args, tokenizer)
         settings = {  # everything that the answers depend on
             "protocol": args.protocol,
             **asdict(PROTOCOLS[args.protocol]),
@@ -124,42 +124,59 @@ def evaluate(args: EvaluationArguments):
             model = load_adapter(model, args.adapter_path).eval()
     if len(predictions) < len(rows):
         try:
-            answer(model, tokenizer, rows, args, predictions, folder)
+            answer(model, tokenizer, prompts, rows, args, predictions, folder)
         except torch.OutOfMemoryError as error:
             reason = f"{args.batch_size} prompts at once are too many, lower --batch_size: {error}"
             raise SystemExit(f"error: {reason}") from None
     if task:
-        section = summarize_general(folder, settings, predictions, args.data_path, task)
+        section = summarize_general(folder, settings, predictions, tokenizer, args.data_path, task)
     else:
-        section = summarize(folder, settings, predictions)
+        section = summarize(folder, settings, predictions, tokenizer)
     if folder.resolve().parent == Path(args.adapter_path).resolve():
         with message_instead_of_traceback():
             add_section(Path(args.adapter_path), *section)
 
 
-def read_general(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> list[dict]:
-    """The general prompts: `category`, `prompt` and, where there is one right answer, `expected`."""
+def read_general(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> "tuple[list[Prompt], list[dict]]":
+    """The general prompts, and for each `category`, `prompt` and, where there is one right answer, `expected`."""
+    from glm_shared.chat import Prompt
     from qlora.evaluation.general import read_general_prompts
+    from qlora.inference.generation import shown_prompt
 
     rows = read_general_prompts()[: args.max_prompts]
-    return [row | {"prompt": args.prompt_text + tokenizer.build_prompt(row.pop("instruction"))} for row in rows]
+    prompts = [Prompt(row.pop("instruction")) for row in rows]
+    shown = [{"prompt": shown_prompt(tokenizer, prompt, args.prompt_text)} for prompt in prompts]
+    return prompts, [row | text for row, text in zip(rows, shown, strict=True)]
 
 
-def read_samples(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> list[dict]:
-    """Prompt and reference of each row."""
+def read_samples(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> "tuple[list[Prompt], list[dict]]":
+    """The prompt of each row, and the row's `prompt` as a text and `reference`."""
+    from glm_shared.chat import Prompt
     from qlora.data.rows import read_rows
     from qlora.evaluation.predictions import reference_text
+    from qlora.inference.generation import shown_prompt
 
-    return [
+    rows = list(read_rows(args.data_path))[: args.max_prompts]
+    prompts = [Prompt(row["query"], row["history"], row["system"]) for row in rows]
+    most = PROTOCOLS[args.protocol].max_reference_tokens
+    return prompts, [
         {
-            "prompt": args.prompt_text + tokenizer.build_prompt(row["query"], row["history"], row["system"]),
-            "reference": reference_text(tokenizer, row["answer"], PROTOCOLS[args.protocol].max_reference_tokens),
+            "prompt": shown_prompt(tokenizer, prompt, args.prompt_text),
+            "reference": reference_text(tokenizer, row["answer"], most),
         }
-        for row in list(read_rows(args.data_path))[: args.max_prompts]
+        for prompt, row in zip(prompts, rows, strict=True)
     ]
 
 
-def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predictions: dict[int, dict], folder: Path):
+def answer(
+    model,
+    tokenizer: "ChatTokenizer",
+    prompts: "list[Prompt]",
+    rows: list[dict],
+    args: EvaluationArguments,
+    predictions: dict[int, dict],
+    folder: Path,
+):
     """Generates the missing predictions, adds them to `predictions` and appends each batch to their file."""
     import torch
 
@@ -170,12 +187,13 @@ def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predic
 
     protocol: Protocol = PROTOCOLS[args.protocol]
     limits = {"max_new_tokens": protocol.max_new_tokens, "max_prompt_tokens": protocol.max_prompt_tokens}
-    sampler = make_sampler(protocol.do_sample)
+    sampler = make_sampler(**tokenizer.sampling | {"do_sample": protocol.do_sample})
+    options = {"sampler": sampler, "batch_size": args.batch_size, "prompt_text": args.prompt_text, **limits}
     replace_layers(model, for_training=False)
 
-    def generate(prompts: list[str], seed: int) -> list[str]:
+    def generate(indices: list[int], seed: int) -> list[str]:
         torch.manual_seed(seed)
-        return generate_texts(model, tokenizer, prompts, sampler=sampler, batch_size=args.batch_size, **limits)
+        return generate_texts(model, tokenizer, [prompts[i] for i in indices], **options)
 
     with open(folder / PREDICTIONS, "a", encoding="utf-8") as file:
         for batch in answer_rows(model, generate, rows, args.batch_size, args.seed, predictions):
@@ -184,7 +202,9 @@ def answer(model, tokenizer, rows: list[dict], args: EvaluationArguments, predic
             predictions.update({row["index"]: row for row in batch})
 
 
-def summarize(folder: Path, settings: dict, predictions: dict[int, dict]) -> tuple[str, str, dict[str, float]]:
+def summarize(
+    folder: Path, settings: dict, predictions: dict[int, dict], tokenizer: "ChatTokenizer"
+) -> tuple[str, str, dict[str, float]]:
     """Scores all answers, writes the three files and prints the mean scores.
 
     Returns:
@@ -202,7 +222,8 @@ def summarize(folder: Path, settings: dict, predictions: dict[int, dict]) -> tup
     means = {model: mean_scores(row["scores"][model] for row in rows) for model in MODELS}
     write_json(folder / METRICS_FILE, {"settings": settings, "samples": len(rows), **means})
     title = f"{settings['data_path']} · {settings['protocol']}"
-    (folder / "summary.html").write_text(render_page(title, settings, means, rows), encoding="utf-8")
+    page = render_page(title, settings, means, rows, tokenizer.clean_response)
+    (folder / "summary.html").write_text(page, encoding="utf-8")
     print(f"{f'{len(rows)} samples':<15}" + "".join(f"{name.upper():>10}" for name in METRICS))
     for model, label in MODELS.items():
         print(f"{label:<12}" + "".join(f"{means[model][name]:10.2f}" for name in METRICS))
@@ -215,7 +236,12 @@ def summarize(folder: Path, settings: dict, predictions: dict[int, dict]) -> tup
 
 
 def summarize_general(
-    folder: Path, settings: dict, predictions: dict[int, dict], data_path: str, task: "Task"
+    folder: Path,
+    settings: dict,
+    predictions: dict[int, dict],
+    tokenizer: "ChatTokenizer",
+    data_path: str,
+    task: "Task",
 ) -> tuple[str, str]:
     """Measures how far the answers moved, writes the three files and prints the table.
 
@@ -235,7 +261,7 @@ def summarize_general(
     found = {"data_path": data_path, "threshold": task.threshold}
     write_json(folder / METRICS_FILE, {"settings": settings, "task": found, "categories": table})
     title = f"{settings['data_path']} · {settings['protocol']}"
-    page = render_general_page(title, settings | {"task": data_path}, table, rows)
+    page = render_general_page(title, settings | {"task": data_path}, table, rows, tokenizer.clean_response)
     (folder / "summary.html").write_text(page, encoding="utf-8")
     print(format_table(table))
     print(f"Wrote {folder}/summary.html, metrics.json and predictions.jsonl")

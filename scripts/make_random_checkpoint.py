@@ -1,8 +1,10 @@
 """Write a checkpoint of random weights in the official format, to measure speed and memory without the real weights.
 
     python scripts/make_random_checkpoint.py --tokenizer_path THUDM/chatglm-6b --output_dir THUDM/chatglm-6b-random
+    python scripts/make_random_checkpoint.py --tokenizer_path THUDM/chatglm2-6b --output_dir THUDM/chatglm2-6b-random
 
-The default size is that of ChatGLM-6B (13 GB on disk). Weights are drawn on the GPU if there is one.
+The model is that of the config.json in the tokenizer's folder; its size is that of this file (13 GB on disk) unless
+flags say otherwise. Weights are drawn on the GPU if there is one.
 """
 
 import shutil
@@ -15,8 +17,8 @@ from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 with one_line_on_interrupt():  # these imports take seconds
     import torch
 
-    from chatglm import ChatGLMConfig
-    from qlora.checkpoint import TOKENIZER_FILES
+    from glm_shared.description import ModelDescription
+    from qlora.checkpoint import read_config, tokenizer_files
     from qlora.export.official_folder import write_checkpoint
 
 
@@ -24,10 +26,10 @@ with one_line_on_interrupt():  # these imports take seconds
 class RandomCheckpointArguments:
     """Where to, with which tokenizer, and how large."""
 
-    tokenizer_path: str = field(metadata={"help": "Folder with ice_text.model, tokenizer_config.json, config.json."})
+    tokenizer_path: str = field(metadata={"help": "Folder with the files of the tokenizer, and config.json."})
     output_dir: str = field(metadata={"help": "Folder to write."})
     num_layers: int | None = field(default=None, metadata={"help": "Number of layers; by default the config's."})
-    hidden_size: int | None = field(default=None, metadata={"help": "Width; the MLP is four times as wide."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Width; that of the MLP changes in proportion."})
     num_attention_heads: int | None = field(default=None, metadata={"help": "Heads; by default the config's."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
@@ -36,30 +38,34 @@ class RandomCheckpointArguments:
 def main():
     with message_instead_of_traceback():
         args = parse_command_line(RandomCheckpointArguments)
-        config = ChatGLMConfig.from_pretrained(args.tokenizer_path, **chosen_sizes(args))
+        config = read_config(Path(args.tokenizer_path))
+        set_sizes(config, args)
         target = Path(args.output_dir)
         target.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
+        for name in tokenizer_files(Path(args.tokenizer_path)):
             shutil.copyfile(Path(args.tokenizer_path) / name, target / name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(args.seed)
-        embedding = random_weight(
-            "transformer.word_embeddings.weight", (config.vocab_size, config.hidden_size), generator
-        )
+        embeddings: dict[str, torch.Tensor] = {}  # kept, since a head that is the same tensor is written after it
 
         def tensor(name: str, shape: torch.Size) -> torch.Tensor:
-            return embedding if "word_embeddings" in name else random_weight(name, shape, generator)
+            if "word_embeddings" not in name:
+                return random_weight(name, shape, generator)
+            if name not in embeddings:
+                embeddings[name] = random_weight(name, shape, generator)
+            return embeddings[name]
 
         write_checkpoint(args.output_dir, config, tensor)
     print(f"Wrote {sum(f.stat().st_size for f in target.iterdir()) / 1e9:.1f} GB to {target}")
 
 
-def chosen_sizes(args: RandomCheckpointArguments) -> dict[str, int]:
-    """The sizes that were given as flags, as keys of the configuration."""
-    sizes = {name: getattr(args, name) for name in ("num_layers", "hidden_size", "num_attention_heads")}
+def set_sizes(config: ModelDescription, args: RandomCheckpointArguments):
+    """Sets the sizes that were given as flags."""
     if args.hidden_size:
-        sizes["inner_hidden_size"] = 4 * args.hidden_size
-    return {name: value for name, value in sizes.items() if value is not None}
+        config.intermediate_size = config.intermediate_size * args.hidden_size // config.hidden_size
+        config.hidden_size = args.hidden_size
+    config.num_hidden_layers = args.num_layers or config.num_hidden_layers
+    config.num_attention_heads = args.num_attention_heads or config.num_attention_heads
 
 
 def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -19,11 +19,8 @@ from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, se
 
 GGML_FILE = "chatglm-ggml.bin"
 LICENCE = "*LICENSE*"
-# The tokenizer's files, and the official code, to which config.json refers if it is copied.
-COPIED = {
-    "official": ("ice_text.model", "tokenizer_config.json", "generation_config.json", "*.py", LICENCE),
-    "chatglm.cpp": (LICENCE,),
-}
+# Beside the tokenizer's files; to the official code config.json refers if it is copied.
+COPIED = {"official": ("generation_config.json", "*.py", LICENCE), "chatglm.cpp": (LICENCE,)}
 DTYPES_OF = {"official": ("fp16", "bf16", "int8", "int4"), "chatglm.cpp": ("fp16", "q8_0", "q4_0")}
 WEIGHTS = {
     "nf4": "the 4-bit weights that training sees, dequantised",
@@ -99,6 +96,7 @@ def merge(args: MergeArguments):
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     from qlora.adapter import base_model_path
     from qlora.atomic import atomic_folder
+    from qlora.checkpoint import tokenizer_files
     from qlora.export.ggml import write_ggml
     from qlora.export.merging import merged_tensors
     from qlora.export.official_folder import write_checkpoint
@@ -110,13 +108,15 @@ def merge(args: MergeArguments):
     config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, DTYPES[args.compute_dtype])
     with atomic_folder(args.output_dir) as folder:
         folder.mkdir(parents=True)
-        for file in [file for pattern in COPIED[args.format] for file in Path(base_path).glob(pattern)]:
+        of_tokenizer = tokenizer_files(Path(base_path))
+        patterns = (*(of_tokenizer if args.format == "official" else ()), *COPIED[args.format])
+        for file in [file for pattern in patterns for file in Path(base_path).glob(pattern)]:
             shutil.copyfile(file, folder / file.name)
         if args.format == "official":
             load_tokenizer(base_path).save_chat_templates(folder, {}, None, save_jinja_files=True)
             write_checkpoint(folder, config, tensor, dtype=args.dtype)
         else:
-            write_ggml(folder / GGML_FILE, config, Path(base_path) / "ice_text.model", tensor, args.dtype)
+            write_ggml(folder / GGML_FILE, config, Path(base_path) / of_tokenizer[0], tensor, args.dtype)
     weights = f"{WEIGHTS[args.onto]} ({base_path})"
     source = f"Merged {args.adapter_path} into {weights}" if args.adapter_path else f"Read {weights}"
     print(f"{source}; wrote {args.output_dir} in {args.dtype}")

@@ -21,7 +21,7 @@ class QuantizeArguments(DownloadArguments):
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
     model_name_or_path: str = field(
         default_factory=lambda: in_repository(DEFAULT_MODEL),
-        metadata={"help": "Folder with the files of THUDM/chatglm-6b, or the name of the model on a hub."},
+        metadata={"help": "Folder with THUDM/chatglm-6b, chatglm2-6b or chatglm3-6b, or the model's name on a hub."},
     )
     compute_dtype: str = field(
         default="bf16",

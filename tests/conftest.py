@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from qlora.adapter import add_lora
-from qlora.checkpoint import TOKENIZER_FILES
+from qlora.checkpoint import tokenizer_files
 from qlora.data.dataset import SampleEncoder
 from qlora.export.official_folder import write_checkpoint
 
@@ -249,8 +249,9 @@ def random_checkpoint(
 
 def copy_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path):
     """Copies the tokenizer's two files into a folder with weights."""
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(Path(tokenizer.vocab_file).parent / name, folder / name)
+    source = Path(tokenizer.vocab_file).parent
+    for name in tokenizer_files(source):
+        shutil.copyfile(source / name, folder / name)
 
 
 # Short runs of training and inference, with `tiny_checkpoint` and a few rows.

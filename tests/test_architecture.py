@@ -1,4 +1,7 @@
-"""Imports run one way: scripts -> qlora -> chatglm -> glm_kernels; and within qlora as docs/architecture.md says."""
+"""Imports run one way: scripts -> qlora -> glm_models -> each model -> glm_shared -> glm_kernels.
+
+docs/architecture.md says how they run within qlora.
+"""
 
 import ast
 import subprocess
@@ -8,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-PACKAGES = ("glm_kernels", "chatglm", "qlora")  # from the lowest to the highest
+MODELS = ("chatglm", "chatglm2")  # which do not import each other
+PACKAGES = ("glm_kernels", "glm_shared", *MODELS, "glm_models", "qlora")  # from the lowest to the highest
 SHARED = {"data", "hub", "layers"}  # folders of qlora that the others use
 SCRIPTS = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
 FILES = [path for package in PACKAGES for path in ROOT.glob(f"{package}/**/*.py")] + SCRIPTS
@@ -41,9 +45,17 @@ def parameters(paths: list[Path]) -> pytest.MarkDecorator:
 @parameters(FILES)
 def test_imports_run_one_way(path):
     package = path.relative_to(ROOT).parts[0]
-    allowed = PACKAGES[: PACKAGES.index(package) + 1] if package in PACKAGES else PACKAGES
+    allowed = set(PACKAGES[: PACKAGES.index(package) + 1] if package in PACKAGES else PACKAGES)
+    if package in MODELS:
+        allowed -= {*MODELS} - {package}
     wrong = [".".join(name) for name in own_imports(path) if name[0] not in allowed]
     assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(wrong)}"
+
+
+@parameters([*QLORA_FILES, ROOT / "train_qlora.py", ROOT / "inference_qlora.py"])
+def test_training_and_inference_know_no_model_by_name(path):
+    named = [".".join(name) for name in own_imports(path) if name[0] in MODELS]
+    assert not named, f"{path.relative_to(ROOT)} imports {', '.join(named)}: a model describes itself, see glm_shared/"
 
 
 @parameters(QLORA_FILES)

@@ -300,8 +300,10 @@ def test_value_of_another_type_is_reported_in_one_line(name, value):
 
 
 def test_sampling_is_the_official_one_by_default():
-    args = parse("--do_sample", kind=InferenceArguments)
-    assert {name: getattr(args, name) for name in OFFICIAL_SAMPLING} == OFFICIAL_SAMPLING
+    args = parse("--do_sample", kind=InferenceArguments).with_sampling(OFFICIAL_SAMPLING)
+    assert args.sampling() == OFFICIAL_SAMPLING
+    given = parse("--temperature", 0.3, kind=InferenceArguments).with_sampling(OFFICIAL_SAMPLING)
+    assert (given.temperature, given.top_p) == (0.3, OFFICIAL_SAMPLING["top_p"])
 
 
 def test_adapter_none_is_no_adapter():

@@ -14,7 +14,7 @@ import torch
 from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, HOSTILE_TIMES, copy_tokenizer, hostile_random
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, is_finite, stored_shapes
+from qlora.checkpoint import check_checkpoint, is_finite, stored_shapes
 from qlora.export.official_folder import write_checkpoint, write_quantized
 from qlora.loading import load_quantized_model, load_tokenizer
 
@@ -79,7 +79,7 @@ def test_missing_folder(tmp_path):
         check_checkpoint(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("name", ["config.json", *TOKENIZER_FILES, *SHARDS])
+@pytest.mark.parametrize("name", ["config.json", "ice_text.model", "tokenizer_config.json", *SHARDS])
 def test_missing_file(golden_folder, name):
     (golden_folder / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
@@ -218,7 +218,7 @@ def test_random_damage_raises_no_other_exception(golden_folder, tmp_path):
     assert refused > 20 * HOSTILE_TIMES
 
 
-def test_chatglm2_is_refused(golden_folder):
+def test_mixture_with_chatglm2_is_refused(golden_folder):
     edit_json(golden_folder / "config.json", padded_vocab_size=65024, multi_query_attention=True)
     with pytest.raises(ValueError, match="ChatGLM2"):
         check_checkpoint(str(golden_folder))

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, import_script
 from transformers import TrainingArguments
 
-import chatglm.chat
+import chatglm
 from qlora.adapter import add_lora
 from qlora.arguments import FinetuneArguments, InferenceArguments, training_argument_names
 from qlora.checkpoint import check_checkpoint
@@ -182,7 +182,7 @@ def test_list_of_files_is_complete():
     (listed,) = [body for body in blocks("docs/architecture.md", "text") if body.startswith("train.sh ")]
     paths = [line.split()[0] for line in listed.splitlines()]
     assert all((ROOT / path).exists() for path in paths)
-    parts = ("*.py", "chatglm/**/*.py", "glm_kernels/**/*.py", "qlora/**/*.py", "scripts/**/*.py")
+    parts = ("*.py", "chatglm*/**/*.py", "glm_*/**/*.py", "qlora/**/*.py", "scripts/**/*.py")
     modules = {str(path.relative_to(ROOT)) for part in parts for path in ROOT.glob(part)}
     assert {path for path in paths if path.endswith(".py")} == {path for path in modules if "__init__" not in path}
 
@@ -191,7 +191,8 @@ def test_list_of_files_is_complete():
 def test_tree_has_every_folder(page):
     (tree,) = [body for body in blocks(page, "text") if body.startswith("train.sh ")]
     listed = {line.split()[0] for line in tree.splitlines()}
-    parts = ("chatglm", "glm_kernels", "qlora", "scripts", "docs", "tests", "data", "pics", "THUDM")
+    parts = ("chatglm", "chatglm2", "glm_models", "glm_shared", "glm_kernels", "qlora")
+    parts += ("scripts", "docs", "tests", "data", "pics", "THUDM")
     folders = {f"{part}/" for part in parts} | {f"qlora/{path.parent.name}/" for path in ROOT.glob("qlora/*/*.py")}
     assert {path for path in listed if path.endswith("/")} == folders
     assert all((ROOT / path).exists() for path in listed)
@@ -210,7 +211,7 @@ def test_quoted_messages_are_those_of_the_code(page, tmp_path, monkeypatch):
 
 @troubleshooting_pages
 def test_explained_messages_are_in_the_code(page):
-    sources = [path for part in ("chatglm", "qlora") for path in ROOT.glob(f"{part}/**/*.py")]
+    sources = [path for part in ("chatglm", "chatglm2", "qlora") for path in ROOT.glob(f"{part}/**/*.py")]
     code = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text(encoding="utf-8") for path in sources))
     code += "CUDA out of memory, Failed to find C compiler"  # messages of torch and Triton
     table = re.search(r"^\| there is no folder.*?(\n\n|\Z)", TEXTS[page], re.M | re.S).group()
@@ -246,7 +247,7 @@ def test_python_example_runs(page, tiny_checkpoint, tmp_path, monkeypatch):
     add_lora(
         load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.0, ["query_key_value"]
     ).save_pretrained(tmp_path)
-    monkeypatch.setitem(chatglm.chat.CHAT_DEFAULTS, "max_length", 80)
+    monkeypatch.setattr(chatglm.ChatGLMTokenizer, "chat_length", 80)
     (code,) = blocks(page, "python")
     replacements = {
         "THUDM/chatglm-6b": str(tiny_checkpoint),

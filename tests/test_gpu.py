@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 import train_qlora
 from chatglm import ChatGLMConfig, PackedSequences
-from chatglm.loss import linear_cross_entropy
 from chatglm.packed_attention import attention_by_sample, packed_attention
 from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
+from glm_shared.loss import linear_cross_entropy
 from qlora.data.collator import PaddingFreeCollator
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model

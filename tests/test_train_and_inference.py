@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizer
 import inference_qlora
 import qlora.loading
 import train_qlora
-from chatglm.chat import Prompt
+from glm_shared.chat import Prompt
 from qlora.arguments import DEFAULT_PROMPT, InferenceArguments
 from qlora.data.dataset import SampleEncoder
 from qlora.inference import generation

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from chatglm import ChatGLMConfig, PackedSequences
-from chatglm.modeling_chatglm import prefix_lm_position_ids
+from glm_shared.description import ModelDescription
+from glm_shared.packed_attention import PackedSequences
 from qlora.data.batching import RowSize, Sample, count_tokens
 from qlora.data.dataset import IGNORE_INDEX
 
@@ -19,7 +19,7 @@ class PaddingCollator:
     Returns, for N samples of at most T tokens: input_ids, attention_mask, labels, each [N, T], long.
     """
 
-    config: ChatGLMConfig
+    config: ModelDescription
 
     def __call__(self, samples: list[Sample]) -> dict[str, torch.Tensor]:
         ids = [sample["input_ids"] for sample in samples]
@@ -39,11 +39,11 @@ class PaddingFreeCollator:
     empty tiles. What is added changes neither the loss nor a gradient.
 
     Returns, for N samples of T tokens altogether, L of which are labels:
-        input_ids [1, T]; position_ids [1, 2, T]; packed_sequences, where the samples lie; logits_to_keep [L], the
+        input_ids [1, T]; position_ids [1, ..., T]; packed_sequences, where the samples lie; logits_to_keep [L], the
         positions that predict a label; shift_labels [1, L], what they predict. All long.
     """
 
-    config: ChatGLMConfig
+    config: ModelDescription
 
     def __call__(
         self, samples: list[Sample], size: RowSize | None = None
@@ -69,15 +69,15 @@ class PaddingFreeCollator:
         ids = [sample["input_ids"] for sample in samples]
         labels = torch.cat([sample["labels"] for sample in samples])  # [T]
         padded = pad_sequence(ids, batch_first=True, padding_value=self.config.pad_token_id or 0)  # [N, longest]
-        position_ids = prefix_lm_position_ids(padded, None, self.config)  # [N, 2, longest]
+        position_ids = self.config.position_ids(padded)  # [N, ..., longest]
         lengths = torch.tensor([len(row) for row in ids])  # [N]
         is_token = torch.arange(padded.shape[1]) < lengths[:, None]  # [N, longest]
-        prompts = ((position_ids[:, 1] == 0) & is_token).sum(dim=1)  # [N], tokens before <sop>
+        contexts = self.config.context_lengths(padded).minimum(lengths)  # [N]
         targets = (labels != IGNORE_INDEX).nonzero()[:, 0]  # [L]
         return {
             "input_ids": padded[is_token][None],
-            "position_ids": position_ids.transpose(1, 2)[is_token].T[None],
-            "packed_sequences": PackedSequences.from_lengths(torch.stack((prompts, lengths - prompts), 1).tolist()),
+            "position_ids": position_ids.movedim(-1, 1)[is_token].movedim(0, -1)[None],
+            "packed_sequences": PackedSequences.from_lengths(torch.stack((contexts, lengths - contexts), 1).tolist()),
             "logits_to_keep": targets - 1,
             "shift_labels": labels[targets][None],
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from chatglm.chat import ChatTokenizer, Rounds
+from glm_shared.chat import ChatTokenizer, Rounds
 from qlora.data.cache import cache_folder, check_sums, use_cache
 from qlora.data.row_files import MOST_LISTED, Place, bad_rows
 from qlora.data.rows import ROWS_VERSION, read_rows
@@ -138,8 +138,7 @@ class SampleEncoder:
                 range(len(recent)), True, key=lambda i: len(self.prompt_ids(query, recent[i:], system)) <= limit
             )
             ids = self.prompt_ids(query, recent[dropped:], system)
-        if len(ids) > limit:
-            ids = ids[: limit - end] + ids[len(ids) - end :]
+        ids = self.tokenizer.cut_prompt_ids(ids, limit)
         return ids, True
 
     def prompt_ids(self, query: str, history: Rounds, system: str) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chatglm.chat import Prompt, Rounds
+from glm_shared.chat import Prompt, Rounds
 from qlora.data.conversations import Conversation, find_conversation
 from qlora.data.fields import check_spelling, check_text, optional_text, text_field
 from qlora.data.row_files import read_json_rows, read_lines

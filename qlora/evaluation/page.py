@@ -4,15 +4,16 @@ Of a scored one: mean scores, histograms, best and worst samples. Of general pro
 """
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import DictLoader, Environment
 from matplotlib.figure import Figure
 
-from chatglm.chat import clean_response
 from qlora.evaluation.general import COLUMNS, cells
 from qlora.evaluation.metrics import METRICS
 
+Clean = Callable[[str], str]
 SORTED_BY = "rouge-l"
 MODELS = {"base": "微调前 Before", "adapter": "微调后 After"}
 COLOURS = {"base": "#8a8f98", "adapter": "#2563eb"}
@@ -91,7 +92,7 @@ GENERAL = """{% extends "layout" %}
 """
 
 
-def render_page(title: str, settings: dict, means: dict, predictions: list[dict], shown: int = 5) -> str:
+def render_page(title: str, settings: dict, means: dict, predictions: list[dict], clean: Clean, shown: int = 5) -> str:
     """The text of the HTML page.
 
     Args:
@@ -99,6 +100,7 @@ def render_page(title: str, settings: dict, means: dict, predictions: list[dict]
         settings: of the evaluation, name -> value.
         means: model ("base", "adapter") -> metric -> mean in percent.
         predictions: dicts with `prompt`, `reference`, `base`, `adapter`, and `scores`, in the form of `means`.
+        clean: formats a text that a model generated.
         shown: number of the best samples to show, and of the worst.
     """
     ranked = sorted(predictions, key=lambda row: row["scores"]["adapter"][SORTED_BY], reverse=True)
@@ -108,12 +110,13 @@ def render_page(title: str, settings: dict, means: dict, predictions: list[dict]
     }
     return render(
         SCORES,
+        clean,
         **{"title": title, "settings": settings, "means": means, "count": len(predictions), "sections": sections},
         **{"metrics": METRICS, "histograms": draw_histograms(predictions)},
     )
 
 
-def render_general_page(title: str, settings: dict, table: dict, predictions: list[dict]) -> str:
+def render_general_page(title: str, settings: dict, table: dict, predictions: list[dict], clean: Clean) -> str:
     """The text of the HTML page of general prompts.
 
     Args:
@@ -121,15 +124,17 @@ def render_general_page(title: str, settings: dict, table: dict, predictions: li
         settings: of the evaluation, name -> value.
         table: as `summarize_categories` returns it.
         predictions: dicts with `category`, `prompt`, `base`, `adapter`, `measures`, and `expected` where there is one.
+        clean: formats a text that a model generated.
     """
     texts = {category: cells(row) for category, row in table.items()}
-    return render(GENERAL, title=title, settings=settings, table=texts, predictions=predictions, columns=COLUMNS)
+    values = {"title": title, "settings": settings, "table": texts, "predictions": predictions, "columns": COLUMNS}
+    return render(GENERAL, clean, **values)
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, clean: Clean, **values: Any) -> str:
     """A template within the layout, with everything escaped."""
     environment = Environment(autoescape=True, loader=DictLoader({"layout": LAYOUT}))
-    environment.filters["clean"] = clean_response
+    environment.filters["clean"] = clean
     return environment.from_string(template).render(models=MODELS, **values)
 
 

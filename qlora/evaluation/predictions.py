@@ -23,7 +23,7 @@ def reference_text(tokenizer: PreTrainedTokenizer, text: str, max_tokens: int | 
     Args:
         tokenizer: of the model.
         text: of the reference; control tokens written in it stay text.
-        max_tokens: it is cut to so many tokens, `[gMASK]` and `<sop>` included; None for no limit.
+        max_tokens: it is cut to so many tokens, control tokens included; None for no limit.
     """
     cut = {"truncation": True, "max_length": max_tokens} if max_tokens else {}
     return tokenizer.decode(tokenizer(text, split_special_tokens=True, **cut).input_ids, skip_special_tokens=True)
@@ -98,7 +98,7 @@ def batches_of(rows: list[dict], batch_size: int) -> list[list[int]]:
 
 def answer_rows(
     model: PeftModel,
-    answer: Callable[[list[str], int], list[str]],
+    answer: Callable[[list[int], int], list[str]],
     rows: list[dict],
     batch_size: int,
     seed: int,
@@ -108,7 +108,7 @@ def answer_rows(
 
     Args:
         model: a peft model in evaluation mode.
-        answer: (prompts, seed) -> the model's answers as the tokenizer decodes them.
+        answer: (indices of rows, seed) -> the model's answers as the tokenizer decodes them.
         rows: with `prompt` and `reference`.
         batch_size: prompts in a batch.
         seed: of the sampling. The n-th batch has seed + n, so that an interruption does not change the answers.
@@ -119,10 +119,9 @@ def answer_rows(
     with tqdm(total=len(rows), desc="Answering") as progress:
         for number, indices in enumerate(batches_of(rows, batch_size)):
             if not all(i in done for i in indices):
-                prompts = [rows[i]["prompt"] for i in indices]
                 with model.disable_adapter():
-                    base = answer(prompts, seed + number)
-                tuned = answer(prompts, seed + number)
+                    base = answer(indices, seed + number)
+                tuned = answer(indices, seed + number)
                 yield [
                     {"index": i, **rows[i], "base": before, "adapter": after}
                     for i, before, after in zip(indices, base, tuned, strict=True)

@@ -8,8 +8,8 @@ class Protocol:
     """Settings of an evaluation.
 
     Attributes:
-        do_sample: whether tokens are sampled, with `chatglm.chat.OFFICIAL_SAMPLING`, or are the most likely ones.
-        max_prompt_tokens, max_reference_tokens: most tokens of prompt and reference, `[gMASK]` and `<sop>` included;
+        do_sample: whether tokens are sampled, with the official settings, or are the most likely ones.
+        max_prompt_tokens, max_reference_tokens: most tokens of prompt and reference, control tokens included;
             longer texts are cut. None for no limit.
         max_new_tokens: most tokens of an answer.
     """

@@ -16,9 +16,9 @@ from typing import BinaryIO, NamedTuple
 import torch
 from tqdm import tqdm
 
-from chatglm import ChatGLMConfig
+from glm_shared.description import ModelDescription
 from qlora.atomic import check_room
-from qlora.export.official_folder import parameter_shapes
+from qlora.export.official_folder import parameter_shapes, tied_weights
 
 VERSION = 2  # of the hyperparameters
 ALIGNMENT = 16  # bytes
@@ -34,14 +34,23 @@ class GGMLModel(NamedTuple):
     tensors: list[str]
 
 
-def chatglm_6b(config: ChatGLMConfig) -> GGMLModel:
-    """The head is not in the file: chatglm.cpp takes the embedding for it."""
-    heads = config.num_attention_heads
-    sizes = (config.vocab_size, config.hidden_size, heads, heads, config.num_layers, config.inner_hidden_size)
+def describe(config: ModelDescription) -> GGMLModel:
+    """A head that is the embedding is not in the file: chatglm.cpp takes the embedding for it.
+
+    Raises:
+        ValueError: for a model whose files this module cannot write.
+    """
+    if config.ggml_type is None:
+        raise ValueError(f"{config.display_name} cannot be written for chatglm.cpp: only ChatGLM-6B can.")
+    heads, (inner_size, _) = config.num_attention_heads, next(iter(config.mlp_shapes.values()))
+    sizes = (config.vocab_size, config.hidden_size, heads, heads, config.num_hidden_layers, inner_size)
     prefix_length, rope_theta = 0, 10000.0
-    limits = (config.max_sequence_length, config.eos_token_id, config.pad_token_id)
+    limits = (config.max_position_embeddings, config.eos_token_id, config.pad_token_id)
     hyperparameters = struct.pack("<6ifif3i", *sizes, config.layernorm_epsilon, prefix_length, rope_theta, *limits)
-    return GGMLModel(1, hyperparameters, [name for name in parameter_shapes(config) if name != "lm_head.weight"])
+    tied = tied_weights(config)
+    return GGMLModel(
+        config.ggml_type, hyperparameters, [name for name in parameter_shapes(config) if name not in tied]
+    )
 
 
 class Encoding(NamedTuple):
@@ -96,7 +105,7 @@ ENCODINGS = {  # of matrices
 
 def write_ggml(
     path: Path,
-    config: ChatGLMConfig,
+    config: ModelDescription,
     tokenizer_file: Path,
     tensor: Callable[[str, torch.Size], torch.Tensor],
     dtype: str,
@@ -110,10 +119,10 @@ def write_ggml(
         tensor: (name, shape) -> weight.
         dtype: of the matrices, a key of `ENCODINGS`; vectors are in fp32.
     Raises:
-        ValueError: a weight is not finite, or out of the range of its type; rows are not divisible into blocks; or the
-            disk has not enough room.
+        ValueError: the model is not ChatGLM-6B; a weight is not finite, or out of the range of its type; rows are not
+            divisible into blocks; or the disk has not enough room.
     """
-    model, vocabulary, shapes = chatglm_6b(config), tokenizer_file.read_bytes(), parameter_shapes(config)
+    model, vocabulary, shapes = describe(config), tokenizer_file.read_bytes(), parameter_shapes(config)
     encodings = {name: ENCODINGS[dtype] if len(shapes[name]) == 2 else FP32 for name in model.tensors}
     sizes = [stored_size(name, shapes[name], encoding) for name, encoding in encodings.items()]
     check_room(path.parent, len(vocabulary) + sum(sizes))

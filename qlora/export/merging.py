@@ -12,17 +12,18 @@ import torch
 from bitsandbytes.functional import QuantState
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_weights, digest_of, load_adapter
-from qlora.checkpoint import check_checkpoint, is_finite, is_quantized, weight_files
+from qlora.checkpoint import check_checkpoint, empty_model, is_finite, is_quantized, weight_files
 
 PACKED = ".quant_state.bitsandbytes__nf4"  # suffix of the entry with shape, dtype and block size of a 4-bit weight
 
 
 def merged_tensors(
     base_path: str, adapter_path: str | None, onto: str, compute_dtype: torch.dtype
-) -> tuple[ChatGLMConfig, Callable[[str, torch.Size], torch.Tensor]]:
+) -> tuple[ModelDescription, Callable[[str, torch.Size], torch.Tensor]]:
     """The merged model, to be written by `write_checkpoint` or `write_ggml`.
 
     Args:
@@ -58,23 +59,23 @@ def merged_tensors(
     return config, tensor
 
 
-def without_storage(config: ChatGLMConfig) -> ChatGLMForConditionalGeneration:
+def without_storage(config: ModelDescription) -> PreTrainedModel:
     """The model on the CPU, so that peft can add an adapter; each weight is one zero, expanded to the shape."""
-    with torch.device("meta"):
-        model = ChatGLMForConditionalGeneration(config)
+    model = empty_model(config)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
     return model
 
 
-def linear_layers(config: ChatGLMConfig) -> list[str]:
+def linear_layers(config: ModelDescription) -> list[str]:
     """Names of the linear layers except the head: these are quantized and can have an adapter."""
-    model = without_storage(config)
-    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not model.lm_head]
+    model = empty_model(config)
+    head = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
 
 
-def weight_deltas(config: ChatGLMConfig, adapter_path: str) -> dict[str, Callable[[], torch.Tensor]]:
+def weight_deltas(config: ModelDescription, adapter_path: str) -> dict[str, Callable[[], torch.Tensor]]:
     """Name of a weight -> a function that computes the adapter's addition to it, [out_features, in_features], fp32."""
     model = load_adapter(without_storage(config), adapter_path)
     layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}

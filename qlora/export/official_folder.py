@@ -10,14 +10,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
-from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from chatglm.rotary import ChatGLMRotaryEmbedding
+from glm_shared.description import ModelDescription
+from glm_shared.registration import architecture_of
 from qlora.atomic import check_room, write_json
-from qlora.checkpoint import is_finite
+from qlora.checkpoint import empty_model, is_finite
 from qlora.export.merging import linear_layers
 
-# Keys of the configuration that are not written.
-NOT_OFFICIAL = ("dtype", "transformers_version", "initializer_range", "tie_word_embeddings", "quantization_config")
 DTYPES = {  # name -> dtype of the 16-bit entries, bits of the weights of the linear layers
     "fp16": (torch.float16, 16),
     "bf16": (torch.bfloat16, 16),
@@ -29,7 +27,7 @@ SCALE = "_scale"  # after the name of a weight: that of its scales
 
 def write_checkpoint(
     folder: str | Path,
-    config: ChatGLMConfig,
+    config: ModelDescription,
     tensor: Callable[[str, torch.Size], torch.Tensor],
     shard_size: str = "1900MB",
     dtype: str = "fp16",
@@ -40,7 +38,7 @@ def write_checkpoint(
         folder: created if it is missing. The tokenizer's files and the official code are not written; if
             modeling_chatglm.py is already in the folder, config.json refers to the official code.
         config: of the model.
-        tensor: (name, shape) -> weight; called with the embedding's name for the head.
+        tensor: (name, shape) -> weight; called with the embedding's name for a head that is the same tensor.
         shard_size: largest size of a file.
         dtype: of the weights: fp16, bf16, or, with the linear layers of THUDM/chatglm-6b-int8 and -int4, int8 or int4.
     Raises:
@@ -58,7 +56,9 @@ def write_checkpoint(
     if plan.is_sharded:
         index = {"metadata": {"total_size": plan.metadata["total_size"]}, "weight_map": plan.tensor_to_filename}
         write_json(target / "pytorch_model.bin.index.json", index)
-    values = official_config(config, *DTYPES[dtype])
+    half, bits = DTYPES[dtype]
+    values = config.official_values() | {"torch_dtype": str(half).removeprefix("torch.")}
+    values |= {"quantization_bit": bits} if bits < 16 else {}
     if not (target / "modeling_chatglm.py").is_file():
         del values["auto_map"]
     write_json(target / "config.json", values)
@@ -78,24 +78,24 @@ class OfficialEntries:
 
     def __init__(
         self,
-        config: ChatGLMConfig,
+        config: ModelDescription,
         tensor: Callable[[str, torch.Size], torch.Tensor],
         dtype: torch.dtype,
         bits: int,
     ):
-        self.inv_freq = ChatGLMRotaryEmbedding(config).inv_freq.half()
-        self.sizes = parameter_sizes(config, self.inv_freq, bits)
-        self.shapes = parameter_shapes(config)
+        self.buffers = architecture_of(config).model_class.official_buffers(config)
+        self.sizes = parameter_sizes(config, self.buffers, bits)
+        self.shapes, self.tied = parameter_shapes(config), tied_weights(config)
         self.tensor, self.dtype, self.bits = tensor, dtype, bits
         self.scales: dict[str, torch.Tensor] = {}  # of the last weight; in `sizes` they follow it
 
     def __call__(self, name: str) -> torch.Tensor:
         """An entry; ValueError if it is not finite in its dtype."""
-        if name.endswith("inv_freq"):
-            return self.inv_freq
+        if name in self.buffers:
+            return self.buffers[name].half()
         if name.endswith(SCALE):
             return self.finite(name, self.scales.pop(name))
-        source = "transformer.word_embeddings.weight" if name == "lm_head.weight" else name
+        source = self.tied.get(name, name)
         weight = self.tensor(source, self.shapes[source])
         if self.sizes[name].dtype != torch.int8:
             return self.finite(source, weight.to("cpu", self.dtype).contiguous())
@@ -152,14 +152,22 @@ def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, fold
     model.save_pretrained(folder)
 
 
-def parameter_shapes(config: ChatGLMConfig) -> dict[str, torch.Size]:
-    """Name -> shape of the model's parameters, in the official order; the head, which is the embedding, is last."""
-    with torch.device("meta"):
-        state = ChatGLMForConditionalGeneration(config).state_dict()
-    return {name: state[name].shape for name in sorted(state, key=lambda name: name == "lm_head.weight")}
+def tied_weights(config: ModelDescription) -> dict[str, str]:
+    """Name of a weight -> that of the other weight that is the same tensor."""
+    tied = architecture_of(config).model_class._tied_weights_keys
+    return dict(tied or {}) if config.tie_word_embeddings else {}
 
 
-def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+def parameter_shapes(config: ModelDescription) -> dict[str, torch.Size]:
+    """Name -> shape of the model's parameters, in the official order: the head is last."""
+    model = empty_model(config)
+    head = model.get_output_embeddings()
+    (last,) = [f"{name}.weight" for name, module in model.named_modules() if module is head]
+    state = model.state_dict()
+    return {name: state[name].shape for name in sorted(state, key=lambda name: name == last)}
+
+
+def parameter_sizes(config: ModelDescription, buffers: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
     """The entries of an official checkpoint, in its order: name -> a tensor of the right shape without storage."""
     half = functools.partial(torch.empty, dtype=torch.float16, device="meta")
     quantized = {f"{name}.weight" for name in linear_layers(config)} if bits < 16 else set()
@@ -169,18 +177,6 @@ def parameter_sizes(config: ChatGLMConfig, inv_freq: torch.Tensor, bits: int) ->
         if name in quantized:
             sizes[name] = torch.empty(shape[0], shape[1] * bits // 8, dtype=torch.int8, device="meta")
             sizes[name + SCALE] = half(shape[0])
-    for i in range(config.num_layers):
-        sizes[f"transformer.layers.{i}.attention.rotary_emb.inv_freq"] = half(inv_freq.shape)
-    return sizes | {"lm_head.weight": sizes.pop("lm_head.weight")}
-
-
-def official_config(config: ChatGLMConfig, dtype: torch.dtype, bits: int) -> dict:
-    """The values of config.json, with the keys of the official file."""
-    values = {key: value for key, value in config.to_diff_dict().items() if key not in NOT_OFFICIAL}
-    auto_map = {
-        "AutoConfig": "configuration_chatglm.ChatGLMConfig",
-        "AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration",
-    }
-    torch_dtype = str(dtype).removeprefix("torch.")
-    values |= {"architectures": ["ChatGLMModel"], "torch_dtype": torch_dtype}
-    return {"auto_map": auto_map} | values | ({"quantization_bit": bits} if bits < 16 else {})
+    last = next(reversed(sizes))
+    sizes |= {name: half(buffer.shape) for name, buffer in buffers.items()}
+    return sizes | {last: sizes.pop(last)}

@@ -1,14 +1,8 @@
 """The text of an answer while its tokens arrive: what can be shown already, and where a stop string ends it."""
 
-import re
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizer
-
-from chatglm.chat import FULL_WIDTH, TRAINING_TIME, clean_response
-
-HALF_WIDTH = {full: half for half, full in FULL_WIDTH.items()}
-OPEN_MARK = re.compile("[,!:;?]$")  # becomes full-width, or not, by the next character
+from glm_shared.chat import TRAINING_TIME, ChatTokenizer
 
 
 class AnswerText:
@@ -16,12 +10,12 @@ class AnswerText:
 
     Args:
         tokenizer: of the model.
-        stop: texts at which the answer ends; they are no part of it. Full-width and half-width punctuation count as
-            the same, since the tokenizer makes half-width marks of both.
+        stop: texts at which the answer ends; they are no part of it. Characters that the tokenizer takes for the same
+            count as the same.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizer, stop: Sequence[str] = ()):
-        self.tokenizer, self.stop = tokenizer, [text.translate(HALF_WIDTH) for text in stop]
+    def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str] = ()):
+        self.tokenizer, self.stop = tokenizer, [text.translate(tokenizer.same_marks) for text in stop]
         self.raw = ""  # as the tokenizer decodes it
         self.pending: list[str] = []  # the pieces of a character that is not complete
         self.stopped = False
@@ -41,7 +35,7 @@ class AnswerText:
         """Adds text, up to the first stop string."""
         searched = max(0, len(self.raw) - max(map(len, self.stop), default=0))
         self.raw += text
-        tail = self.raw[searched:].translate(HALF_WIDTH)
+        tail = self.raw[searched:].translate(self.tokenizer.same_marks)
         ends = [searched + tail.index(stop) for stop in self.stop if stop in tail]
         if ends:
             self.raw, self.stopped = self.raw[: min(ends)], True
@@ -50,15 +44,19 @@ class AnswerText:
         """The beginning of the answer that later tokens do not change."""
         if self.stopped:
             return self.final()
-        held = max(held_back(self.raw.translate(HALF_WIDTH), text) for text in (TRAINING_TIME, *self.stop))
-        return clean_response(OPEN_MARK.sub("", self.raw[: len(self.raw) - held]))
+        raw = self.raw.translate(self.tokenizer.same_marks)
+        held = max(held_back(raw, text) for text in (TRAINING_TIME, *self.stop))
+        settled = self.raw[: len(self.raw) - held]
+        if settled.endswith(tuple(self.tokenizer.open_marks)):
+            settled = settled[:-1]
+        return self.tokenizer.clean_response(settled)
 
     def final(self) -> str:
         """The complete answer, as `clean_response` formats it."""
         if self.pending:
             pieces, self.pending = self.pending, []
             self.append(self.tokenizer.convert_tokens_to_string(["a", *pieces])[1:])
-        return clean_response(self.raw)
+        return self.tokenizer.clean_response(self.raw)
 
 
 def held_back(text: str, awaited: str) -> int:

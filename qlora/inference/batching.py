@@ -4,7 +4,7 @@ import asyncio
 import collections
 import logging
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 from qlora.inference.slots import Slots, Task
 
@@ -37,7 +37,7 @@ class Answer:
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, tokens)
 
-    async def tokens(self, eos_token_id: int) -> AsyncGenerator[list[int]]:
+    async def tokens(self, stop_token_ids: Sequence[int]) -> AsyncGenerator[list[int]]:
         """Yields the new tokens, a few at a time; when it is closed before the end, the generation ends, too.
 
         Raises:
@@ -51,7 +51,7 @@ class Answer:
                     raise GenerationFailed
                 yield piece
                 received += len(piece)
-                if received >= self.task.max_new_tokens or piece[-1] == eos_token_id:
+                if received >= self.task.max_new_tokens or piece[-1] in stop_token_ids:
                     return
         finally:
             self.cancelled = True
@@ -62,11 +62,11 @@ class Batcher:
 
     Args:
         slots: of the model.
-        eos_token_id: the token that ends an answer.
+        stop_token_ids: the tokens that end an answer.
     """
 
-    def __init__(self, slots: Slots, eos_token_id: int):
-        self.slots, self.eos_token_id = slots, eos_token_id
+    def __init__(self, slots: Slots, stop_token_ids: Sequence[int]):
+        self.slots, self.stop_token_ids = slots, stop_token_ids
         self.waiting: collections.deque[Answer] = collections.deque()
         self.running: dict[int, Answer] = {}  # by slot
         self.changed = threading.Condition()  # guards `waiting` and `stopped`
@@ -141,11 +141,11 @@ class Batcher:
             if slot not in tokens:
                 continue
             piece = tokens[slot][: answer.task.max_new_tokens - answer.count]
-            if self.eos_token_id in piece:
-                piece = piece[: piece.index(self.eos_token_id) + 1]
+            ends = [place for place, token in enumerate(piece, 1) if token in self.stop_token_ids]
+            piece = piece[: ends[0]] if ends else piece
             answer.count += len(piece)
             answer.deliver(piece)
-            is_complete = answer.count >= answer.task.max_new_tokens or piece[-1] == self.eos_token_id
+            is_complete = bool(ends) or answer.count >= answer.task.max_new_tokens
             if is_complete or answer.cancelled:
                 del self.running[slot]
                 self.slots.end(slot)

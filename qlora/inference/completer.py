@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from chatglm.chat import ChatTokenizer
+from glm_shared.chat import ChatTokenizer, Prompt
 from qlora.arguments import LOWEST_TEMPERATURE, InferenceArguments
 from qlora.inference.answer_text import AnswerText
 from qlora.inference.batching import Answer, Batcher, GenerationFailed
@@ -43,9 +43,9 @@ class Completer:
         metrics: ServerMetrics,
     ):
         self.batcher, self.tokenizer, self.names = batcher, tokenizer, names
-        self.args, self.metrics, self.started = args, metrics, int(time.time())
+        self.args, self.metrics, self.started = args.with_sampling(tokenizer.sampling), metrics, int(time.time())
 
-    def task(self, form: GenerationRequest, prompt: str) -> Task:
+    def task(self, form: GenerationRequest, prompt: Prompt) -> Task:
         """What to generate; RequestError for a model that is not served, or a prompt that cannot be answered."""
         if form.model not in self.names:
             message = f"there is no model {form.model}; this server has {', '.join(self.names)}."
@@ -54,22 +54,22 @@ class Completer:
         try:
             prompt_ids = check_prompt(prompt, self.tokenizer, capacity, asked or 1, self.args.prompt_text)
         except ValueError as error:
-            code = "context_length_exceeded" if prompt.strip() else None
+            code = "context_length_exceeded" if prompt.query.strip() else None
             param = "messages" if isinstance(form, ChatRequest) else "prompt"
             raise RequestError(400, str(error), param, code) from None
-        temperature = form.temperature
+        defaults, temperature = self.args.sampling(), form.temperature
         if temperature is None:
-            temperature = self.args.temperature if self.args.do_sample else 0.0
+            temperature = defaults["temperature"] if self.args.do_sample else 0.0
         return Task(
             prompt_ids,
             asked or min(self.args.max_new_tokens, capacity - len(prompt_ids)),
             adapter=self.names.index(form.model) - 1,
             temperature=temperature if temperature >= LOWEST_TEMPERATURE else 0.0,
-            top_p=form.top_p or self.args.top_p,
+            top_p=form.top_p or defaults["top_p"],
             seed=secrets.randbits(63) if form.seed is None else form.seed,
         )
 
-    async def respond(self, request: Request, form: GenerationRequest, prompt: str) -> Response:
+    async def respond(self, request: Request, form: GenerationRequest, prompt: Prompt) -> Response:
         """The response with a whole answer, or the stream of it."""
         answer = Answer(self.task(form, prompt))
         if not self.batcher.submit(answer):
@@ -90,10 +90,10 @@ class Completer:
 
         Ends early, and the generation with it, when the client goes away.
         """
-        text, count, eos_token_id = AnswerText(self.tokenizer, form.stops()), 0, self.batcher.eos_token_id
+        text, count, stop_token_ids = AnswerText(self.tokenizer, form.stops()), 0, self.batcher.stop_token_ids
         piece: list[int] = []
         with self.metrics.observe(form.model, len(answer.task.prompt_ids)) as observation:
-            async with contextlib.aclosing(answer.tokens(eos_token_id)) as pieces:
+            async with contextlib.aclosing(answer.tokens(stop_token_ids)) as pieces:
                 async for piece in pieces:
                     if await request.is_disconnected():
                         return
@@ -106,7 +106,7 @@ class Completer:
                         break
                     yield text, None, token_counts(len(answer.task.prompt_ids), count)
             text.final()  # the last characters may complete a stop string
-            reason = "stop" if text.stopped or piece[-1] == eos_token_id else "length"
+            reason = "stop" if text.stopped or piece[-1] in stop_token_ids else "length"
             observation.outcome = reason
             yield text, reason, token_counts(len(answer.task.prompt_ids), count)
 

@@ -8,7 +8,7 @@ answers have ended. Without a GPU the same step runs without a graph. For greedy
 Shapes: B prompts, T prompt tokens, N new tokens, V vocabulary size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -16,22 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, StaticCache
 
-from chatglm.chat import OFFICIAL_SAMPLING
-from chatglm.modeling_chatglm import prefix_lm_position_ids
-
 # Without cuDNN's, which takes a second to plan for each new shape.
 SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Sampler = Callable[[torch.Tensor], torch.Tensor]  # logits [B, V] -> token ids [B, 1]
 
 
-def make_sampler(
-    do_sample: bool,
-    *,
-    temperature: float = OFFICIAL_SAMPLING["temperature"],
-    top_k: int = int(OFFICIAL_SAMPLING["top_k"]),
-    top_p: float = OFFICIAL_SAMPLING["top_p"],
-) -> Sampler:
-    """A sampler: the most likely token, or one drawn as `generate` draws it, by default with the official settings.
+def make_sampler(do_sample: bool, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Sampler:
+    """A sampler: the most likely token, or one drawn as `generate` draws it.
 
     Args:
         do_sample: whether to draw.
@@ -86,6 +77,7 @@ class Decoder:
         input_ids, attention_mask: [B, T], long, prompts padded on the left.
         max_new_tokens: N.
         sampler: see `make_sampler`.
+        stop_token_ids: the tokens that end an answer; None for the one of the configuration.
     """
 
     def __init__(
@@ -95,17 +87,19 @@ class Decoder:
         attention_mask: torch.Tensor,
         max_new_tokens: int,
         sampler: Sampler,
+        stop_token_ids: Sequence[int] | None = None,
     ):
         self.model, self.sampler = model, sampler
+        self.stop_ids = torch.tensor(stop_token_ids or [model.config.eos_token_id], device=input_ids.device)
         B, T = input_ids.shape
         self.cache = StaticCache(config=model.config, max_cache_len=T + max_new_tokens)
         self.attention_mask = F.pad(attention_mask, (0, max_new_tokens), value=1)  # [B, T + N]
         self.new_tokens = torch.full((B, max_new_tokens), model.config.pad_token_id, device=input_ids.device)
         self.cache_position = torch.zeros(1, dtype=torch.long, device=input_ids.device)  # of the next token in [B, N]
         self.finished = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
-        positions = prefix_lm_position_ids(input_ids, attention_mask, model.config)  # [B, 2, T]
+        positions = model.config.position_ids(input_ids, attention_mask)  # [B, ..., T]
         logits = last_logits(model, input_ids, attention_mask, positions, self.cache)
-        self.position_ids = positions[:, :, -1:] + torch.tensor([[0], [1]], device=input_ids.device)  # [B, 2, 1]
+        self.position_ids = model.config.next_position_ids(positions[..., -1:])  # [B, ..., 1]
         self.token = torch.empty_like(input_ids[:, :1])
         self.accept(logits)
 
@@ -114,14 +108,14 @@ class Decoder:
         token = self.sampler(logits).masked_fill(self.finished, self.model.config.pad_token_id)
         self.token.copy_(token)
         self.new_tokens.index_copy_(1, self.cache_position, token)
-        self.finished |= token == self.model.config.eos_token_id
+        self.finished |= (token == self.stop_ids).any(dim=1, keepdim=True)
         self.cache_position += 1
 
     def step(self):
         """Generates one token of every answer."""
         logits = last_logits(self.model, self.token, self.attention_mask, self.position_ids, self.cache)
         self.accept(logits)
-        self.position_ids[:, 1] += 1
+        self.position_ids.copy_(self.model.config.next_position_ids(self.position_ids))
 
 
 def last_logits(
@@ -160,6 +154,7 @@ def decode(
     max_new_tokens: int,
     sampler: Sampler,
     sync_every: int = 16,
+    stop_token_ids: Sequence[int] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Generates answers, yielding the new tokens every few steps.
 
@@ -169,10 +164,11 @@ def decode(
         max_new_tokens: most tokens of an answer.
         sampler: see `make_sampler`.
         sync_every: steps between two synchronizations with the host.
+        stop_token_ids: the tokens that end an answer; None for the one of the configuration.
     Yields:
         [B, up to sync_every], long; padding after an answer's end.
     """
-    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens, sampler)
+    decoder = Decoder(model, input_ids, attention_mask, max_new_tokens, sampler, stop_token_ids)
     step, done, yielded = decoder.step, 1, 0
     while done < max_new_tokens and not decoder.finished.all():
         if input_ids.is_cuda and done == 1:

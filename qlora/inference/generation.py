@@ -2,38 +2,37 @@
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizer
+from transformers import PreTrainedModel
 
-from chatglm.chat import clean_response
+from glm_shared.chat import ChatTokenizer, Prompt
 from qlora.inference.decoding import Sampler, decode
-
-LONGEST_TOKEN = 80  # characters, of <|blank_80|>
 
 
 def check_prompt(
-    prompt: str, tokenizer: PreTrainedTokenizer, max_length: int, max_new_tokens: int, prompt_text: str = ""
+    prompt: Prompt, tokenizer: ChatTokenizer, max_length: int, max_new_tokens: int, prompt_text: str = ""
 ) -> list[int]:
     """Checks that a prompt can be answered, and returns its token ids.
 
     Args:
-        prompt: a text; control tokens written in it stay text.
+        prompt: control tokens written in its texts stay text.
         tokenizer: of the model.
         max_length: most tokens of a prompt and its answer together.
         max_new_tokens: most tokens of the answer.
         prompt_text: text put before the prompt.
     Raises:
-        ValueError: the prompt is blank, or leaves too little room for the answer.
+        ValueError: the question is blank, or the prompt leaves too little room for the answer.
     """
-    if not prompt.strip():
+    if not prompt.query.strip():
         raise ValueError("输入是空的。 The prompt is empty.")
-    text = prompt_text + prompt
-    chinese, english = f"{len(text):,} 个字符", f"{len(text):,} characters"
-    if len(text) <= LONGEST_TOKEN * max_length:  # a longer text cannot fit, and would take long to tokenize
-        ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    count = len(prompt_text + tokenizer.build_prompt(*prompt))
+    chinese, english = f"{count:,} 个字符", f"{count:,} characters"
+    if count <= tokenizer.longest_token * max_length:  # a longer text cannot fit, and would take long to tokenize
+        ids = tokenizer.build_prompt_ids(*prompt, prompt_text)
         length = len(ids)
         if length + max_new_tokens <= max_length:
             return ids
@@ -48,54 +47,63 @@ def check_prompt(
 
 def compare_answers(
     model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
-    prompts: list[str],
+    tokenizer: ChatTokenizer,
+    prompts: list[Prompt],
     max_new_tokens: int,
     sampler: Sampler,
     batch_size: int,
+    prompt_text: str = "",
 ) -> Iterator[dict[str, str]]:
     """Answers all prompts in their order, batch by batch.
 
     Args:
         model: a peft model, which answers without and with its adapter; or a model without an adapter.
-        tokenizer, prompts, max_new_tokens, sampler, batch_size: as for `generate_texts`.
+        tokenizer, prompts, max_new_tokens, sampler, batch_size, prompt_text: as for `generate_texts`.
     Yields:
-        `prompt`, with the answers `base` and `adapter`; or, without an adapter, with `answer`.
+        `prompt`, as `shown_prompt` gives it, with the answers `base` and `adapter`; or, without an adapter, `answer`.
     """
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        generate = functools.partial(generate_answers, model, tokenizer, batch, max_new_tokens, sampler, batch_size)
+        args = (model, tokenizer, batch, max_new_tokens, sampler, batch_size, prompt_text)
+        generate = functools.partial(generate_answers, *args)
         if isinstance(model, PeftModel):
             with model.disable_adapter():
                 base = generate()
             answers = {"base": base, "adapter": generate()}
         else:
             answers = {"answer": generate()}
-        for texts in zip(batch, *answers.values(), strict=True):
+        shown = [shown_prompt(tokenizer, prompt, prompt_text) for prompt in batch]
+        for texts in zip(shown, *answers.values(), strict=True):
             yield dict(zip(("prompt", *answers), texts, strict=True))
+
+
+def shown_prompt(tokenizer: ChatTokenizer, prompt: Prompt, prompt_text: str) -> str:
+    """A prompt as a text: a single question as it was asked, others as the model reads them."""
+    return prompt_text + (prompt.query if prompt.is_single else tokenizer.build_prompt(*prompt))
 
 
 def generate_answers(
     model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
-    prompts: list[str],
+    tokenizer: ChatTokenizer,
+    prompts: list[Prompt],
     max_new_tokens: int,
     sampler: Sampler,
     batch_size: int,
+    prompt_text: str = "",
 ) -> list[str]:
-    """The answers to all prompts, formatted by `clean_response`; arguments as for `generate_texts`."""
-    return [
-        clean_response(text) for text in generate_texts(model, tokenizer, prompts, max_new_tokens, sampler, batch_size)
-    ]
+    """The answers to all prompts, formatted by the tokenizer's `clean_response`; arguments as for `generate_texts`."""
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens, sampler, batch_size, prompt_text)
+    return [tokenizer.clean_response(text) for text in texts]
 
 
 def generate_texts(
     model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
-    prompts: list[str],
+    tokenizer: ChatTokenizer,
+    prompts: list[Prompt],
     max_new_tokens: int,
     sampler: Sampler,
     batch_size: int,
+    prompt_text: str = "",
     max_prompt_tokens: int | None = None,
 ) -> list[str]:
     """Answers all prompts, in batches of prompts of similar length.
@@ -103,28 +111,25 @@ def generate_texts(
     Args:
         model: on its device; a peft model with its adapter enabled or disabled, or a model without an adapter.
         tokenizer: of the model.
-        prompts: texts; control tokens written in them stay text.
+        prompts: control tokens written in their texts stay text.
         max_new_tokens: most tokens of an answer.
         sampler: see `make_sampler`.
         batch_size: prompts in a batch.
-        max_prompt_tokens: most tokens of a prompt, `[gMASK]` and `<sop>` included; longer prompts are cut. None for no
-            limit.
+        prompt_text: text put before every prompt.
+        max_prompt_tokens: most tokens of a prompt, control tokens included; longer prompts are cut. None for no limit.
     Returns:
         The answers as the tokenizer decodes them, in the order of the prompts.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    ids = [tokenizer.build_prompt_ids(*prompt, prompt_text) for prompt in prompts]
+    if max_prompt_tokens:
+        ids = [tokenizer.cut_prompt_ids(prompt, max_prompt_tokens) for prompt in ids]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(prompts)
+    options: Any = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_token_ids": tokenizer.stop_token_ids}
     for start in tqdm(range(0, len(order), batch_size), desc="Answering", disable=len(order) <= batch_size):
         indices = order[start : start + batch_size]
-        batch = tokenizer(
-            [prompts[i] for i in indices],
-            padding=True,
-            truncation=max_prompt_tokens is not None,
-            max_length=max_prompt_tokens,
-            split_special_tokens=True,
-            return_tensors="pt",
-        ).to(model.device)
-        pieces = list(decode(language_model(model), **batch, max_new_tokens=max_new_tokens, sampler=sampler))
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in indices]}, return_tensors="pt").to(model.device)
+        pieces = list(decode(language_model(model), **batch, **options))
         texts = tokenizer.batch_decode(torch.cat(pieces, dim=1), skip_special_tokens=True)
         for i, text in zip(indices, texts, strict=True):
             answers[i] = text
@@ -133,24 +138,27 @@ def generate_texts(
 
 def stream_answer(
     model: PeftModel | PreTrainedModel,
-    tokenizer: PreTrainedTokenizer,
-    prompt: str,
+    tokenizer: ChatTokenizer,
+    prompt: Prompt,
     max_new_tokens: int,
     sampler: Sampler,
+    prompt_text: str = "",
 ) -> Iterator[str]:
     """Generates one answer.
 
     Args:
-        model, tokenizer, max_new_tokens, sampler: as for `generate_texts`.
-        prompt: a text; control tokens written in it stay text.
+        model, tokenizer, max_new_tokens, sampler, prompt_text: as for `generate_texts`.
+        prompt: control tokens written in its texts stay text.
     Yields:
         The answer generated so far, after every two tokens.
     """
-    batch = tokenizer(prompt, split_special_tokens=True, return_tensors="pt").to(model.device)
+    ids = tokenizer.build_prompt_ids(*prompt, prompt_text)
+    batch = tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(model.device)
+    options: Any = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_token_ids": tokenizer.stop_token_ids}
     tokens = []
-    for piece in decode(language_model(model), **batch, max_new_tokens=max_new_tokens, sampler=sampler, sync_every=2):
+    for piece in decode(language_model(model), **batch, **options, sync_every=2):
         tokens += piece[0].tolist()
-        yield clean_response(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
+        yield tokenizer.clean_response(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
 
 
 def language_model(model: PeftModel | PreTrainedModel) -> PreTrainedModel:

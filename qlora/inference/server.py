@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers import PreTrainedModel
 
-from chatglm.chat import ChatTokenizer
+from glm_shared.chat import ChatTokenizer, Prompt
 from qlora.arguments import InferenceArguments
 from qlora.inference.batching import Batcher, GenerationFailed
 from qlora.inference.completer import Completer
@@ -77,12 +77,12 @@ def build_app(completer: Completer, key: str | None) -> FastAPI:
     @app.post("/v1/chat/completions", dependencies=authorized)
     async def chat_completions(request: Request) -> Response:
         form = parse(ChatRequest, await body_of(request))
-        return await completer.respond(request, form, completer.tokenizer.build_prompt(*form.prompt()))
+        return await completer.respond(request, form, form.prompt())
 
     @app.post("/v1/completions", dependencies=authorized)
     async def completions(request: Request) -> Response:
         form = parse(CompletionRequest, await body_of(request))
-        return await completer.respond(request, form, form.text())
+        return await completer.respond(request, form, Prompt(form.text()))
 
     @app.get("/v1/models", dependencies=authorized)
     async def models() -> dict[str, Any]:
@@ -121,7 +121,7 @@ def make_completer(
 ) -> Completer:
     """What answers requests, with the slots for which there is memory; errors as for `affordable_slots`."""
     slots = Slots(model, affordable_slots(model, args.batch_size), args.top_k)
-    batcher = Batcher(slots, model.config.eos_token_id)
+    batcher = Batcher(slots, tokenizer.stop_token_ids)
     return Completer(batcher, tokenizer, model_names(args.adapter_path), args, ServerMetrics(batcher))
 
 

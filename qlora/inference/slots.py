@@ -4,7 +4,8 @@ A slot has its own cache position, adapter, decoding settings and random numbers
 is free and ends when it is finished, whatever the other slots do (continuous batching). A step is recorded as a CUDA
 graph, once for all slots and once for the first one, since a single row multiplies with the packed weights directly.
 
-Shapes: N slots, K of them, S positions in the cache, L layers, H heads, D head dimension, V vocabulary size.
+Shapes: N slots, K of them, S positions in the cache, L layers, G heads of keys and values, D head dimension, V
+vocabulary size.
 """
 
 import functools
@@ -16,7 +17,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
-from chatglm.modeling_chatglm import prefix_lm_position_ids
 from qlora.inference.decoding import draw_tokens, last_logits, record_step
 from qlora.inference.generation import language_model
 from qlora.layers.linear import InferenceLoRANF4Linear
@@ -54,7 +54,7 @@ class Task:
 
 
 class SlotLayer(StaticLayer):
-    """Keys and values of a layer, [N, H, S, D] each, whose rows have cache positions [N] of their own."""
+    """Keys and values of a layer, [N, G, S, D] each, whose rows have cache positions [N] of their own."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor):
         super().__init__(max_cache_len=keys.shape[2])
@@ -71,7 +71,7 @@ class SlotLayer(StaticLayer):
 
 
 class SlotCache(StaticCache):
-    """The cache of the first slots: keys and values [L, N, H, S, D] and cache positions [L, N] of these slots."""
+    """The cache of the first slots: keys and values [L, N, G, S, D] and cache positions [L, N] of these slots."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor):
         Cache.__init__(self, layers=[SlotLayer(*layer) for layer in zip(keys, values, positions, strict=True)])
@@ -90,14 +90,14 @@ class Slots:
     def __init__(self, model: PeftModel | PreTrainedModel, count: int, top_k: int):
         self.model, self.count, self.top_k = language_model(model), count, top_k
         self.lora_layers = [module for module in model.modules() if isinstance(module, InferenceLoRANF4Linear)]
-        config, weight = self.model.config, self.model.lm_head.weight
-        self.capacity = config.max_sequence_length  # S
-        L, H = config.num_layers, config.num_attention_heads
-        shape = (2, L, count, H, self.capacity, config.hidden_size // H)
+        config, weight = self.model.config, self.model.get_output_embeddings().weight
+        self.capacity = config.max_position_embeddings  # S
+        L = config.num_hidden_layers
+        shape = (2, L, count, config.num_key_value_heads, self.capacity, config.head_dim)
         keys, values = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.positions = torch.zeros(L, count, dtype=torch.long, device=weight.device)  # of the next token
         self.last_position = torch.zeros_like(self.positions[0])  # 0 for a free slot, which stays at 0
-        self.position_ids = torch.zeros(count, 2, 1, dtype=torch.long, device=weight.device)
+        self.position_ids = torch.zeros_like(config.position_ids(self.positions.new_zeros(count, 1)))  # [N, ..., 1]
         self.recent = torch.zeros(count, STEPS, dtype=torch.long, device=weight.device)  # tokens of the last steps
         self.adapter = torch.full((count,), -1, device=weight.device)
         self.temperature, self.top_p = torch.ones(2, count, 1, device=weight.device)
@@ -123,10 +123,10 @@ class Slots:
         for slot, task in tasks.items():
             self.set_up(slot, task)
         input_ids, attention_mask = left_padded(prompts, self.model.config.pad_token_id, rows.device)
-        position_ids = prefix_lm_position_ids(input_ids, attention_mask, self.model.config)  # [K, 2, T]
+        position_ids = self.model.config.position_ids(input_ids, attention_mask)  # [K, ..., T]
         prompt_cache = DynamicCache(config=self.model.config)
         logits = self.forward(input_ids, attention_mask, position_ids, prompt_cache, self.adapter[rows])
-        self.position_ids[rows] = position_ids[:, :, -1:] + torch.tensor([[0], [1]], device=rows.device)
+        self.position_ids[rows] = self.model.config.next_position_ids(position_ids[..., -1:])
         for slots, prompt in zip(self.caches[self.count].layers, prompt_cache.layers, strict=True):
             for row, (slot, task) in enumerate(tasks.items()):
                 length = len(task.prompt_ids)
@@ -166,7 +166,7 @@ class Slots:
         )
         # An answer that ended between two synchronizations, at the end of its slot, stays there.
         self.positions[:, :n].clamp_(max=self.last_position[:n])
-        self.position_ids[:n, 1] += 1
+        self.position_ids[:n] = self.model.config.next_position_ids(self.position_ids[:n])
         tokens = self.draw(logits, slice(n))
         self.recent[:n] = torch.cat((self.recent[:n, 1:], tokens), dim=1)
 
@@ -206,8 +206,9 @@ def affordable_slots(model: PeftModel | PreTrainedModel, most: int) -> int:
     Raises:
         ValueError: there is no memory for a single one.
     """
-    config, weight = model.config, model.lm_head.weight
-    slot_bytes = 2 * config.num_layers * config.max_sequence_length * config.hidden_size * weight.element_size()
+    config, weight = model.config, model.get_output_embeddings().weight
+    slot_numbers = 2 * config.num_hidden_layers * config.max_position_embeddings * config.num_key_value_heads
+    slot_bytes = slot_numbers * config.head_dim * weight.element_size()
     if not weight.is_cuda:
         return most
     free = torch.cuda.mem_get_info()[0]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from peft import PeftModel
 
-from chatglm.chat import ChatTokenizer
+from glm_shared.chat import ChatTokenizer, Prompt
 from qlora.arguments import InferenceArguments
 from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import check_prompt, stream_answer
@@ -40,11 +40,11 @@ class Answerer:
         self.model, self.tokenizer = model, tokenizer
         self.lock = threading.Lock()  # the web server may resume a generator on another thread
 
-    def stream(self, prompt: str, tuned: tuple[bool, ...], args: InferenceArguments) -> Iterator[list[str]]:
+    def stream(self, prompt: Prompt, tuned: tuple[bool, ...], args: InferenceArguments) -> Iterator[list[str]]:
         """Generates several answers to one prompt side by side: a few tokens of each answer, then of the next.
 
         Args:
-            prompt: a text; control tokens written in it stay text.
+            prompt: control tokens written in its texts stay text.
             tuned: for each answer, whether it is generated with the adapter.
             args: the decoding settings, the seed, and the text put before the prompt.
         Yields:
@@ -53,9 +53,9 @@ class Answerer:
             ValueError: the prompt is empty, or too long for the model.
         """
         self.check_prompt(prompt, args)
-        prompt = args.prompt_text + prompt
-        sampler = make_sampler(args.do_sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        streams = [stream_answer(self.model, self.tokenizer, prompt, args.max_new_tokens, sampler) for _ in tuned]
+        sampler = make_sampler(**args.sampling())
+        options = (self.model, self.tokenizer, prompt, args.max_new_tokens, sampler, args.prompt_text)
+        streams = [stream_answer(*options) for _ in tuned]
         answers = [""] * len(tuned)
         with self.lock:
             torch.manual_seed(args.seed)
@@ -76,9 +76,9 @@ class Answerer:
                 text = newest
         return text
 
-    def check_prompt(self, prompt: str, args: InferenceArguments):
+    def check_prompt(self, prompt: Prompt, args: InferenceArguments):
         """ValueError for a prompt that cannot be answered; see `generation.check_prompt`."""
-        limit = self.model.config.max_sequence_length
+        limit = self.model.config.max_position_embeddings
         check_prompt(prompt, self.tokenizer, limit, args.max_new_tokens, args.prompt_text)
 
 
@@ -90,7 +90,7 @@ class Page:
 
     def compare(self, prompt: str, *settings) -> Iterator[list[str]]:
         """Yields the answers without and with the adapter; `settings` are the values of `SETTINGS`."""
-        yield from self.answerer.stream(prompt, (False, True), with_settings(self.args, settings))
+        yield from self.answerer.stream(Prompt(prompt), (False, True), with_settings(self.args, settings))
 
     def chat(self, message: str, rounds: Rounds, tuned: bool, *settings) -> Iterator[tuple[str, Rounds, str]]:
         """Continues a conversation.
@@ -104,8 +104,7 @@ class Page:
             The empty text of the message box, the rounds with the reply so far, and these as HTML.
         """
         args = with_settings(self.args, settings)
-        self.answerer.check_prompt(message, args)  # the prompt with its history is never blank
-        prompt = self.answerer.tokenizer.build_prompt(message, [(question, reply) for question, reply, _ in rounds])
+        prompt = Prompt(message, [(question, reply) for question, reply, _ in rounds])
         for (reply,) in self.answerer.stream(prompt, (tuned,), args):
             longer = [*rounds, (message, reply, tuned)]
             yield "", longer, conversation_html(longer)

@@ -9,15 +9,13 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from chatglm.modeling_chatglm import ChatGLMAttention, ChatGLMBlock, ResidualNorm
-from glm_kernels import kernels_supported
-from qlora.layers.decoding_attention import DecodingAttention
+from glm_shared.modeling import SublayerBlock
+from glm_shared.registration import architecture_of
 from qlora.layers.linear import InferenceLoRANF4Linear, LoRANF4Linear, NF4Linear
-from qlora.layers.residual import FusedResidualNorm
 
 
 def replace_layers(model: PeftModel | PreTrainedModel, for_training: bool):
-    """Replaces linear layers, norms and, for inference, attention, in place.
+    """Replaces linear layers, and the modules for which the model has faster ones, in place.
 
     Parameters are taken over, not copied, and keep their names: a state dict and an adapter stay the same.
 
@@ -27,24 +25,21 @@ def replace_layers(model: PeftModel | PreTrainedModel, for_training: bool):
         for_training: whether gradients are needed. If not, the adapter's weights are read now and must not change.
     """
     adapters = list(model.peft_config) if isinstance(model, PeftModel) else []
+    fast_layer = architecture_of(model.config).fast_layer
     for name, module in list(model.named_modules()):
-        replacement = replacement_of(module, for_training, adapters)
+        replacement = linear_layer(module, for_training, adapters) or fast_layer(module, for_training)
         if replacement is not None:
             model.set_submodule(name, replacement.train(module.training))
     if for_training:
         share_dropout_seed(model)
 
 
-def replacement_of(module: nn.Module, for_training: bool, adapters: list[str]) -> nn.Module | None:
-    """The layer of this package for a module; None where the module stays as it is."""
+def linear_layer(module: nn.Module, for_training: bool, adapters: list[str]) -> nn.Module | None:
+    """The layer of this package for a linear layer; None for another module."""
     if isinstance(module, LoraLayer):
         return LoRANF4Linear(module) if for_training else InferenceLoRANF4Linear(module, adapters)
     if isinstance(module, Linear4bit):
         return NF4Linear(module)
-    if isinstance(module, ResidualNorm) and kernels_supported(module.weight):
-        return FusedResidualNorm(module)
-    if isinstance(module, ChatGLMAttention) and not for_training and kernels_supported(module.query_key_value.bias):
-        return DecodingAttention(module)
     return None
 
 
@@ -54,7 +49,7 @@ def share_dropout_seed(model: nn.Module):
     for module in model.modules():
         if isinstance(module, LoRANF4Linear):
             module.dropout_seed, module.number = seed, next(numbers)
-        if isinstance(module, ChatGLMBlock):
+        if isinstance(module, SublayerBlock):
             module.preserve_rng_state = False
 
 

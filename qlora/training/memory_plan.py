@@ -7,7 +7,7 @@ The result of a step does not depend on the plan. Memory is spent in this order,
 Where even the inputs of the sub-layers do not fit, they are offloaded to host memory.
 
 `predict_peak` says what is counted. What the layers save for the backward pass is counted in `Sizes`, so that a change
-of a layer in qlora/layers/, chatglm/packed_attention.py or chatglm/loss.py may need one here.
+of a layer in qlora/layers/, glm_shared/ or the packages of the models may need one here.
 Units: bytes, tokens of a micro-batch, and floating-point operations.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from chatglm import ChatGLMConfig
-from chatglm.loss import ROWS_AT_ONCE
+from glm_shared.description import ModelDescription
+from glm_shared.loss import ROWS_AT_ONCE
 from qlora.data.batching import filled_tokens
 from qlora.layers.activation_offload import ActivationOffload
 from qlora.layers.linear import NF4Linear
@@ -52,7 +52,7 @@ class Sizes:
             after the rotation, and the gradients of A and B are computed from copies in fp32.
     """
 
-    config: ChatGLMConfig
+    config: ModelDescription
     bytes_per_number: int
     resident: int
     trainable: int
@@ -69,7 +69,7 @@ class Sizes:
     @property
     def layers(self) -> int:
         """Number of layers."""
-        return self.config.num_layers
+        return self.config.num_hidden_layers
 
     @property
     def input_bytes(self) -> int:
@@ -80,23 +80,26 @@ class Sizes:
     def attention_bytes(self) -> int:
         """Bytes a token that an attention sub-layer saves beside its input.
 
-        With the kernel the norm's output, the projection (three times as wide), the output: 5 times the input's size;
-        the log-sum-exp of each head in fp32, and the statistics of the norm. Without it also the rotated queries and
-        keys, and the values as SDPA saves them. `dropout(x) @ A.T` of the linear layers that have an adapter.
+        With the kernel the norm's output, the projection, and the input of the second linear layer; the log-sum-exp of
+        each head in fp32, and the statistics of the norm. Without it also the rotated queries and keys, and the values
+        as SDPA saves them, for every head. `dropout(x) @ A.T` of the linear layers that have an adapter.
         """
-        saved = (5 if self.has_kernels else 8) * self.input_bytes + 4 * self.config.num_attention_heads + 16
-        return saved + self.low_rank_bytes("query_key_value", "dense")
+        (projection, hidden), (_, output) = self.config.attention_shapes.values()
+        saved = hidden + projection + output + (0 if self.has_kernels else 3 * output)
+        statistics = 4 * self.config.num_attention_heads + 16
+        return self.bytes_per_number * saved + statistics + self.low_rank_bytes(*self.config.attention_shapes)
 
     @property
     def mlp_bytes(self) -> int:
         """Bytes a token that an MLP sub-layer saves beside its input.
 
-        The input of the GELU, the statistics of the norm, and the inputs x and `dropout(x) @ A.T` of the linear layers
-        that have an adapter.
+        The input of the activation function, the statistics of the norm, and the inputs x and `dropout(x) @ A.T` of
+        the linear layers that have an adapter.
         """
-        inner = self.bytes_per_number * self.config.inner_hidden_size
-        adapters = self.input_bytes * ("dense_h_to_4h" in self.targets) + inner * ("dense_4h_to_h" in self.targets)
-        return inner + adapters + self.low_rank_bytes("dense_h_to_4h", "dense_4h_to_h") + 16
+        shapes = self.config.mlp_shapes
+        activation_input, _ = next(iter(shapes.values()))
+        saved = activation_input + sum(inputs for name, (_, inputs) in shapes.items() if name in self.targets)
+        return self.bytes_per_number * saved + self.low_rank_bytes(*shapes) + 16
 
     def low_rank_bytes(self, *names: str) -> int:
         """Bytes a token of `dropout(x) @ A.T` in those of the named layers that have an adapter."""
@@ -106,18 +109,24 @@ class Sizes:
     def working_bytes(self) -> int:
         """Bytes a token of the temporary tensors in the backward pass of a sub-layer: an upper bound.
 
-        Two of the inner width, the GELU's input and output gradient, and four of the hidden width, the gradients of
-        the sub-layer's output, of its norm, of the residual and of its input. Without kernels also the copies from
-        which the widest adapter's gradients are computed: `dropout(x)`, and x or the output's gradient in fp32.
+        The gradients of the activation function's input and output, and four of the hidden width, the gradients of the
+        sub-layer's output, of its norm, of the residual and of its input. Without kernels also the copies from which
+        the widest adapter's gradients are computed: `dropout(x)`, and x or the output's gradient in fp32.
         """
-        working = 2 * self.bytes_per_number * self.config.inner_hidden_size + 4 * self.input_bytes
+        (activation_input, _), (_, activation_output) = self.config.mlp_shapes.values()
+        working = self.bytes_per_number * (activation_input + activation_output) + 4 * self.input_bytes
         if self.has_kernels or self.bytes_per_number == 4:
             return working
-        C, inner = self.config.hidden_size, self.config.inner_hidden_size
-        widths = {"query_key_value": (C, 3 * C), "dense": (C, C), "dense_h_to_4h": (C, inner)}
-        widths["dense_4h_to_h"] = (inner, C)
-        copies = [max((self.bytes_per_number + 4) * widths[name][0], 4 * widths[name][1]) for name in self.targets]
+        shapes = self.config.attention_shapes | self.config.mlp_shapes
+        adapted = [shape for name, shape in shapes.items() if name in self.targets]
+        copies = [max((self.bytes_per_number + 4) * inputs, 4 * outputs) for outputs, inputs in adapted]
         return working + max(copies, default=0)
+
+    @property
+    def largest_weight(self) -> int:
+        """Bytes of the largest weight of a block, dequantized."""
+        shapes = (self.config.attention_shapes | self.config.mlp_shapes).values()
+        return self.bytes_per_number * max(outputs * inputs for outputs, inputs in shapes)
 
 
 @dataclass(frozen=True)
@@ -176,8 +185,8 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
     recomputed = max(
         sizes.mlp_bytes if plan.recompute_mlp else 0, sizes.attention_bytes if plan.recompute_attention else 0
     )
-    largest_weight = sizes.config.hidden_size * sizes.config.inner_hidden_size * sizes.bytes_per_number
-    sublayer = T * (sizes.working_bytes + recomputed) + (largest_weight if plan.dequantized_layers < layers else 0)
+    weight = sizes.largest_weight if plan.dequantized_layers < layers else 0
+    sublayer = T * (sizes.working_bytes + recomputed) + weight
     return sizes.resident + optimizer + dequantized + T * saved + max(loss, sublayer)
 
 
@@ -189,8 +198,9 @@ def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
     config, layers = sizes.config, sizes.layers
     weights = config.weights_per_layer
     micro_batches = math.ceil(step_tokens / plan.max_tokens)
-    first_mlp = config.hidden_size * config.inner_hidden_size  # recomputing needs no product with the second matrix
-    recomputed_weights = plan.recompute_mlp * first_mlp + plan.recompute_attention * 3 * config.hidden_size**2
+    first_mlp, *_ = map(math.prod, config.mlp_shapes.values())  # recomputing needs no product with the second matrix
+    first_attention, *_ = map(math.prod, config.attention_shapes.values())
+    recomputed_weights = plan.recompute_mlp * first_mlp + plan.recompute_attention * first_attention
     arithmetic = step_tokens * (4 * config.multiplied_weights + 2 * recomputed_weights)
     reads = (layers - plan.dequantized_layers) * weights * 2 + recomputed_weights * (
         1 - plan.dequantized_layers / layers
@@ -289,7 +299,7 @@ def memory_budget(requested: str | None) -> int:
 
 def apply_plan(model: PeftModel, plan: MemoryPlan):
     """Sets a model's blocks up as planned, and holds the process to the budget; `replace_layers` comes before."""
-    layers = model.get_base_model().transformer.layers
+    layers = model.get_base_model().blocks
     offload = None
     if plan.offload:
         numel = filled_tokens(plan.max_tokens) * model.config.hidden_size
@@ -310,5 +320,5 @@ def apply_plan(model: PeftModel, plan: MemoryPlan):
 
 def set_activation_checkpointing(model: PeftModel, enabled: bool):
     """Recomputes the activations of all layers in the backward pass, or of none."""
-    layers = model.config.num_layers if enabled else 0
+    layers = model.config.num_hidden_layers if enabled else 0
     apply_plan(model, MemoryPlan(0, layers, layers))

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from qlora.arguments import REPOSITORY, FinetuneArguments, LoraSettings
-from qlora.checkpoint import TOKENIZER_FILES
+from qlora.checkpoint import all_tokenizer_files
 from qlora.data.hub_rows import data_set_of, folder_of_files
 from qlora.data.row_files import update_hash
 from qlora.hub.repository import model_source
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CARD, PICTURE = "README.md", "loss.png"
-UPLOADED = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER_FILES, CHAT_TEMPLATE_FILE, CARD, PICTURE)
+UPLOADED = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    *all_tokenizer_files(),
+    CHAT_TEMPLATE_FILE,
+    CARD,
+    PICTURE,
+)
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 ALWAYS_SHOWN = (
     "learning_rate",
@@ -75,7 +82,7 @@ python inference_qlora.py --adapter_path saved_files/{{ name }}{{ prompt_flag }}
 Or from Python with peft:
 
 ```python
-import chatglm  # makes ChatGLM-6B known to the Auto classes
+import glm_models  # makes the models known to the Auto classes
 
 import torch
 from peft import PeftModel

@@ -26,13 +26,13 @@ from transformers import (
 )
 from transformers.trainer_callback import DefaultFlowCallback
 
-from chatglm import ChatGLMConfig
-from chatglm.chat import ChatTokenizer
 from glm_kernels import kernels_supported
+from glm_shared.chat import ChatTokenizer
+from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_settings, add_adapter, base_model_path
 from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.atomic import existing_parent
-from qlora.checkpoint import TOKENIZER_FILES, check_checkpoint, check_tokenizer
+from qlora.checkpoint import check_checkpoint, check_tokenizer, tokenizer_files
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.data.hub_rows import is_hub_name, with_local_files
 from qlora.errors import first_line, is_main_process
@@ -106,7 +106,7 @@ class Preflight:
     args: FinetuneArguments
     setup: TrainingSetup | None = None
     resume_from: str | None = None
-    config: ChatGLMConfig | None = None
+    config: ModelDescription | None = None
     tokenizer: ChatTokenizer | None = None
     train_samples: Dataset | None = None
     eval_samples: Dataset | None = None
@@ -133,7 +133,7 @@ class Preflight:
         """The memory plan as lines of text; None where memory is not planned."""
         if not (self.config and self.plan and self.plan.predicted_peak):
             return None
-        return self.plan.table(self.config.num_layers)
+        return self.plan.table(self.config.num_hidden_layers)
 
     @contextlib.contextmanager
     def collect_problems(self) -> Iterator[None]:
@@ -251,7 +251,7 @@ def check_adapter(preflight: Preflight):
         logger.warning("The adapter in %s was not trained on %s.", args.init_adapter, args.model_name_or_path)
 
 
-def check_memory(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings):
+def check_memory(preflight: Preflight, config: ModelDescription, lora: LoraSettings):
     """Finds the adapter's size and the memory plan, from a model without weights."""
     args, setup = preflight.args, preflight.setup
     with preflight.collect_problems():
@@ -260,7 +260,7 @@ def check_memory(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings
             model.name_or_path = args.model_name_or_path
             model = add_adapter(model, lora, args.init_adapter)
         preflight.adapter = get_peft_model_state_dict(model, save_embedding_layers=False)
-        fixed = args.fixed_plan(setup.recompute if setup else None, config.num_layers)
+        fixed = args.fixed_plan(setup.recompute if setup else None, config.num_hidden_layers)
         if args.plain:
             return
         if not torch.cuda.is_available() and not args.memory_budget:
@@ -276,7 +276,7 @@ def check_memory(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings
             preflight.plan = dataclasses.replace(plan, budget=budget if args.memory_budget else None)
 
 
-def model_sizes(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings, unquantized: int) -> Sizes:
+def model_sizes(preflight: Preflight, config: ModelDescription, lora: LoraSettings, unquantized: int) -> Sizes:
     """What the memory plan needs to know.
 
     Args:
@@ -286,7 +286,7 @@ def model_sizes(preflight: Preflight, config: ChatGLMConfig, lora: LoraSettings,
         unquantized: bytes of the model in its compute dtype, with the adapter.
     """
     dtype = preflight.compute_dtype
-    quantized_weights = config.num_layers * config.weights_per_layer
+    quantized_weights = config.num_hidden_layers * config.weights_per_layer
     resident = int(unquantized - quantized_weights * (dtype.itemsize - BITS_PER_QUANTIZED_WEIGHT / 8))
     return Sizes(
         config,
@@ -399,7 +399,7 @@ def check_disk(preflight: Preflight, training_args: TrainingArguments):
         raise ValueError(f"output_dir {output_dir}: {folder} cannot be written to ({error.strerror}).") from error
     if preflight.steps and preflight.trainable:
         model_folder = Path(preflight.args.model_name_or_path)
-        tokenizer = sum((model_folder / name).stat().st_size for name in TOKENIZER_FILES)
+        tokenizer = sum((model_folder / name).stat().st_size for name in tokenizer_files(model_folder))
         needed = disk_needed(training_args, preflight.steps, preflight.trainable, tokenizer)
         free = shutil.disk_usage(folder).free
         preflight.disk = DiskSpace(needed, free)

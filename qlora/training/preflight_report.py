@@ -10,8 +10,8 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizer
 
+from glm_shared.chat import ChatTokenizer
 from qlora.data.dataset import IGNORE_INDEX, numpy_column, summary
 from qlora.data.row_files import Place
 from qlora.training.preflight import Preflight
@@ -37,7 +37,7 @@ def describe(preflight: Preflight) -> str:
     args = preflight.args
     rows = data_table(preflight) if args.dry_run is not None else [*run_table(preflight), *data_table(preflight)]
     lines = [f"{name:<11} {indented(value)}" for name, value in rows if value]
-    if preflight.train_samples:
+    if preflight.train_samples and preflight.tokenizer:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
         count = min(args.check or args.dry_run or 0, len(preflight.train_samples))
         first = preflight.train_samples.select(range(count))
@@ -56,10 +56,11 @@ def run_table(preflight: Preflight) -> list[tuple[str, str | None]]:
     """Names and values of what is known of machine, model and run; a value is None if it is not known."""
     args, config, steps, disk = preflight.args, preflight.config, preflight.steps, preflight.disk
     plan = preflight.plan_table()
+    weights = f"{config.multiplied_weights / 1e6:,.1f} million weights" if config else ""
     return [
         ("versions", ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + f", CUDA {torch.version.cuda}"),
         ("GPU", describe_gpu(preflight)),
-        ("model", config and f"{args.model_name_or_path}, {config.multiplied_weights / 1e6:,.1f} million weights"),
+        ("model", f"{args.model_name_or_path}, {weights}, architecture of {config.display_name}" if config else None),
         ("adapter", describe_adapter(preflight)),
         ("arithmetic", str(preflight.compute_dtype).removeprefix("torch.")),
         ("resumes", preflight.resume_from and f"from {preflight.resume_from}"),
@@ -110,7 +111,7 @@ def histogram(lengths: np.ndarray) -> str:
     )
 
 
-def show_sample(sample: dict, tokenizer: PreTrainedTokenizer, colour: bool) -> str:
+def show_sample(sample: dict, tokenizer: ChatTokenizer, colour: bool) -> str:
     """A sample as text, one line for each part: prompt, control tokens, answer, end.
 
     Args:
@@ -118,7 +119,7 @@ def show_sample(sample: dict, tokenizer: PreTrainedTokenizer, colour: bool) -> s
         tokenizer: of the model.
         colour: whether ANSI codes color the parts.
     """
-    control = {tokenizer.gmask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    control = {*tokenizer.control_token_ids}
     ids, trained = sample["input_ids"], [label != IGNORE_INDEX for label in sample["labels"]]
     of_file = f"{sample['file']}, " if "file" in sample else ""
     place = str(Place(sample["line"], sample["element"], sample["turn"]))

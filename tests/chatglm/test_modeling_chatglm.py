@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, set_seed
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
-from chatglm.modeling_chatglm import prefix_lm_mask, prefix_lm_position_ids
+from chatglm.modeling_chatglm import prefix_lm_mask
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 from qlora.loading import load_quantized_model
@@ -126,7 +126,7 @@ def test_positions_and_mask_of_a_left_padded_batch_equal_official():
     expected = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))["left_padded_batch"]
     ids, config = torch.tensor(expected["input_ids"]), ChatGLMConfig()
     attention_mask = (ids != config.pad_token_id).long()
-    position_ids = prefix_lm_position_ids(ids, attention_mask, config)
+    position_ids = config.position_ids(ids, attention_mask)
     assert position_ids.tolist() == expected["position_ids"]
     visible = prefix_lm_mask(attention_mask, position_ids[:, 1], 0, ids.shape[1])
     official = ~torch.tensor(expected["attention_mask_true_means_blocked"]).bool()
@@ -152,7 +152,7 @@ GMASK, MASK, SOP, PAD = 130001, 130000, 130004, 3
 def test_positions(ids, position, block_position):
     # Source: the rules in "GLM: General Language Model Pretraining with Autoregressive Blank Infilling", section 2.1.
     ids = torch.tensor([ids])
-    found = prefix_lm_position_ids(ids, (ids != PAD).long(), ChatGLMConfig())
+    found = ChatGLMConfig().position_ids(ids, (ids != PAD).long())
     assert found.tolist() == [[position, block_position]]
 
 

@@ -14,7 +14,6 @@ from conftest import GOLDEN
 from transformers import AutoTokenizer
 
 from chatglm import ChatGLMTokenizer
-from qlora.checkpoint import TOKENIZER_FILES
 
 EXPECTED = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
 CONTROL_TOKENS = ("<sop>", "<eop>", "<pad>", "<unk>", "[MASK]", "[gMASK]", "[sMASK]", "<s>", "</s>")
@@ -178,7 +177,7 @@ def test_pickling_keeps_ids(tokenizer):
 
 
 def test_image_tokens_are_refused(tokenizer, tmp_path):
-    for name in TOKENIZER_FILES:
+    for name in ("ice_text.model", "tokenizer_config.json"):
         shutil.copyfile(Path(tokenizer.vocab_file).parent / name, tmp_path / name)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"num_image_tokens": 20000}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))

@@ -9,7 +9,7 @@ from conftest import hostile_examples, write_rows
 from datasets import Dataset
 from hypothesis import given
 
-from chatglm.chat import ChatMixin, Prompt
+from glm_shared.chat import ChatMixin, Prompt
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 from qlora.data.conversations import FIELDS, SPEAKERS

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import GOOD, GOOD_LINE, ROOT, to_json, write_lines, write_rows
 
-from chatglm.chat import Prompt
+from glm_shared.chat import Prompt
 from qlora.data.dataset import load_samples
 from qlora.data.row_files import LONGEST_LINE, MOST_LISTED
 from qlora.data.rows import read_prompts, read_rows

@@ -146,6 +146,6 @@ def test_measures_are_averaged_by_category_over_the_rows_that_have_them(task):
 def test_page_has_all_answers_side_by_side_and_escapes_them(task):
     row = {"category": "knowledge", "prompt": "<i>", "expected": "a", "base": "<b>", "adapter": ""}
     row["measures"] = compare(row, task)
-    page = render_general_page("title", {"seed": 1}, summarize_categories([row]), [row])
+    page = render_general_page("title", {"seed": 1}, summarize_categories([row]), [row], str.strip)
     assert page.count('<div class="sample">') == 1 and "<!DOCTYPE html>" in page and page.count("✗") == 2
     assert "&lt;b&gt;" in page and "<b>" not in page and "<i>" not in page and "空 empty" in page

@@ -93,7 +93,9 @@ def test_last_answer_of_a_conversation_is_the_reference(script, tokenizer, tmp_p
     data = write_rows(tmp_path / "rows.jsonl", [{"messages": texts}])
     args = script.EvaluationArguments(data_path=str(data))
     prompt = build_prompt(rounds[1][0], [(f"写广告。\n{rounds[0][0]}", rounds[0][1])])
-    assert script.read_samples(args, tokenizer) == [{"prompt": prompt, "reference": rounds[1][1]}]
+    prompts, rows = script.read_samples(args, tokenizer)
+    assert [tokenizer.build_prompt(*each) for each in prompts] == [prompt]
+    assert rows == [{"prompt": prompt, "reference": rounds[1][1]}]
 
 
 def test_scores_beside_an_adapter_are_added_to_its_card(run, adapter, tmp_path):
@@ -243,5 +245,5 @@ def test_control_tokens_in_a_reference_stay_text(tokenizer):
 def test_page_escapes_answers():
     scores = {model: dict.fromkeys(METRICS, 1.0) for model in ("base", "adapter")}
     row = {"prompt": "<script>alert(1)</script>", "reference": "a & b", "base": "<b>", "adapter": "", "scores": scores}
-    page = render_page("title", {"seed": 1}, scores, [row])
+    page = render_page("title", {"seed": 1}, scores, [row], str.strip)
     assert "<script>" not in page and "&lt;script&gt;" in page and "a &amp; b" in page and "空 empty" in page

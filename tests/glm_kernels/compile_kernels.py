@@ -16,12 +16,14 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4, rotary
+from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4, rms_norm, rotary, swiglu
 
 HEAD = {"HEADS": 32, "HEAD_DIM": 128}
+BY_HEAD = HEAD | {"GROUPS": 32, "BY_HEAD": 1}  # ChatGLM-6B
+BY_KIND = HEAD | {"GROUPS": 2, "BY_HEAD": 0}  # ChatGLM2-6B
 TYPES = {
     "*bf16": "projected cos sin output output_grad projected_grad keys values x weight low_rank logits bias x_grad"
-    " branch_grad sum_grad",
+    " branch_grad sum_grad y y_grad key_value_grad",
     "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad",
     "*i32": "tiles seed",
     "*i64": "labels cache_position",
@@ -62,18 +64,28 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
 
 def all_kernels(capability: int) -> dict[str, int]:
     """Name of each kernel -> shared memory in bytes, with the constants of a launch for the 6B model."""
-    over_keys = HEAD | {"TILE": attention.TILE, "BLOCK_N": attention.BLOCK_N}
-    over_queries = HEAD | {"TILE": attention.TILE, "BLOCK_M": attention.BLOCK_M}
-    decode = {"PER_ROW": 1, "HEAD_DIM": 128, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
+    over_keys = {"TILE": attention.TILE, "BLOCK_N": attention.BLOCK_N}
+    over_queries = {"TILE": attention.TILE, "BLOCK_M": attention.BLOCK_M}
+    decode = {"PER_ROW": 1, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
+    pairs = {"WIDTH": 36 * 128, "ROTATED": 34, "HEAD_DIM": 128, "PAIRS": 2048}
     launches = {
         "rotate": (rotary.rotate_kernel, HEAD | {"PAIRS": 4096}, 3),
-        "attention": (attention.forward_kernel, over_keys, 3),
-        "query gradient": (attention.query_grad_kernel, over_keys, 2),
-        "key and value gradient": (attention.key_value_grad_kernel, over_queries, 2),
-        "decoding step": (decode_attention.decode_attention_kernel, decode, 3),
+        "rotate pairs": (rotary.rotate_pairs_kernel, pairs, 3),
         "norm": (layer_norm.norm_kernel, {"BLOCK": 4096}, 3),
         "norm gradient": (layer_norm.norm_grad_kernel, {"BLOCK": 4096}, 3),
+        "RMS norm": (rms_norm.rms_norm_kernel, {"BLOCK": 4096}, 3),
+        "RMS norm gradient": (rms_norm.rms_norm_grad_kernel, {"BLOCK": 4096}, 3),
+        "gated activation": (swiglu.swiglu_kernel, {"BLOCK": swiglu.BLOCK}, 3),
+        "gradient of the gated activation": (swiglu.swiglu_grad_kernel, {"BLOCK": swiglu.BLOCK}, 3),
     }
+    for layout, heads, splits in (("by head", BY_HEAD, 1), ("by kind", BY_KIND, 4)):
+        summed = heads | over_queries | {"SPLITS": splits}
+        launches |= {
+            f"attention {layout}": (attention.forward_kernel, heads | over_keys, 3),
+            f"query gradient {layout}": (attention.query_grad_kernel, heads | over_keys, 2),
+            f"key and value gradient {layout}": (attention.key_value_grad_kernel, summed, 2),
+            f"decoding step {layout}": (decode_attention.decode_attention_kernel, heads | decode, 3),
+        }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
     return found | kernels_of_older_gpus(capability) | lora_kernels(capability)
 

@@ -8,17 +8,25 @@ import bitsandbytes
 import torch
 
 from chatglm import ChatGLMConfig, PackedSequences
-from chatglm import loss as plain_loss
+from chatglm.fused_residual import FusedResidualNorm
 from chatglm.modeling_chatglm import ResidualNorm
 from chatglm.packed_attention import attention_by_sample
 from chatglm.rotary import ChatGLMRotaryEmbedding, apply_rotary, split_and_rotate
+from chatglm2 import ChatGLM2Config
+from chatglm2 import packed_attention as grouped_attention
+from chatglm2 import rotary as pair_rotary
+from chatglm2.activation import gated_activation
+from chatglm2.fused_norm import FusedRMSNorm, FusedSublayerNorm
+from chatglm2.modeling_chatglm2 import SublayerNorm
 from glm_kernels import lora, lora_reference, nf4
-from glm_kernels.attention import PackedAttention
+from glm_kernels.attention import GroupedPackedAttention, PackedAttention
 from glm_kernels.cross_entropy import cross_entropy_in_place
 from glm_kernels.decode_attention import decode_attention
 from glm_kernels.layer_norm import layer_norm, residual_norm_grad
-from glm_kernels.rotary import rotate_in_place
-from qlora.layers.residual import FusedResidualNorm
+from glm_kernels.rms_norm import rms_norm
+from glm_kernels.rotary import rotate_in_place, rotate_pairs_in_place
+from glm_kernels.swiglu import swiglu, swiglu_grad
+from glm_shared import loss as plain_loss
 
 LENGTHS = [(35, 60), (3, 2), (70, 100), (1, 1), (130, 5), (10, 150), (4, 0)]
 
@@ -178,6 +186,101 @@ def test_decoding_step_of_attention(past):
     )
     flat = (table.reshape(-1, D) for table in tables)
     found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor(past))
+    torch.testing.assert_close(found, expected[:, :, 0].flatten(1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(keys, expected_keys)
+    torch.testing.assert_close(values, expected_values)
+
+
+def pair_tables(head_dim: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return pair_rotary.ChatGLM2RotaryEmbedding(ChatGLM2Config(kv_channels=head_dim))(positions, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "lengths"),
+    [(8, 1, [(0, 70), (0, 1), (0, 130)]), (4, 2, [(35, 60), (3, 2)])],  # causal, and with contexts
+)
+def test_attention_kernel_of_grouped_queries(heads, groups, lengths, head_dim=16):
+    row = PackedSequences.from_lengths(lengths)
+    tokens, width = sum(map(sum, lengths)), (heads + 2 * groups) * head_dim
+    tables = pair_tables(head_dim, torch.randint(0, 99, (1, tokens)))
+    projected = torch.randn(1, tokens, width, requires_grad=True)
+    direction = torch.randn(1, tokens, heads * head_dim)
+
+    expected = grouped_attention.attention_by_sample(projected, tables, row, heads, groups)
+    (expected_grad,) = torch.autograd.grad((expected * direction).sum(), projected)
+    flat = (table[0, :, 0] for table in tables)
+    output = GroupedPackedAttention.apply(projected[0] * 1.0, *flat, row.tiles, heads, groups)[None]
+    (grad,) = torch.autograd.grad((output * direction).sum(), projected)
+
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, atol=5e-5, rtol=1e-5)
+
+
+def test_rotation_of_pairs_and_its_inverse():
+    heads, groups, head_dim, tokens = 6, 2, 32, 7
+    tables = pair_tables(head_dim, torch.randint(0, 2000, (1, tokens)))
+    projected = torch.randn(tokens, (heads + 2 * groups) * head_dim)
+    rotated = projected.clone()
+    flat = [table[0, :, 0] for table in tables]
+    rotate_pairs_in_place(rotated, *flat, heads, groups)
+
+    states = pair_rotary.split_and_rotate(projected[None].requires_grad_(), *tables, heads, groups)
+    torch.testing.assert_close(rotated, torch.cat(states, dim=2).flatten(2)[0], atol=1e-6, rtol=1e-5)
+    rotate_pairs_in_place(rotated, *flat, heads, groups, inverse=True)
+    torch.testing.assert_close(rotated, projected, atol=1e-6, rtol=1e-5)
+
+
+def test_rms_norm_and_its_gradient_with_the_residual():
+    norm = SublayerNorm(100, 1e-5).requires_grad_(False)
+    torch.nn.init.normal_(norm.weight)
+    matrix = torch.randn(100, 100)
+    x, direction = torch.randn(2, 3, 7, 100)
+    x.requires_grad_()
+    results = []
+    for each in (norm, FusedSublayerNorm(norm)):
+        normed, residual = each(x)
+        results.append(each.add_residual(normed.sin() @ matrix, residual))
+    grads = [torch.autograd.grad((result * direction).sum(), x)[0] for result in results]
+    torch.testing.assert_close(results[1], results[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-4, rtol=1e-5)
+    results = [norm.normalize(x), FusedRMSNorm(norm)(x)]
+    grads = [torch.autograd.grad((result * direction).sum(), x)[0] for result in results]
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(rms_norm(x.detach(), norm.weight, norm.eps), results[0].detach())
+
+
+@pytest.mark.parametrize("features", [3, 1024, 1500])
+def test_gated_activation(features):
+    x = torch.randn(2, 5, 2 * features, requires_grad=True)
+    direction = torch.randn(2, 5, features)
+    gate, up = x.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    (expected_grad,) = torch.autograd.grad((expected * direction).sum(), x)
+    torch.testing.assert_close(swiglu(x.detach()), expected.detach())
+    torch.testing.assert_close(swiglu_grad(x.detach(), direction), expected_grad)
+    plain = gated_activation(x)
+    torch.testing.assert_close(plain, expected)
+    torch.testing.assert_close(torch.autograd.grad((plain * direction).sum(), x)[0], expected_grad)
+
+
+@pytest.mark.parametrize("past", [0, 1, 300, [300, 0, 65]])  # one cache position for all rows, or one a row
+def test_decoding_step_of_grouped_queries(past):
+    B, H, G, S, D = 3, 4, 2, 310, 32
+    tables = pair_tables(D, torch.randint(0, 99, (B, 1)))
+    projected = torch.randn(B, 1, (H + 2 * G) * D)
+    keys, values = torch.randn(2, B, G, S, D)
+    visible = torch.rand(B, S) < 0.8
+
+    query, key, value = pair_rotary.split_and_rotate(projected, *tables, H, G)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    position = torch.tensor(past).expand(B)
+    expected_keys[range(B), :, position], expected_values[range(B), :, position] = key[:, 0], value[:, 0]
+    mask = visible & (torch.arange(S) < position[:, None]) | (torch.arange(S) == position[:, None])
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2), expected_keys, expected_values, attn_mask=mask[:, None, None], enable_gqa=True
+    )
+    flat = (table[:, 0, 0] for table in tables)
+    found = decode_attention(projected[:, 0], *flat, keys, values, visible, torch.tensor(past), by_head=False)
     torch.testing.assert_close(found, expected[:, :, 0].flatten(1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(keys, expected_keys)
     torch.testing.assert_close(values, expected_values)

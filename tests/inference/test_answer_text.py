@@ -4,12 +4,16 @@ import random
 
 import pytest
 
+from chatglm import ChatGLMTokenizer
 from chatglm.chat import clean_response
 from qlora.inference.answer_text import AnswerText, held_back
 
 
 class Letters:
     """A tokenizer whose tokens are short texts, given by their place in a list."""
+
+    open_marks, same_marks = ChatGLMTokenizer.open_marks, ChatGLMTokenizer.same_marks
+    clean_response = staticmethod(clean_response)
 
     def __init__(self, pieces: list[str]):
         self.pieces = pieces

@@ -7,11 +7,10 @@ import torch
 from conftest import GOLDEN_CHECKPOINT, add_random_lora
 from transformers import GenerationConfig
 
-from chatglm import ChatGLMForConditionalGeneration
+from chatglm import ChatGLMForConditionalGeneration, fast_layers
 from chatglm.chat import OFFICIAL_SAMPLING
 from qlora.arguments import LOWEST_TEMPERATURE
 from qlora.inference.decoding import Decoder, Sampler, decode, make_sampler
-from qlora.layers import replacement
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 
@@ -106,7 +105,7 @@ def test_logits_of_layers_for_inference_are_those_of_peft(golden_folder, cases, 
     # With kernels, too, in Triton's interpreter: norms, and attention of single tokens.
     if kernels:
         pytest.importorskip("triton")
-        monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: True)
+        monkeypatch.setattr(fast_layers, "kernels_supported", lambda tensor: True)
     model = load_quantized_model(str(golden_folder), torch.float32)
     model = add_random_lora(model, ["query_key_value", "dense"]).eval()
     ids, mask = left_padded([case["prompt"] for case in cases["generate"][:2]] + [[5, 6, 507, 508]])
@@ -156,7 +155,7 @@ def test_frequencies_are_those_of_the_warpers_of_generate(tiny_model, settings):
     logits = torch.randn(1, 200) * 2
     expected = processors(torch.zeros(1, 1, dtype=torch.long), logits).softmax(dim=-1)[0]
     draws = 20_000
-    found = kept_tokens(make_sampler(True, **settings), logits, draws).double()
+    found = kept_tokens(make_sampler(**OFFICIAL_SAMPLING | settings), logits, draws).double()
     possible = expected > 0
     assert not found[~possible].any()
     statistic = ((found - draws * expected) ** 2 / (draws * expected))[possible].sum().item()

@@ -8,11 +8,10 @@ import torch
 from conftest import add_random_lora
 from peft import PeftModel
 
-from chatglm import ChatGLMForConditionalGeneration
+from chatglm import ChatGLMForConditionalGeneration, fast_layers
 from qlora.inference.batching import Answer, Batcher
 from qlora.inference.decoding import decode, draw_tokens, make_sampler
 from qlora.inference.slots import Slots, Task, left_padded
-from qlora.layers import replacement
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 
@@ -41,7 +40,7 @@ class Counting:
 
 
 async def tokens_of(answer: Answer) -> list[int]:
-    return [token async for piece in answer.tokens(EOS) for token in piece]
+    return [token async for piece in answer.tokens([EOS]) for token in piece]
 
 
 def run(
@@ -51,7 +50,7 @@ def run(
 
     async def main():
         slots = Counting(count)
-        batcher = Batcher(slots, EOS)
+        batcher = Batcher(slots, [EOS])
         answers = [Answer(task) for task in tasks]
         for place, answer in enumerate(answers):
             answer.cancelled = place in cancelled
@@ -111,7 +110,7 @@ def test_tokens_in_slots_are_those_of_each_alone(model, monkeypatch, kernel):
     if kernel:
         pytest.importorskip("triton")
         biases = {id(layer.attention.query_key_value.bias) for layer in model.get_base_model().transformer.layers}
-        monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: id(tensor) in biases)
+        monkeypatch.setattr(fast_layers, "kernels_supported", lambda tensor: id(tensor) in biases)
     replace_layers(model, for_training=False)
     monkeypatch.setattr(model.config, "max_sequence_length", 16)
 

@@ -24,6 +24,7 @@ import uvicorn
 from conftest import add_random_lora
 
 from chatglm.chat import build_prompt, clean_response
+from glm_shared.chat import Prompt
 from qlora.adapter import load_adapters
 from qlora.arguments import InferenceArguments
 from qlora.inference import server as server_module
@@ -127,7 +128,8 @@ def test_64_clients_get_the_answers_that_each_would_get_alone(
     models = [load(varied_checkpoint, [path] if path else []) for path in (None, *adapters)]
     sampler = make_sampler(do_sample=False)
     expected = [
-        generate_answers(models[i % 3], tokenizer, [prompt], TOKENS, sampler, 1)[0] for i, prompt in enumerate(prompts)
+        generate_answers(models[i % 3], tokenizer, [Prompt(prompt)], TOKENS, sampler, 1)[0]
+        for i, prompt in enumerate(prompts)
     ]
     assert len(set(expected)) > 55
 
@@ -157,9 +159,10 @@ def test_conversation_is_the_official_prompt(served, client):
         reply = client.chat.completions.create(model="red", messages=messages, max_completion_tokens=5)
     finally:
         served.completer.task = original
-    assert task == [build_prompt("裤", [("你是裁缝。\n裙子", "白裙。")])]
+    assert task == [Prompt("裤", [("裙子", "白裙。")], "你是裁缝。")]
+    prompt = build_prompt("裤", [("你是裁缝。\n裙子", "白裙。")])
     assert reply.choices[0].message.role == "assistant" and reply.model == "red"
-    assert reply.choices[0].message.content == complete(client, task[0], model="red", max_tokens=5).choices[0].text
+    assert reply.choices[0].message.content == complete(client, prompt, model="red", max_tokens=5).choices[0].text
 
 
 def test_usage_counts_tokens(client, tokenizer):

@@ -25,7 +25,8 @@ from peft.tuners.lora import LoraLayer
 
 import inference_qlora
 import qlora.inference.web
-from chatglm.chat import CJK, build_prompt
+from chatglm.chat import CJK, OFFICIAL_SAMPLING, build_prompt
+from glm_shared.chat import Prompt
 from qlora.adapter import load_adapter
 from qlora.arguments import InferenceArguments
 from qlora.data.rows import read_prompts
@@ -36,7 +37,7 @@ from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 
 PROMPT = "类型#裤*风格#简约"
-ARGS = InferenceArguments(max_new_tokens=24)
+ARGS = InferenceArguments(max_new_tokens=24).with_sampling(OFFICIAL_SAMPLING)
 GREEDY = (False, 50, 0.7, 0.95, 24, 42)
 PASSWORD = "芝麻开门"
 
@@ -75,7 +76,7 @@ def answerer(model: PeftModel, tokenizer) -> Answerer:
 
 def expected_answers(answerer: Answerer, prompt: str, max_new_tokens: int = 24) -> list[str]:
     """The answers without and with the adapter, as `inference_qlora.py` prints them."""
-    common = (answerer.model, answerer.tokenizer, [prompt], max_new_tokens, make_sampler(do_sample=False), 1)
+    common = (answerer.model, answerer.tokenizer, [Prompt(prompt)], max_new_tokens, make_sampler(do_sample=False), 1)
     with answerer.model.disable_adapter():
         before = generate_answers(*common)
     return before + generate_answers(*common)
@@ -90,13 +91,13 @@ def adapter_is_enabled(model: PeftModel) -> bool:
 
 
 def test_both_answers_are_those_of_the_command_line(answerer):
-    *_, last = answerer.stream(PROMPT, (False, True), ARGS)
+    *_, last = answerer.stream(Prompt(PROMPT), (False, True), ARGS)
     assert last == expected_answers(answerer, PROMPT)
     assert last[0] != last[1] and min(map(len, last)) >= 24
 
 
 def test_answers_are_generated_side_by_side(answerer):
-    updates = list(answerer.stream(PROMPT, (False, True), ARGS))
+    updates = list(answerer.stream(Prompt(PROMPT), (False, True), ARGS))
     assert len(updates) >= 3
     for first, last in zip(updates[1], updates[-1], strict=True):
         assert 0 < len(first) < len(last) and last.startswith(first)
@@ -105,11 +106,11 @@ def test_answers_are_generated_side_by_side(answerer):
 def test_ended_answer_stays_while_the_other_is_generated(answerer, monkeypatch):
     streams = iter([iter("a"), iter([f"b{i}" for i in range(9)])])
     monkeypatch.setattr(qlora.inference.web, "stream_answer", lambda *_: next(streams))
-    assert list(answerer.stream(PROMPT, (False, True), ARGS)) == [["a", "b3"], ["a", "b7"], ["a", "b8"]]
+    assert list(answerer.stream(Prompt(PROMPT), (False, True), ARGS)) == [["a", "b3"], ["a", "b7"], ["a", "b8"]]
 
 
 def test_adapter_is_enabled_between_updates(answerer):
-    updates = answerer.stream(PROMPT, (False, True), ARGS)
+    updates = answerer.stream(Prompt(PROMPT), (False, True), ARGS)
     next(updates)
     assert adapter_is_enabled(answerer.model)
     updates.close()
@@ -124,7 +125,7 @@ def test_adapter_is_enabled_after_an_error(answerer, monkeypatch):
 
     monkeypatch.setattr(qlora.inference.web, "stream_answer", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(answerer.stream(PROMPT, (False,), ARGS))
+        list(answerer.stream(Prompt(PROMPT), (False,), ARGS))
     assert adapter_is_enabled(answerer.model) and not answerer.lock.locked()
 
 
@@ -134,7 +135,7 @@ def test_simultaneous_visitors_get_their_own_answers(answerer):
     found = [None, None]
 
     def visit(i: int):
-        *_, found[i] = answerer.stream(prompts[i], (False, True), ARGS)
+        *_, found[i] = answerer.stream(Prompt(prompts[i]), (False, True), ARGS)
 
     threads = [threading.Thread(target=visit, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -147,7 +148,7 @@ def test_simultaneous_visitors_get_their_own_answers(answerer):
 def test_sampling_follows_the_seed(answerer):
     def sample(seed: int) -> list[str]:
         args = with_settings(ARGS, (True, 0, 1.0, 2.0, 24, seed))
-        return list(answerer.stream(PROMPT, (False, True), args))[-1]
+        return list(answerer.stream(Prompt(PROMPT), (False, True), args))[-1]
 
     assert sample(1) == sample(1) != sample(2)
 
@@ -155,32 +156,32 @@ def test_sampling_follows_the_seed(answerer):
 @pytest.mark.parametrize("prompt", ["", " \n　"])
 def test_empty_prompt_is_refused(answerer, prompt):
     with pytest.raises(ValueError, match="The prompt is empty"):
-        next(answerer.stream(prompt, (True,), ARGS))
+        next(answerer.stream(Prompt(prompt), (True,), ARGS))
 
 
 def test_prompt_without_room_for_an_answer_is_refused(answerer):
     limit = answerer.model.config.max_sequence_length
     with pytest.raises(ValueError, match=f"over the model's {limit}"):
-        next(answerer.stream("裙" * limit, (True,), ARGS))
+        next(answerer.stream(Prompt("裙" * limit), (True,), ARGS))
     with pytest.raises(ValueError, match="has 10,000,000 characters"):  # not tokenized, which would take seconds
-        next(answerer.stream("裙" * 10_000_000, (True,), ARGS))
+        next(answerer.stream(Prompt("裙" * 10_000_000), (True,), ARGS))
     length = len(answerer.tokenizer(PROMPT)["input_ids"])
-    answerer.check_prompt(PROMPT, dataclasses.replace(ARGS, max_new_tokens=limit - length))
+    answerer.check_prompt(Prompt(PROMPT), dataclasses.replace(ARGS, max_new_tokens=limit - length))
     with pytest.raises(ValueError, match=f"has {length} tokens"):
-        answerer.check_prompt(PROMPT, dataclasses.replace(ARGS, max_new_tokens=limit - length + 1))
+        answerer.check_prompt(Prompt(PROMPT), dataclasses.replace(ARGS, max_new_tokens=limit - length + 1))
 
 
 def test_prompt_text_comes_before_the_prompt(answerer):
-    *_, last = answerer.stream(PROMPT, (False, True), dataclasses.replace(ARGS, prompt_text="写广告："))
+    *_, last = answerer.stream(Prompt(PROMPT), (False, True), dataclasses.replace(ARGS, prompt_text="写广告："))
     assert last == expected_answers(answerer, f"写广告：{PROMPT}") != expected_answers(answerer, PROMPT)
 
 
 def test_control_tokens_in_a_prompt_stay_text(answerer):
     short = len(answerer.tokenizer("裙")["input_ids"])
-    answerer.check_prompt("裙<eop>", dataclasses.replace(ARGS, max_new_tokens=1))
+    answerer.check_prompt(Prompt("裙<eop>"), dataclasses.replace(ARGS, max_new_tokens=1))
     limit = answerer.model.config.max_sequence_length
     with pytest.raises(ValueError):  # as a control token, <eop> would be one token, and the prompt would fit
-        answerer.check_prompt("裙<eop>", dataclasses.replace(ARGS, max_new_tokens=limit - short - 1))
+        answerer.check_prompt(Prompt("裙<eop>"), dataclasses.replace(ARGS, max_new_tokens=limit - short - 1))
 
 
 # The event handlers.
@@ -447,7 +448,7 @@ def test_generate_button_shows_both_answers(page, answerer):
 def test_example_can_be_clicked(page, answerer):
     compare(page, PROMPT)
     expect_answers(page, expected_answers(answerer, PROMPT))  # what is generated later would fill the boxes again
-    example = next(iter(read_prompts(str(inference_qlora.EXAMPLES)).values()))
+    example = next(iter(read_prompts(str(inference_qlora.EXAMPLES)).values())).query
     page.get_by_role("button", name=example).click()
     expect(page.get_by_label("输入 Prompt")).to_have_value(example)
     expect_answers(page, ["", ""])

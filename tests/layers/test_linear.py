@@ -10,9 +10,10 @@ import torch
 from conftest import add_random_lora
 from peft import PeftModel
 
+from chatglm import fast_layers
 from glm_kernels import lora_reference
 from glm_kernels.lora_reference import Dropout
-from qlora.layers import linear, replacement
+from qlora.layers import linear
 from qlora.layers.linear import LoRALinearFunction, NF4Linear
 from qlora.layers.replacement import dropout_seed, replace_layers
 from qlora.loading import load_quantized_model
@@ -43,7 +44,7 @@ def test_training_forward_equals_that_of_peft(golden_folder, batch, monkeypatch,
     # With the kernels of the norms, too, in Triton's interpreter.
     if kernels:
         pytest.importorskip("triton")
-        monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: True)
+        monkeypatch.setattr(fast_layers, "kernels_supported", lambda tensor: True)
     plain, ours = make_model(golden_folder), make_model(golden_folder)
     replace_layers(ours, for_training=True)
     expected, found = (loss_and_gradients(model.train(training), batch) for model in (plain, ours))

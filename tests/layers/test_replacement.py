@@ -7,19 +7,19 @@ from conftest import add_random_lora
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
+from chatglm import fast_layers
+from chatglm.decoding_attention import DecodingAttention
+from chatglm.fused_residual import FusedResidualNorm
 from chatglm.modeling_chatglm import ChatGLMAttention, ResidualNorm
-from qlora.layers import replacement
-from qlora.layers.decoding_attention import DecodingAttention
 from qlora.layers.linear import InferenceLoRANF4Linear, LoRANF4Linear, NF4Linear
 from qlora.layers.replacement import replace_layers
-from qlora.layers.residual import FusedResidualNorm
 from qlora.loading import load_quantized_model
 
 
 @pytest.fixture
 def model(tiny_checkpoint, monkeypatch) -> PeftModel:
     """A model in training mode, whose layers are replaced as on a GPU that can run the kernels."""
-    monkeypatch.setattr(replacement, "kernels_supported", lambda tensor: True)
+    monkeypatch.setattr(fast_layers, "kernels_supported", lambda tensor: True)
     return add_random_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), ["query_key_value", "dense"])
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from chatglm import ChatGLMConfig
-from chatglm.loss import ROWS_AT_ONCE
+from chatglm2 import ChatGLM2Config
+from glm_shared.loss import ROWS_AT_ONCE
 from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, predict_peak, relative_cost
 from qlora.units import GIB
 
@@ -84,6 +85,23 @@ def test_peak_counts_what_a_layer_saves():
     for less, layers in ((less_attention, 1), (less_mlp, 2)):
         saved = [predict_peak(sizes, less) - predict_peak(sizes, plan) for sizes in (ranked, without)]
         assert saved[0] - saved[1] == T * 2 * 128 * layers
+
+
+def test_peak_of_grouped_queries_and_gated_activations():
+    sizes, plan, T = dataclasses.replace(SIZES, config=ChatGLM2Config()), MemoryPlan(3000, 28, 28), 3000
+    less_mlp, less_attention = (
+        dataclasses.replace(plan, **{name: 27}) for name in ("recompute_mlp", "recompute_attention")
+    )
+    # The gate and the other factor, each 13,696 wide; norm, projection (32 + 2 + 2 heads of 128) and output.
+    assert predict_peak(sizes, less_mlp) - predict_peak(sizes, plan) == T * (2 * 2 * 13696 + 16)
+    projected = 36 * 128
+    assert predict_peak(sizes, less_attention) - predict_peak(sizes, plan) == T * (
+        2 * (4096 + projected + 4096) + 4 * 32 + 16
+    )
+    assert sizes.working_bytes == 2 * 3 * 13696 + 4 * 2 * 4096
+    assert sizes.largest_weight == 2 * 4096 * 2 * 13696
+    # Embedding and head are two tensors, of which only the head is in the arithmetic.
+    assert sizes.config.embedding_weights == 2 * sizes.config.head_weights
 
 
 def test_peak_counts_offloading_and_cached_weights():

@@ -57,7 +57,7 @@ def folder(tiny_checkpoint, train_file, dev_file, tmp_path_factory, uploaded) ->
 
 
 def test_exactly_the_adapter_is_uploaded(folder, uploaded):
-    assert sorted(uploaded) == sorted(UPLOADED)
+    assert sorted(uploaded) == sorted({*UPLOADED} - {"tokenizer.model"})  # of another model
     assert (folder / "checkpoint-2" / RUN_FILE).is_file() and not (folder / LOCK_FILE).exists()
     assert str(folder).encode() in (folder / "training_args.bin").read_bytes()  # why it must stay here
     files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]

@@ -3,14 +3,14 @@
 import torch
 from transformers.cache_utils import Cache, StaticCache
 
-from chatglm.modeling_chatglm import ChatGLMAttention
-from chatglm.packed_attention import PackedSequences
+from chatglm2.modeling_chatglm2 import ChatGLM2Attention
+from glm_shared.packed_attention import PackedSequences
 
 
-class DecodingAttention(ChatGLMAttention):
-    """A `ChatGLMAttention` whose decoding step, from projection to output, is one kernel; takes over its layers."""
+class DecodingAttention(ChatGLM2Attention):
+    """A `ChatGLM2Attention` whose decoding step, from projection to output, is one kernel; takes over its layers."""
 
-    def __init__(self, attention: ChatGLMAttention):
+    def __init__(self, attention: ChatGLM2Attention):
         with torch.device("meta"):  # the linear layers come from the other one
             super().__init__(attention.config, attention.layer_idx)
         self.query_key_value, self.dense = attention.query_key_value, attention.dense
@@ -32,9 +32,10 @@ class DecodingAttention(ChatGLMAttention):
         from glm_kernels.decode_attention import decode_attention
 
         past = cache.layers[self.layer_idx]
-        cos, sin = (table.reshape(-1, self.head_dim) for table in position_embeddings)  # [B, D]
-        projected = self.query_key_value(hidden_states)[:, 0]  # [B, 3C]
-        visible = attention_mask[:, 0, 0]  # [B, S]
-        output = decode_attention(projected, cos, sin, past.keys, past.values, visible, past.cumulative_length)
+        cos, sin = (table[:, 0, 0] for table in position_embeddings)  # [B, D / 4]
+        projected = self.query_key_value(hidden_states)[:, 0]  # [B, (H + 2G) * D]
+        visible = attention_mask[:, 0, 0].expand(len(projected), -1).contiguous()  # [B, S]
+        length = past.cumulative_length
+        output = decode_attention(projected, cos, sin, past.keys, past.values, visible, length, by_head=False)
         past.cumulative_length += 1
         return self.dense(output[:, None])

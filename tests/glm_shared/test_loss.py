@@ -1,10 +1,10 @@
-"""chatglm/loss.py, compared with PyTorch's cross-entropy of all logits."""
+"""glm_shared/loss.py, compared with PyTorch's cross-entropy of all logits."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from chatglm.loss import ROWS_AT_ONCE, linear_cross_entropy
+from glm_shared.loss import ROWS_AT_ONCE, linear_cross_entropy
 
 HIDDEN, VOCABULARY = 16, 40
 
