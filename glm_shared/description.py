@@ -23,6 +23,7 @@ class ModelDescription:
         num_attention_heads: heads of the queries.
         max_position_embeddings: most tokens of a prompt and its answer together.
         tie_word_embeddings: whether embedding and head are one tensor.
+        eos_token_id: of the token that ends an answer.
         pad_token_id: of padding.
         layernorm_epsilon: of all norms.
         sizes: names of the attributes that must be 1 or more.
@@ -37,6 +38,7 @@ class ModelDescription:
     num_attention_heads: int
     max_position_embeddings: int
     tie_word_embeddings: bool
+    eos_token_id: int | None
     pad_token_id: int | None
     layernorm_epsilon: float
     quantization_config: Any  # of weights in 4 bits

@@ -1,8 +1,8 @@
 """The arithmetic of a training step, and the rate at which the GPU could do it."""
 
 import torch
+from transformers import AutoConfig
 
-from glm_shared.description import ModelDescription
 from qlora.data.batching import StepBatch, count_labels, count_tokens
 from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.loading import load_tokenizer
@@ -13,7 +13,7 @@ def flops_per_token(model_path: str, data_path: str) -> float:
     samples = load_samples(data_path, SampleEncoder(load_tokenizer(model_path), "", 512, 1536))
     samples = StepBatch.collate(list(samples.select(range(min(2000, len(samples)))))).samples
     tokens, labels = count_tokens(samples), count_labels(samples)
-    return ModelDescription.from_pretrained(model_path).training_flops(tokens, labels) / tokens
+    return AutoConfig.from_pretrained(model_path).training_flops(tokens, labels) / tokens
 
 
 def matmul_rate(size: int = 8192, repeats: int = 50) -> float:
