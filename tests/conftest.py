@@ -15,11 +15,14 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import logging
+import multiprocessing
 import random
 import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
@@ -333,6 +336,21 @@ def run_main(module, *flags: object):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         module.main()
+
+
+def fork(function: Callable, *args: object) -> BaseProcess:
+    """Starts a function in a forked process, which needs no time for imports and can be killed."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def write_output_to(log: Path):
+    """Appends what this process prints and logs to a file."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(2, 1)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest has put its own in their place
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
 
 
 def error_of(module, *flags: object) -> str:

@@ -84,8 +84,7 @@ def test_resuming_from_the_last_checkpoint_gives_the_same_results(
     output = interrupted(trained, tmp_path / "out")
     args_json = write_json(tmp_path / "args.json", output)
     flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file, "--resume_from_checkpoint", "last")
-    result = run_script("train_qlora.py", *flags)
-    assert result.returncode == 0, result.stderr
+    run_main(train_qlora, *flags)
     assert_same_adapter(output, trained)
     assert len(history(output, "loss")) == STEPS and (output / "loss.png").is_file()
     assert history(output, "loss")[SAVE_STEPS:] == pytest.approx(history(trained, "loss")[SAVE_STEPS:], abs=1e-4)
@@ -235,11 +234,10 @@ def answers(output: str) -> list[tuple[str, str, str]]:
     return re.findall(r"Input: +(.*)\n.*Before: ?(.*)\n.*After: *(.*)", output)
 
 
-def test_inference_prints_answers_before_and_after(trained):
+def test_inference_prints_answers_before_and_after(trained, capsys):
     flags = (part for prompt in PROMPTS for part in ("--prompt", prompt))
-    result = run_script("inference_qlora.py", "--adapter_path", trained, *flags, "--max_new_tokens", 10)
-    assert result.returncode == 0, result.stderr
-    found = answers(result.stdout)
+    run_main(inference_qlora, "--adapter_path", trained, *flags, "--max_new_tokens", 10)
+    found = answers(capsys.readouterr().out)
     assert [prompt for prompt, _, _ in found] == list(PROMPTS)
     assert any(before != after for _, before, after in found)
 

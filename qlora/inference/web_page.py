@@ -12,7 +12,7 @@ from gradio.events import Dependency
 
 from qlora.arguments import InferenceArguments
 from qlora.inference.web import AFTER, BEFORE, PASSWORD_VARIABLE, Page
-from qlora.inference.web_guard import LOCAL_HOSTS, MOST_TRIES, Streams, middleware
+from qlora.inference.web_guard import LOCAL_HOSTS, MOST_TRIES, Readers, middleware
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,22 @@ CSS = """
 .bubble small { color: var(--body-text-color-subdued) }
 .bubble .text { white-space: pre-wrap; overflow-wrap: anywhere }
 .toast-title { display: none !important } /* gradio's, and in English */
+"""
+# gradio's page calls this function of the browser for its stream of updates: confirms each piece that was read.
+CONFIRM = """
+const original = window.fetch;
+window.fetch = async (...request) => {
+  const response = await original(...request);
+  const stream = "/gradio_api/queue/data?", read = "/gradio_api/read?";
+  if (!response.url.includes(stream)) return response;
+  const confirm = new TransformStream({
+    transform(piece, reader) {
+      reader.enqueue(piece);
+      original(response.url.replace(stream, read), { method: "POST" });
+    },
+  });
+  return new Response(response.body.pipeThrough(confirm), response);
+};
 """
 LOGIN_NOTE = (
     f"用户名随意，但不能为空；输错 {MOST_TRIES} 次后须等一分钟。 "
@@ -47,13 +63,13 @@ def serve(page: Page, examples: list[str]):
     os.environ["no_proxy"] = "*"  # gradio requests its own page at the start, which a proxy could not reach
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logger.info("The page is at http://%s:%d, until Ctrl-C.", args.host, args.port)
-    streams = Streams()
-    build_page(page, examples, streams).launch(
+    readers = Readers()
+    build_page(page, examples, readers).launch(
         server_name=args.host,
         server_port=args.port,
         auth=password and (lambda _, given: hmac.compare_digest(given.encode(), password.encode())),
         auth_message=LOGIN_NOTE,
-        app_kwargs={"middleware": middleware(args.host, streams)},
+        app_kwargs={"middleware": middleware(args.host, readers)},
         quiet=True,
         share=False,
         show_error=True,
@@ -62,10 +78,11 @@ def serve(page: Page, examples: list[str]):
         footer_links=[],
         theme=gr.themes.Default(font=FONTS, font_mono=("monospace",)),
         css=CSS,
+        head=f"<script>{CONFIRM}</script>",
     )
 
 
-def build_page(page: Page, examples: list[str], streams: Streams) -> gr.Blocks:
+def build_page(page: Page, examples: list[str], readers: Readers) -> gr.Blocks:
     """The page: a tab to compare answers, one for a conversation, and below them the settings of both."""
     args, base_path = page.args, page.answerer.model.get_base_model().name_or_path
     with gr.Blocks(title="ChatGLM-6B QLoRA", analytics_enabled=False) as blocks:
@@ -76,9 +93,9 @@ def build_page(page: Page, examples: list[str], streams: Streams) -> gr.Blocks:
         )
         settings = setting_controls(args)
         with gr.Tab("对比 Compare"):
-            compare_tab(page.compare, examples, settings, streams)
+            compare_tab(page.compare, examples, settings, readers)
         with gr.Tab("对话 Chat"):
-            chat_tab(page.chat, settings, streams)
+            chat_tab(page.chat, settings, readers)
         with gr.Accordion("解码设置 Decoding settings"), gr.Row():
             for control in settings:
                 control.render()
@@ -98,7 +115,7 @@ def setting_controls(args: InferenceArguments) -> list[Component]:
     ]
 
 
-def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings: list[Component], streams: Streams):
+def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings: list[Component], readers: Readers):
     """The tab with a prompt, its answers without and with the adapter, and example prompts."""
     prompt = gr.Textbox(label="输入 Prompt", lines=2, max_lines=8, autofocus=True)
     with gr.Row():
@@ -109,11 +126,11 @@ def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings:
             for label in (BEFORE, AFTER)
         ]
     offered = gr.Examples(examples, prompt, label="示例 Examples", examples_per_page=5)
-    asked = ask([start.click, prompt.submit], stop, compare, [prompt, *settings], answers, streams)
+    asked = ask([start.click, prompt.submit], stop, compare, [prompt, *settings], answers, readers)
     offered.dataset.click(lambda: ("", ""), None, answers, cancels=asked)
 
 
-def chat_tab(chat: Callable[..., Iterator], settings: list[Component], streams: Streams):
+def chat_tab(chat: Callable[..., Iterator], settings: list[Component], readers: Readers):
     """The tab with a conversation, with or without the adapter."""
     rounds = gr.State([])
     # gradio's Chatbot draws HTML, also images of other servers, and Markdown.
@@ -127,7 +144,7 @@ def chat_tab(chat: Callable[..., Iterator], settings: list[Component], streams: 
         send, stop = gr.Button("发送 Send", variant="primary"), gr.Button("停止 Stop")
         clear = gr.Button("清空 Clear")
     inputs, outputs = [message, rounds, tuned, *settings], [message, rounds, conversation]
-    asked = ask([send.click, message.submit], stop, chat, inputs, outputs, streams)
+    asked = ask([send.click, message.submit], stop, chat, inputs, outputs, readers)
     clear.click(lambda: ([], ""), None, [rounds, conversation], cancels=asked)
 
 
@@ -137,7 +154,7 @@ def ask(
     function: Callable[..., Iterator],
     inputs: list,
     outputs: list,
-    streams: Streams,
+    readers: Readers,
 ) -> Dependency:
     """Connects buttons with a generator function.
 
@@ -146,14 +163,14 @@ def ask(
         stop: button that stops it.
         function: its ValueErrors are shown as notes; of other errors it is shown that there was one.
         inputs, outputs: components whose values it takes and yields.
-        streams: end an answer that nobody receives.
+        readers: end an answer that nobody reads.
     Returns:
         The event, by which another can cancel it.
     """
 
     def with_notes(request: gr.Request, *values) -> Iterator:
         try:
-            yield from streams.while_received(function(*values), request.session_hash)
+            yield from readers.while_read(function(*values), request.session_hash)
         except ValueError as error:
             gr.Warning(str(error))
             yield gr.skip()

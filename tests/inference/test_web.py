@@ -316,19 +316,19 @@ def test_invalid_flags_are_refused(values, message):
 
 def test_answers_cannot_be_had_beside_the_queue(answerer):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from qlora.inference.web_guard import Streams
+    from qlora.inference.web_guard import Readers
     from qlora.inference.web_page import build_page
 
-    assert not build_page(Page(answerer, ARGS), [PROMPT], Streams()).api_open
+    assert not build_page(Page(answerer, ARGS), [PROMPT], Readers()).api_open
 
 
 def test_reason_of_a_failure_is_logged_and_not_shown(answerer, monkeypatch, caplog):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from qlora.inference.web_guard import Streams
+    from qlora.inference.web_guard import Readers
     from qlora.inference.web_page import build_page
 
     monkeypatch.setattr(answerer, "stream", lambda *_: 1 / 0)
-    blocks = build_page(Page(answerer, ARGS), [PROMPT], Streams())
+    blocks = build_page(Page(answerer, ARGS), [PROMPT], Readers())
     compare = next(function.fn for function in blocks.fns.values() if function.api_name == "compare")
     with pytest.warns(UserWarning, match=r"The answer failed; the server's output says why\.$"):
         list(compare(SimpleNamespace(session_hash="abc"), PROMPT, *GREEDY))
