@@ -4,11 +4,10 @@ import hmac
 import html
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import gradio as gr
 from gradio.components import Component
-from gradio.events import Dependency
 
 from qlora.arguments import InferenceArguments
 from qlora.inference.web import AFTER, BEFORE, PASSWORD_VARIABLE, Page
@@ -126,8 +125,8 @@ def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings:
             for label in (BEFORE, AFTER)
         ]
     offered = gr.Examples(examples, prompt, label="示例 Examples", examples_per_page=5)
-    asked = ask([start.click, prompt.submit], stop, compare, [prompt, *settings], answers, readers)
-    offered.dataset.click(lambda: ("", ""), None, answers, cancels=asked)
+    inputs, empty = [prompt, *settings], ["", ""]
+    ask([start.click, prompt.submit], stop, offered.dataset.click, compare, inputs, answers, empty, readers)
 
 
 def chat_tab(chat: Callable[..., Iterator], settings: list[Component], readers: Readers):
@@ -144,33 +143,35 @@ def chat_tab(chat: Callable[..., Iterator], settings: list[Component], readers: 
         send, stop = gr.Button("发送 Send", variant="primary"), gr.Button("停止 Stop")
         clear = gr.Button("清空 Clear")
     inputs, outputs = [message, rounds, tuned, *settings], [message, rounds, conversation]
-    asked = ask([send.click, message.submit], stop, chat, inputs, outputs, readers)
-    clear.click(lambda: ([], ""), None, [rounds, conversation], cancels=asked)
+    empty = (gr.skip(), [], "")  # what is typed stays
+    ask([send.click, message.submit], stop, clear.click, chat, inputs, outputs, empty, readers)
 
 
 def ask(
     triggers: list[Callable],
     stop: gr.Button,
+    clear: Callable,
     function: Callable[..., Iterator],
     inputs: list,
     outputs: list,
+    empty: Sequence,
     readers: Readers,
-) -> Dependency:
+):
     """Connects buttons with a generator function.
 
     Args:
         triggers: events that start it; of all visitors' calls one runs at a time.
         stop: button that stops it.
+        clear: event that stops it and empties the outputs.
         function: its ValueErrors are shown as notes; of other errors it is shown that there was one.
         inputs, outputs: components whose values it takes and yields.
+        empty: values of the outputs without an answer.
         readers: end an answer that nobody reads.
-    Returns:
-        The event, by which another can cancel it.
     """
 
     def with_notes(request: gr.Request, *values) -> Iterator:
         try:
-            yield from readers.while_read(function(*values), request.session_hash)
+            yield from readers.while_read(function(*values), request.session_hash, empty)
         except ValueError as error:
             gr.Warning(str(error))
             yield gr.skip()
@@ -179,7 +180,12 @@ def ask(
             gr.Warning(FAILURE)
             yield gr.skip()
 
+    def end_and_empty(request: gr.Request) -> Sequence:
+        readers.clear(request.session_hash)
+        return empty
+
     name = function.__name__
     asked = gr.on(triggers, with_notes, inputs, outputs, api_name=name, concurrency_limit=1, concurrency_id="model")
     stop.click(None, cancels=asked)
-    return asked
+    # A cancelled answer may be on its way, or not be known to the browser yet: then its last update is empty, too.
+    clear(end_and_empty, None, outputs, cancels=asked)
