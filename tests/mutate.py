@@ -1,12 +1,15 @@
 """Changes lines of the code, one at a time, and runs the tests that should notice. A change that passes is reported.
 
-    python tests/mutate.py                     # all of tests/mutations.txt, about half a minute each
+    python tests/mutate.py                     # all of tests/mutations.txt, a few seconds each
     python tests/mutate.py glm_kernels/ rows   # those whose file has one of these texts in its path
 
 Works on copies of the files that git knows, so the checkout may be edited meanwhile. Exit status 1 if a change was not
 noticed, or if its line is no longer in the code.
 """
 
+import contextlib
+import importlib
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -17,11 +20,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.txt"
+# What the tests import, but nothing of the project: imported once, for all processes that are forked.
+LIBRARIES = ("pytest", "hypothesis", "matplotlib.figure", "bitsandbytes", "peft", "datasets", "transformers.trainer")
 
 
 @dataclass
 class Mutation:
-    """A change: `old`, which stands in `file` once, becomes `new`; `tests` are the test files that should notice."""
+    """A change: `old`, which stands in `file` once, becomes `new`; `tests` are those that should notice."""
 
     file: str
     tests: list[str]
@@ -59,18 +64,34 @@ def outcome(mutation: Mutation, folder: Path) -> str:
     kept = original.read_bytes()
     try:
         apply(mutation, folder)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *mutation.tests]
-        environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(mutation.tests, folder))
+        process.start()
+        process.join()
     except ValueError as error:
         return f"STALE: {error}"
     finally:
         original.write_bytes(kept)
     # 1: a test failed; 2: a test file could not be imported. Anything else is a mistake of this list.
-    return {0: "NOT NOTICED", 1: "caught", 2: "caught"}.get(run.returncode, f"STALE: {run.stdout[-300:]}")
+    status = process.exitcode
+    return {0: "NOT NOTICED", 1: "caught", 2: "caught"}.get(status, f"STALE: pytest's exit status is {status}")
+
+
+def run_tests(tests: list[str], folder: Path):
+    """Runs tests in the copy of the project, up to the first failure; exits with pytest's status."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ |= {"PYTHONPATH": str(folder)}
+    import pytest
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        sys.exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]))
 
 
 def main():
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    sys.dont_write_bytecode = True
+    for name in LIBRARIES:
+        importlib.import_module(name)
     chosen = [
         mutation
         for mutation in read_mutations(LIST.read_text(encoding="utf-8"))

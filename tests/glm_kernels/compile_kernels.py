@@ -1,8 +1,7 @@
 """Compiles the Triton kernels for compute capabilities and prints the shared memory of each in bytes; needs no GPU.
 
 Without TRITON_INTERPRET:
-    python tests/glm_kernels/compile_kernels.py all 86          # every kernel, for compute capability 8.6
-    python tests/glm_kernels/compile_kernels.py lora 75 120     # the LoRA kernels, for 7.5 and 12.0
+    python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, LoRA's for 7.5 and 12.0
 """
 
 import json
@@ -95,5 +94,6 @@ def lora_kernels(capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    which = {"all": lambda capability: all_kernels(capability) | lora_kernels(capability), "lora": lora_kernels}
-    print(json.dumps({capability: which[sys.argv[1]](int(capability)) for capability in sys.argv[2:]}, indent=2))
+    first, *others = map(int, sys.argv[1:])
+    found = {first: all_kernels(first) | lora_kernels(first)}
+    print(json.dumps(found | {capability: lora_kernels(capability) for capability in others}, indent=2))
