@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from qlora.arguments import DEFAULT_MODEL, DEFAULT_PROMPT, InferenceArguments, in_repository
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
+from qlora.errors import advice_if_out_of_memory, message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,9 +77,11 @@ def main():
         with message_instead_of_traceback():
             serve(model, tokenizer, args)
     elif args.chat:
-        converse(model, tokenizer, sampler, args)
+        with advice_if_out_of_memory("hold a shorter conversation, or lower --max_new_tokens"):
+            converse(model, tokenizer, sampler, args)
     else:
-        with message_instead_of_traceback(OSError):
+        advice = "lower --batch_size or --max_new_tokens"
+        with message_instead_of_traceback(OSError), advice_if_out_of_memory(advice):
             answer(model, tokenizer, list(prompts.values()), sampler, args)
 
 

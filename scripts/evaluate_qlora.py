@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qlora.arguments import COMPUTE_DTYPE, check_positive, in_repository
 from qlora.command_line import parse_command_line
-from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
+from qlora.errors import advice_if_out_of_memory, message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
 from qlora.evaluation.protocols import PROTOCOLS, Protocol
 
@@ -81,7 +81,6 @@ def main():
 def evaluate(args: EvaluationArguments):
     """Generates the missing answers, compares all answers and writes the results."""
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
-    import torch
 
     from qlora.adapter import base_model_path, load_adapter, read_adapter
     from qlora.checkpoint import check_checkpoint
@@ -122,11 +121,8 @@ def evaluate(args: EvaluationArguments):
             model = load_quantized_model(base_path, compute_dtype, config)
             model = load_adapter(model, args.adapter_path).eval()
     if len(predictions) < len(rows):
-        try:
+        with advice_if_out_of_memory(f"{args.batch_size} prompts at once are too many, lower --batch_size"):
             answer(model, tokenizer, rows, args, predictions, folder)
-        except torch.OutOfMemoryError as error:
-            reason = f"{args.batch_size} prompts at once are too many, lower --batch_size: {error}"
-            raise SystemExit(f"error: {reason}") from None
     if task:
         section = summarize_general(folder, settings, predictions, args.data_path, task)
     else:
