@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, by other libraries too
 
 import contextlib
+import gc
 import importlib.util
 import itertools
 import json
@@ -88,6 +89,11 @@ def write_lines(path: Path, *lines: bytes, end: bytes = b"\n") -> str:
 def write_rows(path: Path, rows: list[dict]) -> Path:
     """Writes rows to a jsonl file; returns its path."""
     return Path(write_lines(path, *(json.dumps(row, ensure_ascii=False).encode() for row in rows)))
+
+
+def pytest_collection_finish():
+    """Imports leave millions of objects, which each collection of garbage, of which a run does one, would look at."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -143,7 +143,7 @@ def chat_tab(chat: Callable[..., Iterator], settings: list[Component], readers: 
         send, stop = gr.Button("发送 Send", variant="primary"), gr.Button("停止 Stop")
         clear = gr.Button("清空 Clear")
     inputs, outputs = [message, rounds, tuned, *settings], [message, rounds, conversation]
-    empty = (gr.skip(), [], "")  # what is typed stays
+    empty: Sequence = (gr.skip(), [], "")  # what is typed stays
     ask([send.click, message.submit], stop, clear.click, chat, inputs, outputs, empty, readers)
 
 
