@@ -96,6 +96,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """Libraries report objects that are left at the end."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def isolated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """No network, a new cache for the datasets library, one thread: here and in processes that tests start."""
