@@ -8,6 +8,7 @@ noticed, or if its line is no longer in the code.
 """
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,21 +64,34 @@ def outcome(mutation: Mutation, folder: Path) -> str:
     """`caught`, `NOT NOTICED`, or what is wrong with the list; the copy is as before afterwards."""
     original = folder / mutation.file
     kept = original.read_bytes()
+    if unchanged := status_unchanged(tuple(mutation.tests), folder):
+        return f"STALE: the exit status of pytest is {unchanged} without the change"
     try:
         apply(mutation, folder)
-        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(mutation.tests, folder))
-        process.start()
-        process.join()
+        status = exit_status(mutation.tests, folder)
     except ValueError as error:
         return f"STALE: {error}"
     finally:
         original.write_bytes(kept)
     # 1: a test failed; 2: a test file could not be imported. Anything else is a mistake of this list.
-    status = process.exitcode
-    return {0: "NOT NOTICED", 1: "caught", 2: "caught"}.get(status, f"STALE: pytest's exit status is {status}")
+    return {0: "NOT NOTICED", 1: "caught", 2: "caught"}.get(status, f"STALE: the exit status of pytest is {status}")
 
 
-def run_tests(tests: list[str], folder: Path):
+@functools.cache
+def status_unchanged(tests: tuple[str, ...], folder: Path) -> int | None:
+    """The exit status of pytest without a change."""
+    return exit_status(tests, folder)
+
+
+def exit_status(tests: Sequence[str], folder: Path) -> int | None:
+    """Of pytest, in a forked process."""
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tests, folder))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def run_tests(tests: Sequence[str], folder: Path):
     """Runs tests in the copy of the project, up to the first failure; exits with pytest's status."""
     os.chdir(folder)
     sys.path.insert(0, str(folder))
