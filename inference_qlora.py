@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from qlora.arguments import DEFAULT_MODEL, DEFAULT_PROMPT, InferenceArguments, in_repository
 from qlora.command_line import parse_command_line
-from qlora.errors import advice_if_out_of_memory, message_instead_of_traceback, one_line_on_interrupt, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,7 +44,13 @@ def main():
     from qlora.inference.serve_checks import check_serve
     from qlora.inference.web import Answerer, Page, check_web
     from qlora.layers.replacement import replace_layers
-    from qlora.loading import check_hardware, choose_compute_dtype, load_quantized_model, load_tokenizer
+    from qlora.loading import (
+        advice_if_out_of_memory,
+        check_hardware,
+        choose_compute_dtype,
+        load_quantized_model,
+        load_tokenizer,
+    )
 
     with message_instead_of_traceback():
         base_path = args.model_name_or_path or in_repository(DEFAULT_MODEL)

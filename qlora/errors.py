@@ -75,14 +75,3 @@ def message_instead_of_traceback(*kinds: type[Exception]) -> Iterator[None]:
         if isinstance(error, TrainingStopped):
             print(file=sys.stderr)  # a new line, below the progress bar
         raise SystemExit(f"error: {error}") from None
-
-
-@contextlib.contextmanager
-def advice_if_out_of_memory(advice: str) -> Iterator[None]:
-    """Ends the program with the error's first sentence and what to do about it, where the GPU runs out of memory."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"error: {str(error).split('. ')[0].rstrip('.')}: {advice}.") from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qlora.arguments import COMPUTE_DTYPE, check_positive, in_repository
 from qlora.command_line import parse_command_line
-from qlora.errors import advice_if_out_of_memory, message_instead_of_traceback, one_line_on_interrupt, set_up_logging
+from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
 from qlora.evaluation.protocols import PROTOCOLS, Protocol
 
@@ -87,6 +87,7 @@ def evaluate(args: EvaluationArguments):
     from qlora.evaluation.general import GENERAL_PROMPTS, read_task
     from qlora.evaluation.predictions import digest, resume_predictions
     from qlora.loading import (
+        advice_if_out_of_memory,
         check_hardware,
         choose_compute_dtype,
         load_quantized_model,

@@ -309,6 +309,7 @@ def test_file_or_link_with_the_name_of_a_checkpoint_is_not_touched(output, tmp_p
     with pytest.raises(ValueError, match=f"checkpoint-{STEPS} is a file or a link, where the run may write"):
         check_output_dir(str(output), str(output / f"checkpoint-{SAVE_STEPS}"))
     shutil.copytree(output / f"checkpoint-{SAVE_STEPS}", output / "checkpoint-12")
+    assert [path.name for path in checkpoints(output)] == ["checkpoint-12", f"checkpoint-{SAVE_STEPS}"]  # by number
     delete_old_checkpoints(output / "checkpoint-12", 2, None)  # it is not counted either
     assert {path.name for path in output.iterdir()} == {f"checkpoint-{SAVE_STEPS}", present.name, "checkpoint-12"}
     assert kind == "file" or checkpoint_problem(Path(other)) is None
