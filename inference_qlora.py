@@ -46,7 +46,13 @@ def main():
     from qlora.inference.serve_checks import check_serve
     from qlora.inference.web import Answerer, Page, check_web
     from qlora.layers.replacement import replace_layers
-    from qlora.loading import check_hardware, choose_compute_dtype, load_quantized_model, load_tokenizer
+    from qlora.loading import (
+        advice_if_out_of_memory,
+        check_hardware,
+        choose_compute_dtype,
+        load_quantized_model,
+        load_tokenizer,
+    )
 
     with message_instead_of_traceback():
         base_path = args.model_name_or_path or in_repository(DEFAULT_MODEL)
@@ -81,9 +87,11 @@ def main():
         with message_instead_of_traceback():
             serve(model, tokenizer, args)
     elif args.chat:
-        converse(model, tokenizer, sampler, args)
+        with advice_if_out_of_memory("hold a shorter conversation, or lower --max_new_tokens"):
+            converse(model, tokenizer, sampler, args)
     else:
-        with message_instead_of_traceback(OSError):
+        advice = "lower --batch_size or --max_new_tokens"
+        with message_instead_of_traceback(OSError), advice_if_out_of_memory(advice):
             answer(model, tokenizer, list(prompts.values()), sampler, args)
 
 

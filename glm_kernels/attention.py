@@ -241,8 +241,8 @@ def key_value_grad_kernel(
             lse_of_query = tl.load(lse + statistics_offsets, mask=in_range, other=0.0)  # [BLOCK_M]
             delta_of_query = tl.load(delta + statistics_offsets, mask=in_range, other=0.0)  # [BLOCK_M]
             scores = tl.dot(query, tl.trans(key)) * log2_scale  # [BLOCK_M, TILE]
-            # prefix_lm_mask bounds the keys only. Queries beyond the sample must not add to the gradients.
-            visible = prefix_lm_mask(query_index, key_index, sample_length, context_length) & in_range[:, None]
+            # prefix_lm_mask bounds the keys only. Queries beyond the sample, and their out_grad, are loaded as zeros.
+            visible = prefix_lm_mask(query_index, key_index, sample_length, context_length)
             probabilities = tl.where(visible, tl.exp2(scores - lse_of_query[:, None]), 0.0)
             value_grad += tl.dot(tl.trans(probabilities.to(out_grad.dtype)), out_grad)  # [TILE, D]
             probabilities_grad = tl.dot(out_grad, tl.trans(value))  # [BLOCK_M, TILE]

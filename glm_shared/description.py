@@ -38,7 +38,7 @@ class ModelDescription:
     num_attention_heads: int
     max_position_embeddings: int
     tie_word_embeddings: bool
-    eos_token_id: int | None
+    eos_token_id: int | list[int] | None
     pad_token_id: int | None
     layernorm_epsilon: float
     quantization_config: Any  # of weights in 4 bits

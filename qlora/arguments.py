@@ -449,6 +449,9 @@ class InferenceArguments(DownloadArguments):
             problems.append(
                 "--chat is the conversation on the terminal, --web the page and --serve the API; give one of them"
             )
+        prompts = [f"--{name}" for name in ("prompt", "prompt_file", "max_prompts") if getattr(self, name)]
+        if prompts and (self.chat or self.serve):
+            problems.append(f"--chat and --serve ask for prompts themselves: leave out {', '.join(prompts)}")
         if self.output and (self.chat or self.web or self.serve):
             problems.append("--output keeps the answers to prompts, not those of --chat, --web and --serve")
         if self.adapter_path in (["none"], [""]):

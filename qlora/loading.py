@@ -1,8 +1,10 @@
 """Loads the tokenizer and the base model in 4 bits; checks the hardware."""
 
+import contextlib
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 
 import bitsandbytes
 import torch
@@ -210,3 +212,12 @@ def check_bitsandbytes():
             f"capability {major}.{minor}) with torch {torch.__version__}: {reason}. Install a bitsandbytes built for "
             f"CUDA {torch.version.cuda}; `python -m bitsandbytes` says more."
         )
+
+
+@contextlib.contextmanager
+def advice_if_out_of_memory(advice: str) -> Iterator[None]:
+    """Ends the program with the error's first sentence and what to do about it, where the GPU runs out of memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"error: {str(error).split('. ')[0].rstrip('.')}: {advice}.") from None

@@ -80,7 +80,6 @@ def main():
 def evaluate(args: EvaluationArguments):
     """Generates the missing answers, compares all answers and writes the results."""
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
-    import torch
 
     from qlora.adapter import base_model_path, load_adapter, read_adapter
     from qlora.checkpoint import check_checkpoint
@@ -88,6 +87,7 @@ def evaluate(args: EvaluationArguments):
     from qlora.evaluation.predictions import digest, resume_predictions
     from qlora.hub.fetch import fetch_model
     from qlora.loading import (
+        advice_if_out_of_memory,
         check_hardware,
         choose_compute_dtype,
         load_quantized_model,
@@ -123,11 +123,8 @@ def evaluate(args: EvaluationArguments):
             model = load_quantized_model(base_path, compute_dtype, config)
             model = load_adapter(model, args.adapter_path).eval()
     if len(predictions) < len(rows):
-        try:
+        with advice_if_out_of_memory(f"{args.batch_size} prompts at once are too many, lower --batch_size"):
             answer(model, tokenizer, prompts, rows, args, predictions, folder)
-        except torch.OutOfMemoryError as error:
-            reason = f"{args.batch_size} prompts at once are too many, lower --batch_size: {error}"
-            raise SystemExit(f"error: {reason}") from None
     if task:
         section = summarize_general(folder, settings, predictions, tokenizer, args.data_path, task)
     else:

@@ -12,14 +12,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, by other libraries too
 
 import contextlib
+import gc
 import importlib.util
 import itertools
 import json
+import logging
+import multiprocessing
 import random
 import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
@@ -85,6 +89,16 @@ def write_lines(path: Path, *lines: bytes, end: bytes = b"\n") -> str:
 def write_rows(path: Path, rows: list[dict]) -> Path:
     """Writes rows to a jsonl file; returns its path."""
     return Path(write_lines(path, *(json.dumps(row, ensure_ascii=False).encode() for row in rows)))
+
+
+def pytest_collection_finish():
+    """Imports leave millions of objects, which each collection of garbage, of which a run does one, would look at."""
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Libraries report objects that are left at the end."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -334,6 +348,21 @@ def run_main(module, *flags: object):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         module.main()
+
+
+def fork(function: Callable, *args: object) -> BaseProcess:
+    """Starts a function in a forked process, which needs no time for imports and can be killed."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def write_output_to(log: Path):
+    """Appends what this process prints and logs to a file."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(2, 1)
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # pytest has put its own in their place
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
 
 
 def error_of(module, *flags: object) -> str:

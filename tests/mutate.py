@@ -1,27 +1,34 @@
 """Changes lines of the code, one at a time, and runs the tests that should notice. A change that passes is reported.
 
-    python tests/mutate.py                     # all of tests/mutations.txt, about half a minute each
+    python tests/mutate.py                     # all of tests/mutations.txt, a few seconds each
     python tests/mutate.py glm_kernels/ rows   # those whose file has one of these texts in its path
 
 Works on copies of the files that git knows, so the checkout may be edited meanwhile. Exit status 1 if a change was not
 noticed, or if its line is no longer in the code.
 """
 
+import contextlib
+import functools
+import importlib
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.txt"
+# What the tests import, but nothing of the project: imported once, for all processes that are forked.
+LIBRARIES = ("pytest", "hypothesis", "matplotlib.figure", "bitsandbytes", "peft", "datasets", "transformers.trainer")
 
 
 @dataclass
 class Mutation:
-    """A change: `old`, which stands in `file` once, becomes `new`; `tests` are the test files that should notice."""
+    """A change: `old`, which stands in `file` once, becomes `new`; `tests` are those that should notice."""
 
     file: str
     tests: list[str]
@@ -57,20 +64,49 @@ def outcome(mutation: Mutation, folder: Path) -> str:
     """`caught`, `NOT NOTICED`, or what is wrong with the list; the copy is as before afterwards."""
     original = folder / mutation.file
     kept = original.read_bytes()
+    if unchanged := status_unchanged(tuple(mutation.tests), folder):
+        return f"STALE: the exit status of pytest is {unchanged} without the change"
     try:
         apply(mutation, folder)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *mutation.tests]
-        environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        status = exit_status(mutation.tests, folder)
     except ValueError as error:
         return f"STALE: {error}"
     finally:
         original.write_bytes(kept)
     # 1: a test failed; 2: a test file could not be imported. Anything else is a mistake of this list.
-    return {0: "NOT NOTICED", 1: "caught", 2: "caught"}.get(run.returncode, f"STALE: {run.stdout[-300:]}")
+    return {0: "NOT NOTICED", 1: "caught", 2: "caught"}.get(status, f"STALE: the exit status of pytest is {status}")
+
+
+@functools.cache
+def status_unchanged(tests: tuple[str, ...], folder: Path) -> int | None:
+    """The exit status of pytest without a change."""
+    return exit_status(tests, folder)
+
+
+def exit_status(tests: Sequence[str], folder: Path) -> int | None:
+    """Of pytest, in a forked process."""
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tests, folder))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def run_tests(tests: Sequence[str], folder: Path):
+    """Runs tests in the copy of the project, up to the first failure; exits with pytest's status."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ |= {"PYTHONPATH": str(folder)}
+    import pytest
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        sys.exit(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]))
 
 
 def main():
+    os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    sys.dont_write_bytecode = True
+    for name in LIBRARIES:
+        importlib.import_module(name)
     chosen = [
         mutation
         for mutation in read_mutations(LIST.read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ from peft import get_peft_model_state_dict
 import inference_qlora
 import train_qlora
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
-from qlora.adapter import add_lora, base_model_path, load_adapter
+from qlora.adapter import add_lora, base_model_path, load_adapter, load_adapters
 from qlora.arguments import FinetuneArguments
 from qlora.data.dataset import IGNORE_INDEX
 from qlora.evaluation.protocols import PROTOCOLS
@@ -99,6 +99,33 @@ def test_damaged_adapter_is_refused(model, tmp_path):
     with pytest.raises((ValueError, OSError)) as raised:
         load_adapter(model, str(path))
     assert "other" in str(raised.value)
+
+
+def damage(folder: Path):
+    weights = folder / "adapter_model.bin"
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (damage, "the adapter's weights in {} are damaged"),
+        (lambda folder: (folder / "adapter_model.bin").unlink(), "the adapter in {} has no weights"),
+        (lambda folder: edit_config(folder, r=0), "r is 0"),
+    ],
+)
+def test_second_adapter_is_checked_before_the_model_is_loaded(golden_folder, tmp_path, monkeypatch, spoil, reason):
+    monkeypatch.setattr("qlora.loading.load_quantized_model", lambda *_: pytest.fail("the model was loaded"))
+    second = shutil.copytree(GOLDEN_ADAPTER, tmp_path / "second")
+    spoil(second)
+    flags = ("--serve", "--model_name_or_path", golden_folder, "--adapter_path", GOLDEN_ADAPTER, second)
+    assert reason.format(second) in error_of(inference_qlora, *flags)
+
+
+def test_second_adapter_that_does_not_fit_is_named(model, tmp_path):
+    second = save_adapter(tmp_path / "second", inner_hidden_size=64, hidden_size=32)
+    with pytest.raises(ValueError, match=r"the adapter in .*second does not fit the base model"):
+        load_adapters(model, [str(GOLDEN_ADAPTER), second])
 
 
 def test_adapter_is_plain_lora(model):

@@ -1,4 +1,4 @@
-"""qlora/atomic.py: the permissions of what is published."""
+"""qlora/atomic.py: the order in which files are published, and their permissions."""
 
 import os
 
@@ -26,3 +26,13 @@ def test_published_files_can_be_read_by_others_as_the_umask_allows(tmp_path, uma
     published = list(tmp_path.rglob("*.safetensors"))
     assert [path.stat().st_mode & 0o777 for path in published] == [mode] * 3
     assert os.access(tmp_path / "published" / "inner", os.X_OK)
+
+
+def test_file_that_marks_an_adapter_is_published_last(tmp_path, monkeypatch):
+    moved, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: moved.append(source.name) or replace(source, target))
+    (tmp_path / "staged").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        (tmp_path / "staged" / name).touch()
+    publish_files(tmp_path / "staged", tmp_path)
+    assert len(moved) == 3 and moved[-1] == "adapter_config.json"

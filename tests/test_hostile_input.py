@@ -115,7 +115,7 @@ def assert_refused_with_a_reason(error: ValueError, start: str):
     message.encode("utf-8")  # raises an error for a lone surrogate, which cannot be printed
 
 
-@hostile_examples(500)
+@hostile_examples(125)
 @given(lines=st.lists(random_lines, min_size=5, max_size=15))
 def test_random_line_is_refused_with_a_reason_or_trained_on_as_written(lines, path, encoder):
     for line in lines:
@@ -133,7 +133,7 @@ def test_random_line_is_refused_with_a_reason_or_trained_on_as_written(lines, pa
                 assert_refused_with_a_reason(error, "field ")
 
 
-@hostile_examples(200)
+@hostile_examples(100)
 @given(elements=st.lists(json_lines | damaged_lines(), min_size=1, max_size=5))
 def test_random_array_is_read_as_its_elements_are_as_lines(elements, path, encoder):
     path.write_bytes(b"[" + b",\n".join(elements) + b"]")
@@ -152,7 +152,7 @@ def test_random_array_is_read_as_its_elements_are_as_lines(elements, path, encod
     assert without_place[0] == without_place[1]
 
 
-@hostile_examples(500)
+@hostile_examples(200)
 @given(row=valid_rows.filter(lambda row: row["instruction"].strip() and row["output"].strip()))
 def test_valid_row_is_not_refused(row, path, encoder):
     line = json.dumps(row).encode()

@@ -85,8 +85,7 @@ def test_resuming_from_the_last_checkpoint_gives_the_same_results(
     output = interrupted(trained, tmp_path / "out")
     args_json = write_json(tmp_path / "args.json", output)
     flags = flags_of(args_json, tiny_checkpoint, train_file, dev_file, "--resume_from_checkpoint", "last")
-    result = run_script("train_qlora.py", *flags)
-    assert result.returncode == 0, result.stderr
+    run_main(train_qlora, *flags)
     assert_same_adapter(output, trained)
     assert len(history(output, "loss")) == STEPS and (output / "loss.png").is_file()
     assert history(output, "loss")[SAVE_STEPS:] == pytest.approx(history(trained, "loss")[SAVE_STEPS:], abs=1e-4)
@@ -236,11 +235,10 @@ def answers(output: str) -> list[tuple[str, str, str]]:
     return re.findall(r"Input: +(.*)\n.*Before: ?(.*)\n.*After: *(.*)", output)
 
 
-def test_inference_prints_answers_before_and_after(trained):
+def test_inference_prints_answers_before_and_after(trained, capsys):
     flags = (part for prompt in PROMPTS for part in ("--prompt", prompt))
-    result = run_script("inference_qlora.py", "--adapter_path", trained, *flags, "--max_new_tokens", 10)
-    assert result.returncode == 0, result.stderr
-    found = answers(result.stdout)
+    run_main(inference_qlora, "--adapter_path", trained, *flags, "--max_new_tokens", 10)
+    found = answers(capsys.readouterr().out)
     assert [prompt for prompt, _, _ in found] == list(PROMPTS)
     assert any(before != after for _, before, after in found)
 
@@ -370,6 +368,19 @@ def test_interruption_loses_no_finished_answer(few_prompts, tmp_path, monkeypatc
     assert len(answers(printed.out)) == len(output.read_text(encoding="utf-8").splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "advice"), [([], "lower --batch_size or --max_new_tokens"), (["--chat"], "hold a shorter conversation")]
+)
+def test_out_of_memory_is_one_line(trained, monkeypatch, flags, advice):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(generation, "decode", fail)
+    monkeypatch.setattr("builtins.input", lambda prompt: "裙")
+    message = error_of(inference_qlora, "--adapter_path", trained, "--max_new_tokens", 8, *flags)
+    assert message.startswith(f"error: CUDA out of memory: {advice}") and len(message.splitlines()) == 1
+
+
 def test_model_without_an_adapter_gives_one_answer(trained, tiny_checkpoint, tmp_path, capsys):
     flags = ["--max_new_tokens", 8, "--prompt", PROMPTS[0]]
     run_main(inference_qlora, "--adapter_path", trained, *flags)
@@ -389,6 +400,12 @@ def test_conversation_with_a_model_without_an_adapter(tiny_checkpoint, monkeypat
     printed = capsys.readouterr().out.splitlines()
     assert "over the model's 2048" in printed[1]  # and the conversation goes on
     assert len(printed) >= 3
+
+
+@pytest.mark.parametrize("mode", ["--chat", "--serve"])
+def test_prompts_that_would_be_ignored_are_refused(mode):
+    message = error_of(inference_qlora, mode, "--prompt", "裙", "--prompt_file", "prompts.txt", "--max_prompts", 1)
+    assert message.endswith("leave out --prompt, --prompt_file, --max_prompts.")
 
 
 def test_missing_prompt_file_ends_in_one_line(trained, tmp_path):

@@ -4,8 +4,6 @@ gradio itself takes uploads of any size, requests from foreign pages and any num
 answer that nobody receives.
 """
 
-import asyncio
-import collections
 import time
 from collections.abc import Iterator
 from typing import TypeVar
@@ -14,13 +12,14 @@ from urllib.parse import urlsplit
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LOGIN, STREAM = "/login", "/gradio_api/queue/data"
+LOGIN, READ = "/login", "/gradio_api/read"
 POSTS = (  # all that the page sends; gr.Examples asks outside the queue
     LOGIN,
+    READ,
     "/gradio_api/queue/join",
     "/gradio_api/cancel",
     "/gradio_api/reset",
@@ -29,25 +28,55 @@ POSTS = (  # all that the page sends; gr.Examples asks outside the queue
 LARGEST_BODY = 2**20  # bytes
 LOCAL_HOSTS = ("127.0.0.1", "localhost")
 PATIENCE = 5.0  # seconds
+UNREAD = "页面没有接收回答，生成已停止。 The answer was stopped, since the page did not receive it."
 MOST_TRIES, TRIES_PERIOD = 5, 60.0  # passwords of one address in so many seconds
 Update = TypeVar("Update")
 
 
-class Streams:
-    """The visitors who receive their answers at present, by gradio's session hash."""
+class Readers:
+    """Whether visitors, known by gradio's session hash, read the streams of their answers.
+
+    That a stream is open, or accepts more, says nothing: the buffers of a connection hold more than an answer. So the
+    page confirms each piece that it has read.
+    """
 
     def __init__(self) -> None:
-        self.open: collections.Counter[str] = collections.Counter()
+        self.unread_since: dict[str, float | None] = {}  # of visitors who are being answered
+        self.cleared: set[str] = set()  # those of them who have cleared the answer meanwhile
 
-    def while_received(self, updates: Iterator[Update], session: str) -> Iterator[Update]:
-        """The updates of an answer, as long as the visitor receives them, with PATIENCE for the stream to open."""
-        last_received = time.monotonic()
-        for update in updates:
-            if self.open[session]:
-                last_received = time.monotonic()
-            if time.monotonic() - last_received > PATIENCE:
-                return
-            yield update
+    def while_read(self, updates: Iterator[Update], session: str, empty: Update) -> Iterator[Update]:
+        """The updates of an answer; of one that is cleared, `empty` is the last.
+
+        Raises:
+            ValueError: the visitor has confirmed none for PATIENCE.
+        """
+        self.unread_since[session] = None
+        try:
+            for update in updates:
+                if session in self.cleared:
+                    break
+                now = time.monotonic()
+                since = self.unread_since[session]
+                if since is None:
+                    self.unread_since[session] = now
+                elif now - since > PATIENCE:
+                    raise ValueError(UNREAD)
+                yield update
+            if session in self.cleared:
+                yield empty
+        finally:
+            del self.unread_since[session]
+            self.cleared.discard(session)
+
+    def clear(self, session: str) -> None:
+        """Ends the answer to a visitor, if there is one, with an empty update."""
+        if session in self.unread_since:
+            self.cleared.add(session)
+
+    def confirm(self, session: str) -> None:
+        """Notes that a visitor has read a piece of the stream."""
+        if session in self.unread_since:
+            self.unread_since[session] = None
 
 
 class LoginTries:
@@ -69,15 +98,15 @@ class LoginTries:
 
 
 class Guard:
-    """Refuses what the page never sends, and watches logins and streams.
+    """Refuses what the page never sends, counts logins, and takes what the page confirms.
 
     Args:
         app: the server.
-        streams: where open streams are noted.
+        readers: who confirm what they have read.
     """
 
-    def __init__(self, app: ASGIApp, streams: Streams):
-        self.app, self.streams, self.tries = app, streams, LoginTries()
+    def __init__(self, app: ASGIApp, readers: Readers):
+        self.app, self.readers, self.tries = app, readers, LoginTries()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -89,8 +118,9 @@ class Guard:
             await PlainTextResponse(*refusal)(scope, receive, send)
         elif request.url.path.rstrip("/") == LOGIN:
             await self.app(scope, limited(receive), self.forgiving(send, address_of(request)))
-        elif request.url.path.rstrip("/") == STREAM:
-            await self.stream(scope, receive, send, request.query_params.get("session_hash", ""))
+        elif request.url.path.rstrip("/") == READ:
+            self.readers.confirm(request.query_params.get("session_hash", ""))
+            await Response(status_code=204)(scope, receive, send)
         else:
             await self.app(scope, limited(receive), send)
 
@@ -116,30 +146,11 @@ class Guard:
 
         return forgive_and_send
 
-    async def stream(self, scope: Scope, receive: Receive, send: Send, session: str) -> None:
-        """Passes a stream of updates on, and ends it when the visitor stops reading it."""
 
-        async def send_or_end(message: Message) -> None:
-            try:
-                await asyncio.wait_for(send(message), PATIENCE)
-            except asyncio.TimeoutError:
-                raise OSError("the stream is not read") from None  # what starlette expects of a lost connection
-
-        self.streams.open[session] += 1
-        try:
-            await self.app(scope, receive, send_or_end)
-        except ClientDisconnect:
-            pass
-        finally:
-            self.streams.open[session] -= 1
-            if not self.streams.open[session]:
-                del self.streams.open[session]
-
-
-def middleware(host: str, streams: Streams) -> list[Middleware]:
+def middleware(host: str, readers: Readers) -> list[Middleware]:
     """The middleware for a server that listens on this address."""
     hosts = allowed_hosts(host)
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Guard, streams=streams)]
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(Guard, readers=readers)]
 
 
 def allowed_hosts(host: str) -> list[str]:

@@ -4,15 +4,14 @@ import hmac
 import html
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import gradio as gr
 from gradio.components import Component
-from gradio.events import Dependency
 
 from qlora.arguments import InferenceArguments
 from qlora.inference.web import AFTER, BEFORE, PASSWORD_VARIABLE, Page
-from qlora.inference.web_guard import LOCAL_HOSTS, MOST_TRIES, Streams, middleware
+from qlora.inference.web_guard import LOCAL_HOSTS, MOST_TRIES, Readers, middleware
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +24,22 @@ CSS = """
 .bubble small { color: var(--body-text-color-subdued) }
 .bubble .text { white-space: pre-wrap; overflow-wrap: anywhere }
 .toast-title { display: none !important } /* gradio's, and in English */
+"""
+# gradio's page calls this function of the browser for its stream of updates: confirms each piece that was read.
+CONFIRM = """
+const original = window.fetch;
+window.fetch = async (...request) => {
+  const response = await original(...request);
+  const stream = "/gradio_api/queue/data?", read = "/gradio_api/read?";
+  if (!response.url.includes(stream)) return response;
+  const confirm = new TransformStream({
+    transform(piece, reader) {
+      reader.enqueue(piece);
+      original(response.url.replace(stream, read), { method: "POST" });
+    },
+  });
+  return new Response(response.body.pipeThrough(confirm), response);
+};
 """
 LOGIN_NOTE = (
     f"用户名随意，但不能为空；输错 {MOST_TRIES} 次后须等一分钟。 "
@@ -47,13 +62,13 @@ def serve(page: Page, examples: list[str]):
     os.environ["no_proxy"] = "*"  # gradio requests its own page at the start, which a proxy could not reach
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logger.info("The page is at http://%s:%d, until Ctrl-C.", args.host, args.port)
-    streams = Streams()
-    build_page(page, examples, streams).launch(
+    readers = Readers()
+    build_page(page, examples, readers).launch(
         server_name=args.host,
         server_port=args.port,
         auth=password and (lambda _, given: hmac.compare_digest(given.encode(), password.encode())),
         auth_message=LOGIN_NOTE,
-        app_kwargs={"middleware": middleware(args.host, streams)},
+        app_kwargs={"middleware": middleware(args.host, readers)},
         quiet=True,
         share=False,
         show_error=True,
@@ -62,10 +77,11 @@ def serve(page: Page, examples: list[str]):
         footer_links=[],
         theme=gr.themes.Default(font=FONTS, font_mono=("monospace",)),
         css=CSS,
+        head=f"<script>{CONFIRM}</script>",
     )
 
 
-def build_page(page: Page, examples: list[str], streams: Streams) -> gr.Blocks:
+def build_page(page: Page, examples: list[str], readers: Readers) -> gr.Blocks:
     """The page: a tab to compare answers, one for a conversation, and below them the settings of both."""
     args, base_path = page.args, page.answerer.model.get_base_model().name_or_path
     with gr.Blocks(title="ChatGLM-6B QLoRA", analytics_enabled=False) as blocks:
@@ -76,9 +92,9 @@ def build_page(page: Page, examples: list[str], streams: Streams) -> gr.Blocks:
         )
         settings = setting_controls(args)
         with gr.Tab("对比 Compare"):
-            compare_tab(page.compare, examples, settings, streams)
+            compare_tab(page.compare, examples, settings, readers)
         with gr.Tab("对话 Chat"):
-            chat_tab(page.chat, settings, streams)
+            chat_tab(page.chat, settings, readers)
         with gr.Accordion("解码设置 Decoding settings"), gr.Row():
             for control in settings:
                 control.render()
@@ -98,7 +114,7 @@ def setting_controls(args: InferenceArguments) -> list[Component]:
     ]
 
 
-def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings: list[Component], streams: Streams):
+def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings: list[Component], readers: Readers):
     """The tab with a prompt, its answers without and with the adapter, and example prompts."""
     prompt = gr.Textbox(label="输入 Prompt", lines=2, max_lines=8, autofocus=True)
     with gr.Row():
@@ -109,11 +125,11 @@ def compare_tab(compare: Callable[..., Iterator], examples: list[str], settings:
             for label in (BEFORE, AFTER)
         ]
     offered = gr.Examples(examples, prompt, label="示例 Examples", examples_per_page=5)
-    asked = ask([start.click, prompt.submit], stop, compare, [prompt, *settings], answers, streams)
-    offered.dataset.click(lambda: ("", ""), None, answers, cancels=asked)
+    inputs, empty = [prompt, *settings], ["", ""]
+    ask([start.click, prompt.submit], stop, offered.dataset.click, compare, inputs, answers, empty, readers)
 
 
-def chat_tab(chat: Callable[..., Iterator], settings: list[Component], streams: Streams):
+def chat_tab(chat: Callable[..., Iterator], settings: list[Component], readers: Readers):
     """The tab with a conversation, with or without the adapter."""
     rounds = gr.State([])
     # gradio's Chatbot draws HTML, also images of other servers, and Markdown.
@@ -127,33 +143,35 @@ def chat_tab(chat: Callable[..., Iterator], settings: list[Component], streams: 
         send, stop = gr.Button("发送 Send", variant="primary"), gr.Button("停止 Stop")
         clear = gr.Button("清空 Clear")
     inputs, outputs = [message, rounds, tuned, *settings], [message, rounds, conversation]
-    asked = ask([send.click, message.submit], stop, chat, inputs, outputs, streams)
-    clear.click(lambda: ([], ""), None, [rounds, conversation], cancels=asked)
+    empty: Sequence = (gr.skip(), [], "")  # what is typed stays
+    ask([send.click, message.submit], stop, clear.click, chat, inputs, outputs, empty, readers)
 
 
 def ask(
     triggers: list[Callable],
     stop: gr.Button,
+    clear: Callable,
     function: Callable[..., Iterator],
     inputs: list,
     outputs: list,
-    streams: Streams,
-) -> Dependency:
+    empty: Sequence,
+    readers: Readers,
+):
     """Connects buttons with a generator function.
 
     Args:
         triggers: events that start it; of all visitors' calls one runs at a time.
         stop: button that stops it.
+        clear: event that stops it and empties the outputs.
         function: its ValueErrors are shown as notes; of other errors it is shown that there was one.
         inputs, outputs: components whose values it takes and yields.
-        streams: end an answer that nobody receives.
-    Returns:
-        The event, by which another can cancel it.
+        empty: values of the outputs without an answer.
+        readers: end an answer that nobody reads.
     """
 
     def with_notes(request: gr.Request, *values) -> Iterator:
         try:
-            yield from streams.while_received(function(*values), request.session_hash)
+            yield from readers.while_read(function(*values), request.session_hash, empty)
         except ValueError as error:
             gr.Warning(str(error))
             yield gr.skip()
@@ -162,7 +180,12 @@ def ask(
             gr.Warning(FAILURE)
             yield gr.skip()
 
+    def end_and_empty(request: gr.Request) -> Sequence:
+        readers.clear(request.session_hash)
+        return empty
+
     name = function.__name__
     asked = gr.on(triggers, with_notes, inputs, outputs, api_name=name, concurrency_limit=1, concurrency_id="model")
     stop.click(None, cancels=asked)
-    return asked
+    # A cancelled answer may be on its way, or not be known to the browser yet: then its last update is empty, too.
+    clear(end_and_empty, None, outputs, cancels=asked)

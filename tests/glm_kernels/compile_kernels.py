@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for compute capabilities and prints the shared memory of each in bytes; needs no GPU.
 
 Without TRITON_INTERPRET:
-    python tests/glm_kernels/compile_kernels.py all 86          # every kernel, for compute capability 8.6
-    python tests/glm_kernels/compile_kernels.py lora 80 120     # the LoRA kernels, for 8.0 and 12.0
-    python tests/glm_kernels/compile_kernels.py older 70 75     # what runs on GPUs older than Ampere, for 7.0 and 7.5
+    python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, and what runs on the others
+
+For the others, these are the LoRA kernels; for GPUs older than Ampere, the kernels without matrix products.
 """
 
 import json
@@ -116,5 +116,8 @@ def lora_kernels(capability: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    which = {"all": all_kernels, "lora": lora_kernels, "older": kernels_of_older_gpus}
-    print(json.dumps({capability: which[sys.argv[1]](int(capability)) for capability in sys.argv[2:]}, indent=2))
+    first, *others = map(int, sys.argv[1:])
+    found = {first: all_kernels(first)}
+    for capability in others:
+        found[capability] = lora_kernels(capability) if capability >= 80 else kernels_of_older_gpus(capability)
+    print(json.dumps(found, indent=2))

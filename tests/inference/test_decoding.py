@@ -119,7 +119,7 @@ def test_logits_of_layers_for_inference_are_those_of_peft(golden_folder, cases, 
             return sampler(scores)
 
         with contextlib.nullcontext() if adapter else model.disable_adapter():
-            list(decode(model.get_base_model(), ids, mask, 8, recording_sampler))
+            list(decode(model.get_base_model(), ids, mask, 3 if kernels else 8, recording_sampler))
         return torch.stack(recorded)
 
     expected = [logits(adapter) for adapter in (True, False)]

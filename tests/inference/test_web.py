@@ -2,6 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
+import http.client
+import itertools
+import json
 import os
 import re
 import shutil
@@ -317,23 +321,78 @@ def test_invalid_flags_are_refused(values, message):
 
 def test_answers_cannot_be_had_beside_the_queue(answerer):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from qlora.inference.web_guard import Streams
+    from qlora.inference.web_guard import Readers
     from qlora.inference.web_page import build_page
 
-    assert not build_page(Page(answerer, ARGS), [PROMPT], Streams()).api_open
+    assert not build_page(Page(answerer, ARGS), [PROMPT], Readers()).api_open
 
 
 def test_reason_of_a_failure_is_logged_and_not_shown(answerer, monkeypatch, caplog):
     pytest.importorskip("gradio", reason="gradio is not installed")
-    from qlora.inference.web_guard import Streams
+    from qlora.inference.web_guard import Readers
     from qlora.inference.web_page import build_page
 
     monkeypatch.setattr(answerer, "stream", lambda *_: 1 / 0)
-    blocks = build_page(Page(answerer, ARGS), [PROMPT], Streams())
+    blocks = build_page(Page(answerer, ARGS), [PROMPT], Readers())
     compare = next(function.fn for function in blocks.fns.values() if function.api_name == "compare")
     with pytest.warns(UserWarning, match=r"The answer failed; the server's output says why\.$"):
         list(compare(SimpleNamespace(session_hash="abc"), PROMPT, *GREEDY))
     assert "ZeroDivisionError" in caplog.text
+
+
+# The page of a server that waits half a second for a visitor to read.
+
+PIECES = 30
+
+
+@pytest.fixture
+def impatient(answerer, monkeypatch) -> Iterator[str]:
+    """The address of a page whose answers are numbers, and take longer than a visitor may be silent."""
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+    from qlora.inference import web_guard, web_page
+
+    def count(*_) -> Iterator[list[str]]:
+        for number in range(PIECES):
+            time.sleep(0.05)
+            yield [str(number)] * 2
+
+    port = free_port()
+    monkeypatch.setattr(web_guard, "PATIENCE", 0.5)
+    monkeypatch.setattr(answerer, "stream", count)
+    monkeypatch.setattr(
+        gradio.Blocks, "launch", functools.partialmethod(gradio.Blocks.launch, prevent_thread_lock=True)
+    )
+    web_page.serve(Page(answerer, dataclasses.replace(ARGS, port=port)), [PROMPT])
+    yield f"http://127.0.0.1:{port}"
+    gradio.close_all()
+
+
+def request_answers(url: str, session: str) -> http.client.HTTPResponse:
+    """Asks as the page does; returns the stream of the answers, of which nothing was read."""
+    with urllib.request.urlopen(f"{url}/config") as config:
+        functions = json.load(config)["dependencies"]
+    number = next(function["id"] for function in functions if function["api_name"] == "compare")
+    body = {"data": [PROMPT, *GREEDY], "fn_index": number, "session_hash": session}
+    headers = {"Content-Type": "application/json"}
+    join = urllib.request.Request(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), headers)
+    urllib.request.urlopen(join).close()
+    return urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}")
+
+
+def test_stream_that_is_not_read_does_not_hold_the_model(impatient):
+    with request_answers(impatient, "silent") as silent:
+        with request_answers(impatient, "another") as stream:
+            assert any(b'"process_generating"' in line and b'"0"' in line for line in stream)
+        sent = b"".join(itertools.takewhile(lambda line: b"process_completed" not in line, silent)).decode()
+    assert "the page did not receive it" in sent and f'"{PIECES - 1}"' not in sent
+
+
+def test_answer_that_the_page_reads_is_not_ended(impatient, browser):
+    page = browser.new_page()
+    page.goto(impatient)
+    compare(page, PROMPT)
+    expect_answers(page, [str(PIECES - 1)] * 2)
+    page.close()
 
 
 # The page in a browser.
@@ -451,6 +510,17 @@ def test_example_can_be_clicked(page, answerer):
     example = next(iter(read_prompts(str(inference_qlora.EXAMPLES)).values())).query
     page.get_by_role("button", name=example).click()
     expect(page.get_by_label("输入 Prompt")).to_have_value(example)
+    expect_answers(page, ["", ""])
+
+
+def test_example_clicked_while_answers_are_generated_ends_them(page, answerer):
+    page.get_by_label("Max tokens").fill("1800")
+    compare(page, PROMPT)
+    for label in ("微调前 Before", "微调后 After"):
+        expect(answer_box(page, label)).not_to_have_value("")
+    page.get_by_role("button", name=next(iter(read_prompts(str(inference_qlora.EXAMPLES)).values()))).click()
+    expect_answers(page, ["", ""])
+    page.wait_for_timeout(1000)
     expect_answers(page, ["", ""])
 
 

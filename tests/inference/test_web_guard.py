@@ -1,6 +1,4 @@
-"""qlora/inference/web_guard.py: what does not reach the server, and streams that nobody reads."""
-
-import asyncio
+"""qlora/inference/web_guard.py: what does not reach the server, and answers that nobody reads."""
 
 import pytest
 
@@ -8,12 +6,12 @@ pytest.importorskip("starlette", reason="starlette is not installed, which gradi
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from qlora.inference import web_guard
-from qlora.inference.web_guard import LARGEST_BODY, MOST_TRIES, STREAM, Guard, LoginTries, Streams, middleware
+from qlora.inference.web_guard import LARGEST_BODY, MOST_TRIES, READ, LoginTries, Readers, middleware
 
 JOIN = "/gradio_api/queue/join"
 
@@ -26,10 +24,12 @@ async def login(request: Request) -> Response:
     return Response(status_code=200 if await request.body() == b"right" else 400)
 
 
-def client(host: str = "127.0.0.1", address: str = "http://127.0.0.1:7860") -> TestClient:
+def client(
+    host: str = "127.0.0.1", address: str = "http://127.0.0.1:7860", readers: Readers | None = None
+) -> TestClient:
     """A client of a server that takes everything, behind the guard."""
     routes = [Route("/login", login, methods=["POST"]), Route("/{path:path}", echo_size, methods=["GET", "POST"])]
-    app = Starlette(routes=routes, middleware=middleware(host, Streams()))
+    app = Starlette(routes=routes, middleware=middleware(host, readers or Readers()))
     return TestClient(app, base_url=address, raise_server_exceptions=False)
 
 
@@ -88,33 +88,34 @@ def test_right_password_after_too_many_wrong_ones_is_refused():
     assert visitor.post("/login", content=b"right").status_code == 400
 
 
-def test_stream_that_is_not_read_is_ended(monkeypatch):
-    monkeypatch.setattr(web_guard, "PATIENCE", 0.05)
-    streams, sent = Streams(), []
-
-    async def updates():
-        for i in range(9):
-            assert streams.open["abc"] == 1
-            yield str(i)
-
-    async def app(scope, receive, send):
-        await StreamingResponse(updates())(scope, receive, send)
-
-    async def send(message):
-        sent.append(message)
-        await asyncio.sleep(60 if len(sent) > 3 else 0)
-
-    scope = {"type": "http", "method": "GET", "path": STREAM, "query_string": b"session_hash=abc", "headers": []}
-    scope["asgi"] = {"spec_version": "2.4"}
-    asyncio.run(asyncio.wait_for(Guard(app, streams)(scope, None, send), timeout=10))
-    assert len(sent) == 4 and not streams.open
-
-
-def test_answer_ends_when_nobody_receives_it(monkeypatch):
-    now, streams, found = [0.0], Streams(), []
+@pytest.mark.parametrize("last_read", [None, 9])
+def test_answer_that_is_not_read_is_ended(monkeypatch, last_read):
+    now, readers, found = [0.0], Readers(), []
     monkeypatch.setattr(web_guard.time, "monotonic", lambda: now[0])
-    for update in streams.while_received(iter(range(100)), "abc"):
+    visitor = client(readers=readers)
+    with pytest.raises(ValueError, match="since the page did not receive it"):
+        for update in readers.while_read(iter(range(100)), "abc", None):
+            found.append(update)
+            now[0] += 1
+            for session in ("abc",) * (last_read is not None and update <= last_read) + ("another",):
+                assert visitor.post(READ, params={"session_hash": session}).status_code == 204
+    unread = 0 if last_read is None else last_read + 1
+    assert found == list(range(unread + int(web_guard.PATIENCE) + 1))
+    assert readers.unread_since == {}
+
+
+def test_model_that_is_slow_is_waited_for(monkeypatch):
+    now, readers = [0.0], Readers()
+    monkeypatch.setattr(web_guard.time, "monotonic", lambda: now[0])
+    for _ in readers.while_read(iter(range(9)), "abc", None):
+        readers.confirm("abc")
+        now[0] += 10 * web_guard.PATIENCE
+
+
+@pytest.mark.parametrize("last", [3, 8])
+def test_answer_that_is_cleared_ends_with_an_empty_update(last):
+    readers, found = Readers(), []
+    for update in readers.while_read(iter(range(9)), "abc", "empty"):
         found.append(update)
-        now[0] += 1
-        streams.open["abc"] = int(2 <= update < 9)  # it opens after 2 s, and closes after 9
-    assert found == list(range(9 + int(web_guard.PATIENCE) + 1))
+        readers.clear("abc" if update == last else "another")
+    assert found == [*range(last + 1), "empty"] and readers.cleared == set()

@@ -7,7 +7,16 @@ import pytest
 from chatglm import ChatGLMConfig
 from chatglm2 import ChatGLM2Config
 from glm_shared.loss import ROWS_AT_ONCE
-from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, predict_peak, relative_cost
+from qlora.adapter import add_lora
+from qlora.training.memory_plan import (
+    MemoryPlan,
+    Sizes,
+    apply_plan,
+    choose_plan,
+    longest_step,
+    predict_peak,
+    relative_cost,
+)
 from qlora.units import GIB
 
 # The 6B model in NF4 with a bf16 embedding: 4.0 GiB, and an adapter of rank 4.
@@ -88,7 +97,7 @@ def test_peak_counts_what_a_layer_saves():
 
 
 def test_peak_of_grouped_queries_and_gated_activations():
-    sizes, plan, T = dataclasses.replace(SIZES, config=ChatGLM2Config()), MemoryPlan(3000, 28, 28), 3000
+    sizes, plan, T = dataclasses.replace(SIZES, config=ChatGLM2Config()), MemoryPlan(3072, 28, 28), 3072
     less_mlp, less_attention = (
         dataclasses.replace(plan, **{name: 27}) for name in ("recompute_mlp", "recompute_attention")
     )
@@ -123,3 +132,11 @@ def test_peak_counts_temporary_tensors_of_a_sublayer_or_of_the_logits():
     logits = ROWS_AT_ONCE * one_layer.vocab_size * 2 + 3 * 64 * sizes.input_bytes
     assert predict_peak(sizes, few) == weights + 64 * saved + logits
     assert predict_peak(sizes, many) == weights + 100_352 * (saved + 2 * 2 * 16384 + 4 * 2 * 4096)
+
+
+def test_last_layers_are_recomputed(tiny_model):
+    model = add_lora(tiny_model, rank=4, alpha=32, dropout=0.0, target_modules=["query_key_value"])
+    apply_plan(model, MemoryPlan(512, recompute_mlp=1, recompute_attention=2))
+    first, last = model.get_base_model().blocks
+    assert (first.recompute_mlp, last.recompute_mlp) == (False, True)
+    assert (first.recompute_attention, last.recompute_attention) == (True, True)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ import psutil
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from conftest import ROOT, adapter, flags_of, history, run_main, write_json
+from accelerate.state import AcceleratorState
+from conftest import ROOT, adapter, flags_of, fork, history, run_main, write_json, write_output_to
 from torch.utils.data import BatchSampler, SequentialSampler
 
 import train_qlora
@@ -59,14 +61,33 @@ def paths(tiny_checkpoint, train_file, dev_file) -> tuple[Path, Path, Path]:
     return tiny_checkpoint, train_file, dev_file
 
 
+def train(flags: list[str], log: Path, port: int, rank: int):
+    """Trains as one of two processes of torchrun, whose variables it sets."""
+    write_output_to(log)
+    os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by runs in the process that was forked
+    run_main(train_qlora, *flags)
+
+
+def train_with_two_processes(flags: list[str], log: Path) -> list[int | None]:
+    """Trains without torchrun, so that nothing needs to be imported; returns the exit statuses."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [fork(train, flags, log, port, rank) for rank in range(2)]
+    for process in ranks:
+        process.join(100)
+    return [process.exitcode for process in ranks]
+
+
 @pytest.fixture(scope="module")
 def two_processes(paths, tmp_path_factory) -> Path:
     """The output of two processes with 4 samples each in a step."""
     folder = tmp_path_factory.mktemp("two")
     args_json = write_json(folder / "args.json", folder / "out", gradient_accumulation_steps=1, **SETTINGS)
-    with Job(flags_of(args_json, *paths, "--lora_dropout", 0)) as job:
-        printed = job.end()
-    assert job.process.returncode == 0, printed
+    statuses = train_with_two_processes(flags_of(args_json, *paths, "--lora_dropout", 0), folder / "log")
+    printed = (folder / "log").read_text()
+    assert statuses == [0, 0], printed
     assert printed.count("The adapter is in") == 1
     return folder / "out"
 
@@ -99,9 +120,8 @@ def test_job_ends_when_a_process_is_killed_and_can_be_resumed(two_processes, pat
     assert "rank      : 1" in printed and "SIGKILL" in printed
     present = checkpoints(output)
     assert present and not any(map(checkpoint_problem, present)) and not (output / "adapter_config.json").exists()
-    with Job([*flags, "--resume_from_checkpoint", "last"]) as job:
-        printed = job.end()
-    assert job.process.returncode == 0, printed
+    log = tmp_path / "log"
+    assert train_with_two_processes([*flags, "--resume_from_checkpoint", "last"], log) == [0, 0], log.read_text()
     for key in ("loss", "grad_norm", "eval_loss"):
         assert history(output, key) == history(two_processes, key)
     name = "adapter_model.safetensors"
@@ -111,10 +131,8 @@ def test_job_ends_when_a_process_is_killed_and_can_be_resumed(two_processes, pat
 def test_loss_that_is_not_finite_ends_all_processes_with_one_message(paths, tmp_path):
     values = SETTINGS | {"gradient_accumulation_steps": 1, "learning_rate": 1e30, "warmup_ratio": 0}
     args_json = write_json(tmp_path / "args.json", tmp_path / "out", **values)
-    with Job(flags_of(args_json, *paths)) as job:
-        printed = job.end()
-    assert job.process.returncode != 0
-    (message,) = [line for line in printed.splitlines() if "error: step 2" in line]
+    assert train_with_two_processes(flags_of(args_json, *paths), tmp_path / "log") == [1, 1]
+    (message,) = [line for line in (tmp_path / "log").read_text().splitlines() if "error: step 2" in line]
     lines = message.split("on lines ")[1].split(" of the training data")[0].split(", ")
     assert len(set(lines)) == 8  # of both processes
     assert checkpoints(tmp_path / "out") == []

@@ -10,14 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from multiprocessing import get_context
 from pathlib import Path
 from socket import gethostname
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_adapter, error_of, flags_of, history, run_main, write_json
+from conftest import ROOT, assert_same_adapter, error_of, flags_of, fork, history, run_main, write_json
 from transformers import TrainerControl
 
 import train_qlora
@@ -209,8 +208,7 @@ def test_ignored_signals_stay_ignored_and_handlers_are_restored():
 
 def run_forked(function: Callable) -> int | None:
     """Runs a function in a forked process; returns its exit status, negative for a signal."""
-    process = get_context("fork").Process(target=function)
-    process.start()
+    process = fork(function)
     process.join(30)
     return process.exitcode
 
@@ -243,8 +241,7 @@ def steps_of_a_job(rank: int, store: Path):
 
 
 def test_all_processes_of_a_job_stop_after_the_same_step(tmp_path):
-    other = get_context("fork").Process(target=steps_of_a_job, args=(1, tmp_path / "store"))
-    other.start()
+    other = fork(steps_of_a_job, 1, tmp_path / "store")
     assert run_forked(lambda: steps_of_a_job(0, tmp_path / "store")) == 2
     other.join(30)
     assert other.exitcode == 2

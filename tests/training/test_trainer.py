@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SAVE_STEPS, STEPS, error_of, flags_of, history, run_main, write_json
+from transformers import TrainerControl
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
@@ -17,7 +18,7 @@ from qlora.data.batching import SourceRow, StepBatch
 from qlora.errors import TrainingStopped
 from qlora.training.checkpoints import STAGING, checkpoints
 from qlora.training.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
-from qlora.training.trainer import QLoRATrainer
+from qlora.training.trainer import LogBeforeSaving, QLoRATrainer
 
 LINE = 12  # of the row that causes the problem
 
@@ -314,3 +315,10 @@ def test_training_is_the_same_with_and_without_evaluations(flags, tmp_path):
     run_main(train_qlora, *flags("without", evaluate=False))
     assert_same_run(tmp_path / "with", tmp_path / "without")
     assert len(history(tmp_path / "with", "eval_loss")) == STEPS
+
+
+@pytest.mark.parametrize("due", ["should_evaluate", "should_save", "should_log", None])
+def test_step_that_evaluates_or_saves_logs(due):
+    control = TrainerControl(**({due: True} if due else {}))
+    LogBeforeSaving().on_step_end(None, None, control)
+    assert control.should_log is (due is not None)
