@@ -9,7 +9,6 @@
     rms_norm.py          RMS norm, and its gradient joined with that of the residual
     rotary.py            rotary positions of queries and keys, in place
     swiglu.py            gated activation, and its gradient
-    launch.py            launches of compiled kernels with little host time
 
 This file does not import Triton: code that also runs without a GPU needs TILE and `kernels_supported` from it.
 

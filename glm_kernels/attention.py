@@ -34,7 +34,6 @@ import triton
 import triton.language as tl
 
 from glm_kernels import TILE
-from glm_kernels.launch import launch
 from glm_kernels.rotary import rotate_in_place, rotate_pairs_in_place
 
 BLOCK_N = 32  # keys per iteration, in the kernels of the output and of the query gradient
@@ -266,8 +265,8 @@ def attend(projected: torch.Tensor, tiles: torch.Tensor, layout: HeadLayout) -> 
     heads, head_dim = layout.heads, layout.head_dim
     output = projected.new_empty(len(projected), heads * head_dim)
     lse = torch.empty(heads, len(projected), dtype=torch.float32, device=projected.device)
-    launch(
-        forward_kernel, (len(tiles), heads), projected, output, lse, tiles, head_dim**-0.5 * LOG2_E,
+    forward_kernel[(len(tiles), heads)](
+        projected, output, lse, tiles, head_dim**-0.5 * LOG2_E,
         len(projected), **layout.constants, BLOCK_N=BLOCK_N, num_stages=3,
     )  # fmt: skip
     return output, lse
@@ -291,12 +290,12 @@ def attend_grad(
         key_value_grad = torch.empty(splits, T, width, dtype=torch.float32, device=grad.device)
     scales = (layout.head_dim**-0.5, layout.head_dim**-0.5 * LOG2_E, T)
     # In this order: the first kernel stores delta, the second loads it.
-    launch(
-        query_grad_kernel, (len(tiles), layout.heads), projected, output, output_grad, lse, delta, grad, tiles,
+    query_grad_kernel[(len(tiles), layout.heads)](
+        projected, output, output_grad, lse, delta, grad, tiles,
         *scales, **layout.constants, BLOCK_N=BLOCK_N, num_stages=2,
     )  # fmt: skip
-    launch(
-        key_value_grad_kernel, (len(tiles), layout.groups * splits), projected, output_grad, lse, delta,
+    key_value_grad_kernel[(len(tiles), layout.groups * splits)](
+        projected, output_grad, lse, delta,
         key_value_grad, tiles, *scales, **layout.constants, SPLITS=splits, BLOCK_M=BLOCK_M, num_stages=2,
     )  # fmt: skip
     if not layout.by_head:

@@ -17,8 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from glm_kernels.launch import launch
-
 BLOCK = 8192  # logits of a row per iteration
 
 
@@ -66,5 +64,5 @@ def cross_entropy_in_place(logits: torch.Tensor, labels: torch.Tensor, gradient:
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     constants = {"GRADIENT": gradient, "BLOCK": BLOCK, "num_warps": 16}
-    launch(cross_entropy_kernel, (len(logits),), logits, labels, losses, logits.shape[1], **constants)
+    cross_entropy_kernel[(len(logits),)](logits, labels, losses, logits.shape[1], **constants)
     return losses

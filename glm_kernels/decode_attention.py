@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 
 from glm_kernels.attention import key_offset, query_offset, value_offset
-from glm_kernels.launch import launch
 
 BLOCK, STAGES = 64, 3  # keys per iteration; iterations whose loads are in flight at once
 
@@ -128,8 +127,8 @@ def decode_attention(
     H = projected.shape[-1] // D - 2 * G
     output = projected.new_empty(B, H * D)
     constants = {"HEADS": H, "GROUPS": G, "HEAD_DIM": D, "BY_HEAD": int(by_head), "BLOCK": BLOCK, "STAGES": STAGES}
-    launch(
-        decode_attention_kernel, (B, H), projected, cos, sin, keys, values, visible, cache_position, output,
+    decode_attention_kernel[(B, H)](
+        projected, cos, sin, keys, values, visible, cache_position, output,
         D**-0.5 * math.log2(math.e), S,
         PER_ROW=int(cache_position.numel() > 1), **constants, num_warps=4,
     )  # fmt: skip

@@ -16,8 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from glm_kernels.launch import launch
-
 
 @triton.jit
 def normalize(x, index, hidden_size, eps, BLOCK: tl.constexpr):
@@ -71,7 +69,7 @@ def layer_norm(x: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
     output = torch.empty_like(x)
     block = triton.next_power_of_2(hidden_size)
     grid = (x.numel() // hidden_size,)
-    launch(norm_kernel, grid, x, norm.weight, norm.bias, output, norm.eps, hidden_size, BLOCK=block, num_warps=8)
+    norm_kernel[grid](x, norm.weight, norm.bias, output, norm.eps, hidden_size, BLOCK=block, num_warps=8)
     return output
 
 
@@ -97,8 +95,8 @@ def residual_norm_grad(
     x_grad = torch.empty_like(x)
     branch_grad, sum_grad = branch_grad.contiguous(), sum_grad.contiguous()
     block = triton.next_power_of_2(hidden_size)
-    launch(
-        norm_grad_kernel, (x.numel() // hidden_size,), x, norm.weight, branch_grad, sum_grad, x_grad, norm.eps,
+    norm_grad_kernel[(x.numel() // hidden_size,)](
+        x, norm.weight, branch_grad, sum_grad, x_grad, norm.eps,
         residual_scale, hidden_size, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return x_grad

@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 
-from glm_kernels.launch import launch
 from glm_kernels.lora_reference import Dropout
 
 TOKENS = 32  # tokens of a tile, in every kernel
@@ -164,7 +163,7 @@ def lora_down(x: torch.Tensor, weight: torch.Tensor, scale: float, dropout: Drop
     values, constants = kernel_arguments(x, len(weight), scale, dropout)
     grid = (triton.cdiv(len(x), TOKENS), triton.cdiv(len(weight), constants["R"]))
     constants |= {"FEATURES": DOWN_TILE // constants["R"], "num_stages": 4}
-    launch(lora_down_kernel, grid, x, weight, low_rank, *weight.stride(), *values, **constants)
+    lora_down_kernel[grid](x, weight, low_rank, *weight.stride(), *values, **constants)
     return low_rank
 
 
@@ -183,7 +182,7 @@ def lora_up_add(
     values, constants = kernel_arguments(output, len(weight), scale, dropout)
     grid = (triton.cdiv(len(output), TOKENS), triton.cdiv(output.shape[1], UP_FEATURES))
     constants |= {"TILES_R": triton.cdiv(len(weight), constants["R"]), "FEATURES": UP_FEATURES}
-    launch(lora_up_add_kernel, grid, low_rank, weight, output, *weight.stride(), *values, **constants)
+    lora_up_add_kernel[grid](low_rank, weight, output, *weight.stride(), *values, **constants)
 
 
 def lora_weight_grad(low_rank: torch.Tensor, x: torch.Tensor, scale: float, dropout: Dropout | None) -> torch.Tensor:
@@ -202,5 +201,5 @@ def lora_weight_grad(low_rank: torch.Tensor, x: torch.Tensor, scale: float, drop
     values, constants = kernel_arguments(x, rank, scale, dropout)
     grid = (triton.cdiv(x.shape[1], GRAD_FEATURES), SPLITS, triton.cdiv(rank, constants["R"]))
     constants |= {"FEATURES": GRAD_FEATURES, "SPLITS": SPLITS}
-    launch(lora_weight_grad_kernel, grid, low_rank, x, weight_grad, *values, **constants, num_stages=4)
+    lora_weight_grad_kernel[grid](low_rank, x, weight_grad, *values, **constants, num_stages=4)
     return weight_grad

@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from bitsandbytes.functional import QuantState
 
-from glm_kernels.launch import launch
-
 BLOCKS = 32  # blocks of 64 weights that a program dequantizes
 
 
@@ -57,5 +55,5 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     grid = (triton.cdiv(blocks, BLOCKS),)
     # bitsandbytes rounds each scale's product before it adds the offset; a fused multiply-add would not.
     constants = {"BLOCKS": BLOCKS, "enable_fp_fusion": False}
-    launch(dequantize_kernel, grid, packed, weight, state.code, *scales, blocks, **constants)
+    dequantize_kernel[grid](packed, weight, state.code, *scales, blocks, **constants)
     return weight

@@ -16,8 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from glm_kernels.launch import launch
-
 
 @triton.jit
 def normalize(x, index, hidden_size, eps, BLOCK: tl.constexpr):
@@ -68,7 +66,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     output = torch.empty_like(x)
     block = triton.next_power_of_2(hidden_size)
     grid = (x.numel() // hidden_size,)
-    launch(rms_norm_kernel, grid, x, weight, output, eps, hidden_size, BLOCK=block, num_warps=8)
+    rms_norm_kernel[grid](x, weight, output, eps, hidden_size, BLOCK=block, num_warps=8)
     return output
 
 
@@ -90,8 +88,8 @@ def rms_norm_grad(
     x_grad = torch.empty_like(x)
     branch_grad, sum_grad = branch_grad.contiguous(), sum_grad.contiguous()
     block = triton.next_power_of_2(hidden_size)
-    launch(
-        rms_norm_grad_kernel, (x.numel() // hidden_size,), x, weight, branch_grad, sum_grad, x_grad, eps, hidden_size,
+    rms_norm_grad_kernel[(x.numel() // hidden_size,)](
+        x, weight, branch_grad, sum_grad, x_grad, eps, hidden_size,
         BLOCK=block, num_warps=8,
     )  # fmt: skip
     return x_grad

@@ -24,8 +24,6 @@ import torch
 import triton
 import triton.language as tl
 
-from glm_kernels.launch import launch
-
 
 @triton.jit
 def rotate_kernel(projected, cos, sin, sign, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
@@ -66,7 +64,7 @@ def rotate_in_place(
     pairs = triton.next_power_of_2(heads * head_dim)
     sign = -1.0 if inverse else 1.0
     constants = {"HEADS": heads, "HEAD_DIM": head_dim, "PAIRS": pairs}
-    launch(rotate_kernel, (len(projected),), projected, cos, sin, sign, **constants, num_warps=8)
+    rotate_kernel[(len(projected),)](projected, cos, sin, sign, **constants, num_warps=8)
 
 
 @triton.jit
@@ -108,4 +106,4 @@ def rotate_pairs_in_place(
     pairs = triton.next_power_of_2(rotated * head_dim // 4)
     constants = {"WIDTH": width, "ROTATED": rotated, "HEAD_DIM": head_dim, "PAIRS": pairs}
     sign = -1.0 if inverse else 1.0
-    launch(rotate_pairs_kernel, (len(projected),), projected, cos, sin, sign, **constants, num_warps=4)
+    rotate_pairs_kernel[(len(projected),)](projected, cos, sin, sign, **constants, num_warps=4)

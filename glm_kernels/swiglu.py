@@ -14,8 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from glm_kernels.launch import launch
-
 BLOCK = 1024  # features of a program
 
 
@@ -51,14 +49,14 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(first half) * second half; [..., 2F] -> [..., F]."""
     x, features = x.contiguous(), x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], features)
-    launch(swiglu_kernel, grid_of(x), x, y, features, BLOCK=BLOCK, num_warps=4)
+    swiglu_kernel[grid_of(x)](x, y, features, BLOCK=BLOCK, num_warps=4)
     return y
 
 
 def swiglu_grad(x: torch.Tensor, y_grad: torch.Tensor) -> torch.Tensor:
     """Gradient of `swiglu`: x [..., 2F], contiguous, and the gradient of its output [..., F] -> [..., 2F]."""
     y_grad, x_grad = y_grad.contiguous(), torch.empty_like(x)
-    launch(swiglu_grad_kernel, grid_of(x), x, y_grad, x_grad, x.shape[-1] // 2, BLOCK=BLOCK, num_warps=4)
+    swiglu_grad_kernel[grid_of(x)](x, y_grad, x_grad, x.shape[-1] // 2, BLOCK=BLOCK, num_warps=4)
     return x_grad
 
 

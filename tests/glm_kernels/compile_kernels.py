@@ -1,7 +1,7 @@
 """Compiles the Triton kernels for compute capabilities and prints the shared memory of each in bytes; needs no GPU.
 
 Without TRITON_INTERPRET:
-    python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, and what runs on the others
+    python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, some for the others
 
 For the others, these are the LoRA kernels; for GPUs older than Ampere, the kernels without matrix products.
 """
