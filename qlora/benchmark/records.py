@@ -11,7 +11,8 @@ import torch
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 ROOT = Path(__file__).resolve().parents[2]
-CODE = ("chatglm", "glm_kernels", "qlora/data", "qlora/inference", "qlora/layers", "qlora/training")
+MODELS = ("chatglm", "chatglm2", "glm_kernels", "glm_models", "glm_shared")
+CODE = (*MODELS, "qlora/data", "qlora/inference", "qlora/layers", "qlora/training")
 
 
 def machine() -> dict:
