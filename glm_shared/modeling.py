@@ -58,6 +58,7 @@ class SublayerBlock(GradientCheckpointingLayer):
         super().__init__()
         self.recompute_attention = False
         self.recompute_mlp = False
+        self.preserve_rng_state = True  # recomputing restores the random generators, for layers that draw from them
         self.offload = None  # an ActivationOffload, in whose `context()` the inputs are saved
 
     def forward(
@@ -84,7 +85,8 @@ class SublayerBlock(GradientCheckpointingLayer):
         """The output of a sub-layer, whose activations are saved for the backward pass or recomputed in it."""
         if recompute and self.training and torch.is_grad_enabled():
             with self.offload.context() if self.offload else contextlib.nullcontext():
-                return checkpoint(sublayer, hidden_states, use_reentrant=False, **kwargs)
+                kwargs |= {"use_reentrant": False, "preserve_rng_state": self.preserve_rng_state}
+                return checkpoint(sublayer, hidden_states, **kwargs)
         return sublayer(hidden_states, **kwargs)
 
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:

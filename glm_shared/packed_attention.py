@@ -33,9 +33,22 @@ class PackedSequences:
             start += context + other
         return cls(lengths, torch.tensor(tiles, dtype=torch.int32))
 
+    def fill_up(self, tiles: int) -> "PackedSequences":
+        """The same layout with so many tiles; those that are added are empty."""
+        return PackedSequences(self.lengths, F.pad(self.tiles, (0, 0, 0, tiles - len(self.tiles))))
+
     def pin_memory(self) -> "PackedSequences":
         """The same layout in pinned memory, from which a copy to the GPU does not block the host."""
         return PackedSequences(self.lengths, self.tiles.pin_memory())
+
+    def clone(self) -> "PackedSequences":
+        """The same layout with tiles of its own."""
+        return PackedSequences(self.lengths, self.tiles.clone())
+
+    def copy_(self, other: "PackedSequences", non_blocking: bool = False) -> "PackedSequences":
+        """Takes over the tiles of a layout with as many tiles, in place; `lengths` are not taken over."""
+        self.tiles.copy_(other.tiles, non_blocking=non_blocking)
+        return self
 
     def to(self, device: torch.device, non_blocking: bool = True) -> "PackedSequences":
         """The same layout with its tiles on `device`."""
