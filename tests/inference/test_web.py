@@ -518,7 +518,8 @@ def test_example_clicked_while_answers_are_generated_ends_them(page, answerer):
     compare(page, PROMPT)
     for label in ("微调前 Before", "微调后 After"):
         expect(answer_box(page, label)).not_to_have_value("")
-    page.get_by_role("button", name=next(iter(read_prompts(str(inference_qlora.EXAMPLES)).values()))).click()
+    example, *_ = read_prompts(str(inference_qlora.EXAMPLES)).values()
+    page.get_by_role("button", name=example.query).click()
     expect_answers(page, ["", ""])
     page.wait_for_timeout(1000)
     expect_answers(page, ["", ""])
