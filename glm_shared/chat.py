@@ -145,8 +145,14 @@ class ChatMixin:
         Yields:
             The reply generated so far, and a new history with it.
         Raises:
+            ValueError: the history has messages, as that of ChatGLM3-6B's official code.
             Exception: the error that `generate` raised.
         """
+        if any(isinstance(turn, dict) for turn in history or ()):
+            raise ValueError(
+                "history has messages, expected (question, answer) pairs: for messages, call generate with the result "
+                "of tokenizer.apply_chat_template(messages)."
+            )
         inputs = tokenizer.pad({"input_ids": [tokenizer.build_prompt_ids(query, history or ())]}, return_tensors="pt")
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         defaults = {"max_length": tokenizer.chat_length, "eos_token_id": tokenizer.stop_token_ids}

@@ -148,6 +148,8 @@ def test_chat_generates_from_the_official_prompt(checkpoint, tokenizer, version)
     expected = {"top_p": 0.8, "temperature": 0.8, "top_k": 50, "max_length": 8192, "do_sample": True}
     assert {name: caught[name] for name in expected} == expected
     assert len(caught["eos_token_id"]) == {2: 1, 3: 3}[version]
+    with pytest.raises(ValueError, match=r"expected \(question, answer\) pairs: for messages, call generate"):
+        model.chat(tokenizer, "你好", history=[{"role": "user", "content": "一"}])
 
 
 def test_every_stop_token_ends_an_answer(checkpoint, tokenizer):
