@@ -219,11 +219,11 @@ def answer(model, tokenizer: ChatTokenizer, prompts: list[Prompt], tokens: int):
     """Generates answers of exactly `tokens` tokens: those that end an answer are excluded."""
     batch = batch_of(tokenizer, prompts, model.device)
     greedy = make_sampler(False)
-    stop_token_ids = tokenizer.stop_token_ids
+    # On the device: the sampler is a part of a CUDA graph.
+    stop_token_ids = torch.tensor(tokenizer.stop_token_ids, device=model.device)
 
     def sampler(logits: torch.Tensor) -> torch.Tensor:
-        logits[:, stop_token_ids] = float("-inf")
-        return greedy(logits)
+        return greedy(logits.index_fill(1, stop_token_ids, float("-inf")))
 
     for _ in decode(model.get_base_model(), **batch, max_new_tokens=tokens, sampler=sampler):
         pass

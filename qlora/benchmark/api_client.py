@@ -71,4 +71,6 @@ def ask(address: str, prompt: str, most_tokens: int) -> tuple[float, int]:
             if line.startswith(b"data: {"):
                 first = first or time.perf_counter() - started
                 chunk = json.loads(line.removeprefix(b"data: "))
+    if "usage" not in chunk:
+        raise SystemExit(f"error: an answer ended with {chunk}")
     return first, chunk["usage"]["completion_tokens"]  # of the last chunk

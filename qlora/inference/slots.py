@@ -22,7 +22,9 @@ from qlora.inference.generation import language_model
 from qlora.layers.linear import InferenceLoRANF4Linear
 from qlora.units import GIB
 
-WORKING_MEMORY = 1.5 * GIB  # bytes that generation needs in addition to the model and the cache
+WORKING_MEMORY = 1.5 * GIB  # bytes that generation needs in addition to the model, the keys and values, and the logits
+LOGITS = 6  # copies of a row of logits in fp32 that drawing a token takes
+USABLE = 0.97  # share of the free memory; gaps between allocations take the rest
 STEPS = 2  # between two synchronizations with the host, as for `stream_answer`
 
 
@@ -203,6 +205,9 @@ def left_padded(
 def affordable_slots(model: PeftModel | PreTrainedModel, most: int) -> int:
     """The number of slots for which there is memory, at most `most`.
 
+    Beside the slots there must be room for the keys and values of prompts while they are computed, as many as of one
+    slot, and for the logits.
+
     Raises:
         ValueError: there is no memory for a single one.
     """
@@ -212,10 +217,11 @@ def affordable_slots(model: PeftModel | PreTrainedModel, most: int) -> int:
     if not weight.is_cuda:
         return most
     free = torch.cuda.mem_get_info()[0]
-    count = min(most, int((free - WORKING_MEMORY) // slot_bytes))
+    logits_bytes = LOGITS * config.vocab_size * 4
+    count = min(most, int((USABLE * free - WORKING_MEMORY - slot_bytes) // (slot_bytes + logits_bytes)))
     if count < 1:
         raise ValueError(
-            f"{free / GIB:.1f} GiB of GPU memory are free beside the model; an answer takes "
+            f"{free / GIB:.1f} GiB of GPU memory are free beside the model; an answer takes twice "
             f"{slot_bytes / GIB:.1f} GiB for its keys and values, "
             f"and {WORKING_MEMORY / GIB:.1f} GiB are needed to work. Stop other programs on this GPU."
         )

@@ -2,18 +2,20 @@
 
 import asyncio
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import add_random_lora
 from peft import PeftModel
 
-from chatglm import ChatGLMForConditionalGeneration, fast_layers
+from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, fast_layers
 from qlora.inference.batching import Answer, Batcher
 from qlora.inference.decoding import decode, draw_tokens, make_sampler
-from qlora.inference.slots import Slots, Task, left_padded
+from qlora.inference.slots import Slots, Task, affordable_slots, left_padded
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
+from qlora.units import GIB
 
 EOS = 2
 
@@ -166,3 +168,25 @@ def test_extreme_random_numbers_and_settings():
     random_numbers = torch.tensor([[0.0], [1 - 2**-24], [1 - 2**-24], [1 - 2**-24]])
     temperature, top_p = torch.tensor([[2.0], [2.0], [2.0], [0.01]]), torch.tensor([[1.0], [1.0], [1e-9], [1.0]])
     assert draw_tokens(logits, random_numbers, temperature, top_p, 0)[:, 0].tolist() == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("free", "most", "expected"), [(75, 256, 80), (75, 16, 16), (3.7, 8, 1)])
+def test_slots_leave_memory_for_prompts_and_logits(monkeypatch, free, most, expected):
+    weight = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    model = SimpleNamespace(config=ChatGLMConfig(), get_output_embeddings=lambda: SimpleNamespace(weight=weight))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GIB, 80 * GIB))
+    count = affordable_slots(model, most)
+    assert count == expected
+    # Keys and values of 2,048 tokens in bf16, for the slots and for prompts; six copies of the logits in fp32.
+    needed = (count + 1) * 2 * 28 * 2048 * 4096 * 2 + count * 6 * 130528 * 4 + 1.5 * GIB
+    assert needed < free * GIB
+
+
+def test_too_little_memory_for_one_slot_is_refused(monkeypatch):
+    weight = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    model = SimpleNamespace(config=ChatGLMConfig(), get_output_embeddings=lambda: SimpleNamespace(weight=weight))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * GIB, 8 * GIB))
+    with pytest.raises(
+        ValueError, match="3.0 GiB of GPU memory are free beside the model; an answer takes twice 0.9 GiB"
+    ):
+        affordable_slots(model, 8)
