@@ -187,6 +187,6 @@ def test_too_little_memory_for_one_slot_is_refused(monkeypatch):
     model = SimpleNamespace(config=ChatGLMConfig(), get_output_embeddings=lambda: SimpleNamespace(weight=weight))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * GIB, 8 * GIB))
     with pytest.raises(
-        ValueError, match="3.0 GiB of GPU memory are free beside the model; an answer takes twice 0.9 GiB"
+        ValueError, match=r"3\.0 GiB of GPU memory are free beside the model; an answer takes twice 0\.9 GiB"
     ):
         affordable_slots(model, 8)
