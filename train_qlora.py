@@ -42,7 +42,7 @@ def main():
     with message_instead_of_traceback():
         args = parse_command_line(FinetuneArguments)
     if args.demo:
-        run_demo(sys.argv[1:])
+        run_demo(args.demo, sys.argv[1:])
         return
     # Freed memory can then be reused in larger pieces, so that a tight memory plan holds. Read when torch is imported.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

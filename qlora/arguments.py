@@ -226,9 +226,14 @@ class FinetuneArguments(DownloadArguments):
             "const": 1,
         },
     )
-    demo: bool = field(
-        default=False,
-        metadata={"help": "Make, train and ask a tiny model, to see the whole way; needs no weights and no GPU."},
+    demo: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make, train and ask a tiny model, chatglm if none is named, to see the whole way, without a GPU.",
+            "nargs": "?",
+            "const": "chatglm",
+            "choices": ["chatglm", "chatglm2", "chatglm3"],
+        },
     )
     kept_mlp: int | None = field(
         default=None, metadata={"help": "Use --recompute_mlp, which counts the other layers.", "hidden": True}

@@ -16,23 +16,24 @@ from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback
 from qlora.training.processes import LAUNCHED_BY_TORCHRUN
 
-MODEL, ADAPTER = "THUDM/chatglm-tiny", "saved_files/chatglm_tiny_demo"  # from the repository
 INTRODUCTION = (
-    "Demo: a tiny ChatGLM made on the spot, fine-tuned by the same code as the real one. No weights, no GPU needed."
+    "Demo: a tiny model made on the spot, fine-tuned by the same code as the real one. No weights, no GPU needed."
 )
 
 
-def run_demo(flags: list[str]):
+def run_demo(architecture: str, flags: list[str]):
     """Makes the tiny model, unless it is there, fine-tunes it, shows answers before and after.
 
     Args:
+        architecture: chatglm, chatglm2 or chatglm3.
         flags: of train_qlora.py, as the user typed them; they come after those of the demo.
     Raises:
         SystemExit: a wrong flag, found before anything is deleted; or a program failed, with its exit status.
     """
-    model = in_repository(MODEL)
+    model, own_adapter = (in_repository(f"THUDM/{architecture}-tiny"), adapter_of(architecture))
     settings = ["--train_args_json", in_repository("scripts/demo.json"), "--eval_data_path", "none"]
-    flags = [*settings, "--model_name_or_path", model, *flags, "--demo", "false"]
+    settings += ["--model_name_or_path", model, "--output_dir", own_adapter]
+    flags = [*settings, *without_demo(flags, architecture)]
     with message_instead_of_traceback():
         args = parse_command_line(FinetuneArguments, flags)
         adapter = read_output_dir(args)
@@ -42,10 +43,10 @@ def run_demo(flags: list[str]):
     if Path(model, "config.json").is_file():
         print(f"{model} is there, from an earlier demo")
     else:
-        start("scripts/make_tiny_checkpoint.py", "--output_dir", model)
+        start("scripts/make_tiny_checkpoint.py", "--architecture", architecture, "--output_dir", model)
     print("\n2/3 Fine-tuning")
     if not is_report:
-        delete_earlier_demo(adapter)
+        delete_earlier_demo(adapter, own_adapter)
     start("train_qlora.py", *flags)
     if is_report:
         return
@@ -62,6 +63,21 @@ def run_demo(flags: list[str]):
         [evaluation, *with_adapter, "--max_prompts", "50"],
     )
     print("\nGo on with it:", *map(as_typed, commands), sep="\n  ")
+
+
+def adapter_of(architecture: str) -> str:
+    """Where the adapter of a demo is."""
+    return in_repository(f"saved_files/{architecture}_tiny_demo")
+
+
+def without_demo(flags: list[str], architecture: str) -> list[str]:
+    """Flags without `--demo` and its value."""
+    kept: list[str] = []
+    for before, word in zip(["", *flags], flags, strict=False):
+        is_value = before == "--demo" and word == architecture
+        if not (is_value or word == "--demo" or word.startswith("--demo=")):
+            kept.append(word)
+    return kept
 
 
 def read_output_dir(args: FinetuneArguments) -> str:
@@ -81,15 +97,18 @@ def read_output_dir(args: FinetuneArguments) -> str:
         logging.disable(logging.NOTSET)
 
 
-def delete_earlier_demo(adapter: str):
+def delete_earlier_demo(adapter: str, own_adapter: str):
     """Deletes the folder of the adapter, if it is the demo's own and not the user's.
 
+    Args:
+        adapter: where the adapter will be.
+        own_adapter: where that of a demo is, if the user names no other place.
     Raises:
         SystemExit: another demo is writing there, or the folder cannot be deleted.
     """
     from qlora.training.run_lock import check_not_locked
 
-    if Path(adapter).resolve() == (REPOSITORY / ADAPTER).resolve() and Path(adapter).exists():
+    if Path(adapter).resolve() == Path(own_adapter).resolve() and Path(adapter).exists():
         with message_instead_of_traceback():
             check_not_locked(adapter)
             shutil.rmtree(adapter)

@@ -53,15 +53,24 @@ def test_three_phases_on_one_thread(repository, capfd, monkeypatch):
     programs = ("scripts/make_tiny_checkpoint", "train_qlora", "inference_qlora")
     parts = [rf"{number}/3 \w[^\n]*\n1 threads: {name}\.py" for number, name in enumerate(programs, 1)]
     assert re.search(".*".join(parts), printed, re.S), printed
-    assert (
-        "--eval_data_path none --model_name_or_path THUDM/chatglm-tiny --demo --lora_rank 8 --demo false\n" in printed
-    )
+    assert f"--model_name_or_path THUDM/chatglm-tiny --output_dir {ADAPTER} --lora_rank 8\n" in printed
     assert f"--adapter_path {ADAPTER} --prompt_file data/dev.jsonl" in printed
     assert errors.count(f"PYTHONPATH={repository}{os.pathsep}elsewhere PYTHONUTF8=1") == 3
     assert not ADAPTER.exists()
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     run_main(train_qlora, "--demo")
     assert "3 threads: " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--demo", "chatglm2"], ["--demo=chatglm2"]])
+def test_demo_of_another_model(repository, capfd, words):
+    run_main(train_qlora, "--lora_rank", "8", *words, "--lora_alpha", "16")
+    printed, own = capfd.readouterr().out, Path("saved_files", "chatglm2_tiny_demo")
+    assert "--architecture chatglm2 --output_dir THUDM/chatglm2-tiny\n" in printed
+    flags = f"--model_name_or_path THUDM/chatglm2-tiny --output_dir {own} --lora_rank 8 --lora_alpha 16\n"
+    assert flags in printed and f"--adapter_path {own} --prompt_file" in printed
+    assert ADAPTER.is_dir()  # that of the other demo
+    assert "invalid choice: 'glm4'" in error_of(train_qlora, "--demo", "glm4")
 
 
 def test_tiny_model_is_made_once(repository, capfd):
