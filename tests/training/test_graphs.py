@@ -15,13 +15,13 @@ from qlora.training.graphs import GraphedPasses
 
 
 class StandIn:
-    """A recorder whose graphs are the work itself."""
+    """A recorder whose graphs are the work itself, with or without gradients as it was recorded."""
 
     def warm_up(self, work):
         work()
 
     def record(self, work):
-        return work
+        return torch.set_grad_enabled(torch.is_grad_enabled())(work)
 
 
 def random_samples(config, *lengths: tuple[int, int]) -> list[dict]:
