@@ -34,7 +34,8 @@ class PackedSequences:
         return cls(lengths, torch.tensor(tiles, dtype=torch.int32))
 
     def fill_up(self, tiles: int) -> "PackedSequences":
-        """The same layout with so many tiles; those that are added are empty."""
+        """The same layout with so many tiles, at least as many as it has; those that are added are empty."""
+        assert tiles >= len(self.tiles)
         return PackedSequences(self.lengths, F.pad(self.tiles, (0, 0, 0, tiles - len(self.tiles))))
 
     def pin_memory(self) -> "PackedSequences":

@@ -38,7 +38,7 @@ from qlora.units import GIB
 with one_line_on_interrupt():  # these imports take seconds
     import torch
     from peft import PeftModel
-    from transformers import BatchEncoding
+    from transformers import AutoConfig, BatchEncoding
 
     from glm_shared.chat import ChatTokenizer, Prompt
     from qlora.adapter import add_lora
@@ -106,7 +106,9 @@ def main():
     }
     with throttled_host() if args.throttle_host else contextlib.nullcontext():
         result = measures[args.what](args)
-    record = {"name": args.name, "date": time.strftime("%Y-%m-%d"), "code": code_hash(), **result, **machine()}
+    model = AutoConfig.from_pretrained(args.model_name_or_path).display_name
+    name = args.name if model == "ChatGLM-6B" else f"{model} {args.name}"
+    record = {"name": name, "date": time.strftime("%Y-%m-%d"), "code": code_hash(), **result, **machine()}
     if args.record:
         append_record(Path(args.record), record)
     print(json.dumps(record))
@@ -184,9 +186,7 @@ def run_training(command: list) -> tuple[str, list[float]]:
 def measure_decoding(args: BenchmarkArguments) -> dict:
     """Tokens per second of greedy answers with an adapter, for one prompt and for all prompts in batches."""
     tokenizer = load_tokenizer(args.model_name_or_path)
-    model = load_quantized_model(
-        args.model_name_or_path, torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    )
+    model = load_quantized_model(args.model_name_or_path, choose_compute_dtype(None))
     model = add_lora(model, 4, 32, 0.0, ["query_key_value"]).eval()
     rows = list(read_rows(args.data_path))
     prompts = [Prompt(query) for query in sorted((row["query"] for row in rows), key=len)]
@@ -239,7 +239,7 @@ def generate_rate(model, tokenizer: ChatTokenizer, prompt: Prompt, tokens: int) 
 
 def measure_loading(args: BenchmarkArguments) -> dict:
     """Seconds to load and quantize the model on the GPU, and its memory."""
-    seconds = timed(lambda: load_quantized_model(args.model_name_or_path, torch.bfloat16))
+    seconds = timed(lambda: load_quantized_model(args.model_name_or_path, choose_compute_dtype(None)))
     return {
         "seconds": round(seconds, 1),
         "allocated_gib": round(torch.cuda.memory_allocated() / GIB, 2),

@@ -54,6 +54,7 @@ class PaddingFreeCollator:
         inputs = self.concatenate(samples)
         if size:
             labels = size.labels - inputs["shift_labels"].shape[1]
+            assert missing >= 0 and labels >= 0, "the row is longer than its size"
             inputs["logits_to_keep"] = F.pad(inputs["logits_to_keep"], (0, labels))
             inputs["shift_labels"] = F.pad(inputs["shift_labels"], (0, labels), value=IGNORE_INDEX)
             inputs["packed_sequences"] = inputs["packed_sequences"].fill_up(size.tiles)

@@ -88,6 +88,7 @@ class GraphedPasses:
         """Drops all graphs and frees their memory."""
         self.graphs: dict[tuple[RowSize, bool], tuple[dict, Callable[[], None]]] = {}
         self.recorder = None
+        self.warmed_up: set[bool] = set()  # with gradients, without
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -116,7 +117,8 @@ class GraphedPasses:
         self.loss_sum.zero_()
         self.divisor.fill_(divisor)
         for samples in micro_batches:
-            draw_seed(self.dropout_seed)
+            if torch.is_grad_enabled():  # an evaluation has no dropout, and leaves the generator as it is
+                draw_seed(self.dropout_seed)
             self.replay(samples)
         return self.loss_sum.clone()
 
@@ -137,6 +139,8 @@ class GraphedPasses:
         """A graph for rows of the size of these inputs: the inputs that it reads, and the function that replays it."""
         if self.recorder is None:
             self.recorder = self.make_recorder()
+        if torch.is_grad_enabled() not in self.warmed_up:
+            self.warmed_up.add(torch.is_grad_enabled())
             size = RowSize(LEAST_TOKENS, LEAST_TOKENS, LEAST_TOKENS // TILE + self.most_samples)
             padding = self.to_device(self.collate([], size))
             self.recorder.warm_up(lambda: self.passes(padding))

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import re
+import shlex
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
@@ -163,7 +164,7 @@ def write_model_card(
         template_str=TEMPLATE,
         name=folder.resolve().name,
         base=base,
-        prompt_flag=f" --prompt_text '{prompt_text}'" if prompt_text else "",
+        prompt_flag=f" --prompt_text {shlex.quote(prompt_text)}" if prompt_text else "",
         files=files,
         losses=describe_losses(log_history),
         picture=PICTURE if (folder / PICTURE).is_file() else None,

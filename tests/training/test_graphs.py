@@ -103,6 +103,20 @@ def test_every_micro_batch_has_a_dropout_mask_of_its_own(model, passes):
     assert len(losses) == 4
 
 
+def test_evaluation_before_the_first_step_changes_nothing_in_it(model, passes):
+    samples, losses = random_samples(model.config, (5, 9)), []
+    for evaluate in (False, True):
+        passes.forget()
+        model.zero_grad()
+        torch.manual_seed(0)
+        if evaluate:
+            with torch.no_grad():
+                passes.loss([samples], divisor=1)
+        losses.append(passes.forward_backward([samples], divisor=1))
+        assert passes.warmed_up == ({True, False} if evaluate else {True})
+    assert torch.equal(*losses)
+
+
 def test_forgotten_graphs_are_recorded_again(model, passes):
     samples = random_samples(model.config, (5, 9))
     passes.forward_backward([samples], divisor=1)

@@ -45,6 +45,14 @@ def test_step_is_not_split_if_it_fits():
         assert choose_plan(SIZES, STEP_TOKENS, LONGEST_SAMPLE, int(gib * GIB)).max_tokens >= STEP_TOKENS
 
 
+def test_host_counts_where_there_are_no_graphs():
+    one = MemoryPlan(STEP_TOKENS, 28, 28)
+    eight = MemoryPlan(STEP_TOKENS // 8, 28, 28)
+    graphs, launches = SIZES, dataclasses.replace(SIZES, processes=2)
+    costs = [[relative_cost(sizes, plan, STEP_TOKENS) for plan in (one, eight)] for sizes in (graphs, launches)]
+    assert costs[0][0] == costs[1][0] and 4 * costs[0][1] < 3 * costs[1][1]
+
+
 def test_too_small_budget_is_refused():
     with pytest.raises(ValueError, match=r"4\.00 GiB of GPU memory are too little: the longest sample, 2048 tokens"):
         choose_plan(SIZES, STEP_TOKENS, 2048, 4 * GIB)
