@@ -47,10 +47,8 @@ def describe(config: ModelDescription) -> GGMLModel:
     prefix_length, rope_theta = 0, 10000.0
     limits = (config.max_position_embeddings, config.eos_token_id, config.pad_token_id)
     hyperparameters = struct.pack("<6ifif3i", *sizes, config.layernorm_epsilon, prefix_length, rope_theta, *limits)
-    tied = tied_weights(config)
-    return GGMLModel(
-        config.ggml_type, hyperparameters, [name for name in parameter_shapes(config) if name not in tied]
-    )
+    tensors = [name for name in parameter_shapes(config) if name not in tied_weights(config)]
+    return GGMLModel(config.ggml_type, hyperparameters, tensors)
 
 
 class Encoding(NamedTuple):
