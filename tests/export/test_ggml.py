@@ -15,8 +15,9 @@ import torch
 from conftest import GOLDEN_ADAPTER, ROOT, import_script, run_main
 
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm2 import ChatGLM2Config
 from qlora.checkpoint import read_config
-from qlora.export.ggml import encode_q4_0, encode_q8_0, write_ggml
+from qlora.export.ggml import describe, encode_q4_0, encode_q8_0, write_ggml
 from qlora.export.merging import WeightReader, merged_tensors
 from qlora.export.official_folder import quantize_rows
 
@@ -251,3 +252,8 @@ def test_package_reads_the_official_int8_and_int4_weights(tmp_path, bits):
         convert.dump_state_dict(file, [meta], {"weight": numbers, "weight_scale": scale}, bits)
     ((_, read),) = read_tensors((tmp_path / "file").read_bytes(), 0)
     assert (weight - torch.from_numpy(read.values)).abs().max() <= 0.501 * scale.max()
+
+
+def test_models_with_other_layers_are_refused():
+    with pytest.raises(ValueError, match=r"cannot be written for chatglm\.cpp: only ChatGLM-6B can"):
+        describe(ChatGLM2Config())
