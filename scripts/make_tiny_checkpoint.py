@@ -57,7 +57,7 @@ class TinyCheckpointArguments:
         default=None, metadata={"help": "Folder to write; by default THUDM/chatglm-tiny, named like the architecture."}
     )
     vocab_size: int = field(default=3000, metadata={"help": "Number of SentencePiece pieces."})
-    max_steps: int = field(default=600, metadata={"help": "Pre-training steps of 16 rows."})
+    max_steps: int = field(default=540, metadata={"help": "Pre-training steps of 16 rows."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
