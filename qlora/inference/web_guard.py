@@ -42,10 +42,9 @@ class Readers:
 
     def __init__(self) -> None:
         self.unread_since: dict[str, float | None] = {}  # of visitors who are being answered
-        self.cleared: set[str] = set()  # those of them who have cleared the answer meanwhile
 
-    def while_read(self, updates: Iterator[Update], session: str, empty: Update) -> Iterator[Update]:
-        """The updates of an answer; of one that is cleared, `empty` is the last.
+    def while_read(self, updates: Iterator[Update], session: str) -> Iterator[Update]:
+        """The updates of an answer.
 
         Raises:
             ValueError: the visitor has confirmed none for PATIENCE.
@@ -53,8 +52,6 @@ class Readers:
         self.unread_since[session] = None
         try:
             for update in updates:
-                if session in self.cleared:
-                    break
                 now = time.monotonic()
                 since = self.unread_since[session]
                 if since is None:
@@ -62,16 +59,8 @@ class Readers:
                 elif now - since > PATIENCE:
                     raise ValueError(UNREAD)
                 yield update
-            if session in self.cleared:
-                yield empty
         finally:
             del self.unread_since[session]
-            self.cleared.discard(session)
-
-    def clear(self, session: str) -> None:
-        """Ends the answer to a visitor, if there is one, with an empty update."""
-        if session in self.unread_since:
-            self.cleared.add(session)
 
     def confirm(self, session: str) -> None:
         """Notes that a visitor has read a piece of the stream."""

@@ -1,5 +1,6 @@
 """The layout of the compare page, and its server. Needs gradio 6."""
 
+import dataclasses
 import hmac
 import html
 import logging
@@ -46,6 +47,13 @@ LOGIN_NOTE = (
     f"Any user name will do, but not an empty one; after {MOST_TRIES} wrong tries wait a minute."
 )
 FAILURE = "生成失败，原因见服务器的输出。 The answer failed; the server's output says why."
+
+
+@dataclasses.dataclass
+class Shown:
+    """Whether the newest answer to a visitor was cleared from the page; gradio keeps one for each visitor."""
+
+    cleared: bool = False
 
 
 def serve(page: Page, examples: list[str]):
@@ -169,9 +177,15 @@ def ask(
         readers: end an answer that nobody reads.
     """
 
-    def with_notes(request: gr.Request, *values) -> Iterator:
+    shown = gr.State(Shown())
+
+    def with_notes(request: gr.Request, shown: Shown, *values) -> Iterator:
+        shown.cleared = False
         try:
-            yield from readers.while_read(function(*values), request.session_hash, empty)
+            for update in readers.while_read(function(*values), request.session_hash):
+                if shown.cleared:
+                    return
+                yield update
         except ValueError as error:
             gr.Warning(str(error))
             yield gr.skip()
@@ -180,12 +194,19 @@ def ask(
             gr.Warning(FAILURE)
             yield gr.skip()
 
-    def end_and_empty(request: gr.Request) -> Sequence:
-        readers.clear(request.session_hash)
+    def end_and_empty(shown: Shown) -> Sequence:
+        shown.cleared = True
         return empty
 
+    def empty_again(shown: Shown) -> Sequence:
+        return empty if shown.cleared else [gr.skip()] * len(outputs)
+
     name = function.__name__
-    asked = gr.on(triggers, with_notes, inputs, outputs, api_name=name, concurrency_limit=1, concurrency_id="model")
+    asked = gr.on(
+        triggers, with_notes, [shown, *inputs], outputs, api_name=name, concurrency_limit=1, concurrency_id="model"
+    )
     stop.click(None, cancels=asked)
-    # A cancelled answer may be on its way, or not be known to the browser yet: then its last update is empty, too.
-    clear(end_and_empty, None, outputs, cancels=asked)
+    # gradio's page cancels an answer after it has called `end_and_empty`. A piece that is sent in between fills the
+    # outputs again, so that they are emptied once more when the page has shown the last piece.
+    clear(end_and_empty, shown, outputs, cancels=asked)
+    asked.then(empty_again, shown, outputs, show_progress="hidden", trigger_mode="always_last")

@@ -94,7 +94,7 @@ def test_answer_that_is_not_read_is_ended(monkeypatch, last_read):
     monkeypatch.setattr(web_guard.time, "monotonic", lambda: now[0])
     visitor = client(readers=readers)
     with pytest.raises(ValueError, match="since the page did not receive it"):
-        for update in readers.while_read(iter(range(100)), "abc", None):
+        for update in readers.while_read(iter(range(100)), "abc"):
             found.append(update)
             now[0] += 1
             for session in ("abc",) * (last_read is not None and update <= last_read) + ("another",):
@@ -107,15 +107,6 @@ def test_answer_that_is_not_read_is_ended(monkeypatch, last_read):
 def test_model_that_is_slow_is_waited_for(monkeypatch):
     now, readers = [0.0], Readers()
     monkeypatch.setattr(web_guard.time, "monotonic", lambda: now[0])
-    for _ in readers.while_read(iter(range(9)), "abc", None):
+    for _ in readers.while_read(iter(range(9)), "abc"):
         readers.confirm("abc")
         now[0] += 10 * web_guard.PATIENCE
-
-
-@pytest.mark.parametrize("last", [3, 8])
-def test_answer_that_is_cleared_ends_with_an_empty_update(last):
-    readers, found = Readers(), []
-    for update in readers.while_read(iter(range(9)), "abc", "empty"):
-        found.append(update)
-        readers.clear("abc" if update == last else "another")
-    assert found == [*range(last + 1), "empty"] and readers.cleared == set()
