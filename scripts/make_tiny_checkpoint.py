@@ -57,7 +57,7 @@ class TinyCheckpointArguments:
         default=None, metadata={"help": "Folder to write; by default THUDM/chatglm-tiny, named like the architecture."}
     )
     vocab_size: int = field(default=3000, metadata={"help": "Number of SentencePiece pieces."})
-    max_steps: int = field(default=540, metadata={"help": "Pre-training steps of 16 rows."})
+    max_steps: int = field(default=540, metadata={"help": "Pre-training steps of 16 rows; 0 for random weights."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
@@ -156,6 +156,10 @@ def plain_description(attributes: str) -> str:
 
 def pretrain(rows: list[dict], tokenizer: ChatTokenizer, max_steps: int, seed: int):
     """Trains all weights of a new model; one half of the samples are plain descriptions, the other advertisements."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(tokenizer), dtype=torch.float32)
+    if max_steps == 0:
+        return model
     encoder = SampleEncoder(tokenizer, "", 512, 512)
     plain = [(row["query"], plain_description(row["query"])) for row in rows]
     requested = [(ASK_FOR_AD + row["query"], row["answer"]) for row in rows]
@@ -163,8 +167,6 @@ def pretrain(rows: list[dict], tokenizer: ChatTokenizer, max_steps: int, seed: i
     for query, answer in plain + requested:
         input_ids, labels, *_ = encoder.encode(query, [], answer)
         samples.append({"input_ids": input_ids, "labels": labels})
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(tokenizer), dtype=torch.float32)
     with tempfile.TemporaryDirectory() as scratch:
         training_args = TrainingArguments(
             output_dir=scratch,

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from qlora.arguments import REPOSITORY, FinetuneArguments, in_repository
@@ -19,10 +20,13 @@ from qlora.training.processes import LAUNCHED_BY_TORCHRUN
 INTRODUCTION = (
     "Demo: a tiny model made on the spot, fine-tuned by the same code as the real one. No weights, no GPU needed."
 )
+MAKER = ("scripts/make_tiny_checkpoint.py", "--architecture")
 
 
 def run_demo(architecture: str, flags: list[str]):
     """Makes the tiny model, unless it is there, fine-tunes it, shows answers before and after.
+
+    With `--check` or `--dry_run` it says what it would do.
 
     Args:
         architecture: chatglm, chatglm2 or chatglm3.
@@ -30,39 +34,81 @@ def run_demo(architecture: str, flags: list[str]):
     Raises:
         SystemExit: a wrong flag, found before anything is deleted; or a program failed, with its exit status.
     """
-    model, own_adapter = (in_repository(f"THUDM/{architecture}-tiny"), adapter_of(architecture))
-    settings = ["--train_args_json", in_repository("scripts/demo.json"), "--eval_data_path", "none"]
-    settings += ["--model_name_or_path", model, "--output_dir", own_adapter]
-    flags = [*settings, *without_demo(flags, architecture)]
+    model, own_adapter = in_repository(f"THUDM/{architecture}-tiny"), adapter_of(architecture)
+    flags = without_demo(flags, architecture)
     with message_instead_of_traceback():
-        args = parse_command_line(FinetuneArguments, flags)
+        args = parse_command_line(FinetuneArguments, [*settings(model, own_adapter), *flags])
         adapter = read_output_dir(args)
-    is_report = args.check is not None or args.dry_run is not None
+        earlier_demo = adapter if is_earlier_demo(adapter, own_adapter) else None
     print(INTRODUCTION)
+    if args.check is not None or args.dry_run is not None:
+        report(architecture, model, own_adapter, earlier_demo, flags)
+        return
     print("\n1/3 Making a tiny model")
-    if Path(model, "config.json").is_file():
+    if is_made(model):
         print(f"{model} is there, from an earlier demo")
     else:
-        start("scripts/make_tiny_checkpoint.py", "--architecture", architecture, "--output_dir", model)
+        anew = "Nothing of the tiny model is kept; the same command begins anew."
+        start(*MAKER, architecture, "--output_dir", model, when_interrupted=anew)
     print("\n2/3 Fine-tuning")
-    if not is_report:
-        delete_earlier_demo(adapter, own_adapter)
-    start("train_qlora.py", *flags)
-    if is_report:
-        return
+    if earlier_demo:
+        with message_instead_of_traceback():
+            shutil.rmtree(earlier_demo)
+    kept = f"The tiny model in {model} is kept; the same command fine-tunes it."
+    start("train_qlora.py", *settings(model, own_adapter), *flags, when_interrupted=kept)
     print("\n3/3 Answers before and after")
     with_adapter = ["--adapter_path", adapter]
-    start("inference_qlora.py", *with_adapter, "--prompt_file", in_repository("data/dev.jsonl"), "--max_prompts", "3")
+    further = commands(with_adapter)
+    kept = f"The adapter in {adapter} is kept. To go on with it: {as_typed(further[0])}"
+    prompts = ["--prompt_file", in_repository("data/dev.jsonl"), "--max_prompts", "3"]
+    start("inference_qlora.py", *with_adapter, *prompts, when_interrupted=kept)
+    print("\nGo on with it:", *map(as_typed, further), sep="\n  ")
+
+
+def report(architecture: str, model: str, own_adapter: str, earlier_demo: str | None, flags: list[str]):
+    """Says what the demo would do; nothing is trained, and nothing deleted.
+
+    What is checked of the fine-tuning needs a tokenizer and a model, trained or not. Where there is none yet, one that
+    is not trained is made in a temporary folder, which takes seconds.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        print("\n1/3 Making a tiny model")
+        if is_made(model):
+            print(f"{model} is there, from an earlier demo")
+        else:
+            print(f"{model} would be made, in about a minute; one that is not trained is checked in its place")
+            model = str(Path(scratch, Path(model).name))
+            start(*MAKER, architecture, "--output_dir", model, "--max_steps", "0")
+        print("\n2/3 Fine-tuning")
+        if earlier_demo:
+            print(f"{earlier_demo}, from an earlier demo, would be deleted; a new folder is checked in its place")
+            own_adapter += ".new"
+        start("train_qlora.py", *settings(model, own_adapter), *flags)
+    print("\n3/3 Answers before and after\nThree prompts of data/dev.jsonl would be answered")
+
+
+def settings(model: str, adapter: str) -> list[str]:
+    """The demo's flags of train_qlora.py."""
+    of_json = ["--train_args_json", in_repository("scripts/demo.json"), "--eval_data_path", "none"]
+    return [*of_json, "--model_name_or_path", model, "--output_dir", adapter]
+
+
+def commands(with_adapter: list[str]) -> list[list[str]]:
+    """What can be done with the demo's adapter, as commands of the interpreter."""
     inference, evaluation = in_repository("inference_qlora.py"), in_repository("scripts/evaluate_qlora.py")
     install = ["-m", "pip", "install"]
-    commands = (
+    return [
         [inference, *with_adapter, "--chat"],
         [*install, "gradio"],
         [inference, *with_adapter, "--web"],
         [*install, "jieba", "rouge-chinese", "nltk"],
         [evaluation, *with_adapter, "--max_prompts", "50"],
-    )
-    print("\nGo on with it:", *map(as_typed, commands), sep="\n  ")
+    ]
+
+
+def is_made(model: str) -> bool:
+    """Whether the tiny model is there; its maker writes config.json last."""
+    return Path(model, "config.json").is_file()
 
 
 def adapter_of(architecture: str) -> str:
@@ -97,25 +143,30 @@ def read_output_dir(args: FinetuneArguments) -> str:
         logging.disable(logging.NOTSET)
 
 
-def delete_earlier_demo(adapter: str, own_adapter: str):
-    """Deletes the folder of the adapter, if it is the demo's own and not the user's.
+def is_earlier_demo(adapter: str, own_adapter: str) -> bool:
+    """Whether the folder of the adapter holds an earlier demo, and is not one that the user named.
 
-    Args:
-        adapter: where the adapter will be.
-        own_adapter: where that of a demo is, if the user names no other place.
     Raises:
-        SystemExit: another demo is writing there, or the folder cannot be deleted.
+        ValueError: another demo is writing there.
     """
     from qlora.training.run_lock import check_not_locked
 
-    if Path(adapter).resolve() == Path(own_adapter).resolve() and Path(adapter).exists():
-        with message_instead_of_traceback():
-            check_not_locked(adapter)
-            shutil.rmtree(adapter)
+    if Path(adapter).resolve() != Path(own_adapter).resolve() or not Path(adapter).exists():
+        return False
+    check_not_locked(adapter)
+    return True
 
 
-def start(program: str, *flags: str):
-    """Runs a program of the repository; SystemExit with its exit status if it fails."""
+def start(program: str, *flags: str, when_interrupted: str = ""):
+    """Runs a program of the repository.
+
+    Args:
+        program: its path there.
+        flags: of the program.
+        when_interrupted: what is printed after its own message if Ctrl-C ends it.
+    Raises:
+        SystemExit: with its exit status, if it fails.
+    """
     sys.stdout.flush()  # what was printed so far comes before the program's output
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]  # scripts/ import the project
     # A tiny model gains nothing from more threads, and loses where cores are shared. Windows has another encoding for
@@ -126,6 +177,8 @@ def start(program: str, *flags: str):
         status = process.wait()
     except KeyboardInterrupt:  # the program has received it, too, and ends with a message
         status = process.wait() or 130
+    if status == 130 and when_interrupted:
+        print(when_interrupted, file=sys.stderr)
     if status:
         raise SystemExit(status if status > 0 else 128 - status)
 

@@ -119,11 +119,11 @@ def read_training_args(
     given = translate_renamed_keys(
         {name: flag_value(name, words) for name, words in (flags or {}).items()}, "the command line"
     )
-    source = path
-    if flags:
-        source = f"{path} and the command line"
-        values = override(values, given)
-        logger.info("From the command line: %s", ", ".join(f"{k} {' '.join(w) or 'true'}" for k, w in flags.items()))
+    source = f"{path} and the command line" if given else path
+    others = [f"{key} {value}" for key, value in given.items() if key not in values or values[key] != value]
+    if others:
+        logger.info("Other settings than in %s: %s", path, ", ".join(others))
+    values = override(values, given)
     problems = check_keys(values) + check_evaluation(values, evaluate) + check_epochs(values, given)
     if problems:
         raise ValueError(f"{source}: {'; '.join(name_flags(problem, given) for problem in problems)}.")

@@ -22,7 +22,7 @@ from qlora.training.run_lock import lock_output_dir
 STAND_IN = """#!/bin/sh
 echo "$OMP_NUM_THREADS threads: $*"
 echo "PYTHONPATH=$PYTHONPATH PYTHONUTF8=$PYTHONUTF8" >&2
-case "$*" in *make_tiny_checkpoint*) exit "${STATUS:-0}" ;; esac
+case "$*" in *"${INTERRUPTED:-nothing at all}"*) exit 130 ;; *make_tiny_checkpoint*) exit "${STATUS:-0}" ;; esac
 """
 ADAPTER = Path("saved_files", "chatglm_tiny_demo")
 
@@ -44,6 +44,12 @@ def repository(tmp_path, monkeypatch) -> Path:
         monkeypatch.setattr(module, "REPOSITORY", folder)
     monkeypatch.chdir(folder)
     return folder
+
+
+def make_model(repository: Path):
+    """What is left of the tiny model of an earlier demo."""
+    (repository / "THUDM" / "chatglm-tiny").mkdir(parents=True)
+    (repository / "THUDM" / "chatglm-tiny" / "config.json").touch()
 
 
 def test_three_phases_on_one_thread(repository, capfd, monkeypatch):
@@ -74,8 +80,7 @@ def test_demo_of_another_model(repository, capfd, words):
 
 
 def test_tiny_model_is_made_once(repository, capfd):
-    (repository / "THUDM" / "chatglm-tiny").mkdir(parents=True)
-    (repository / "THUDM" / "chatglm-tiny" / "config.json").touch()
+    make_model(repository)
     run_main(train_qlora, "--demo")
     printed = capfd.readouterr().out
     assert "THUDM/chatglm-tiny is there, from an earlier demo" in printed and "make_tiny_checkpoint" not in printed
@@ -109,11 +114,32 @@ def test_nothing_of_the_user_is_deleted(repository, capfd):
 
 
 @pytest.mark.parametrize("flag", ["--check", "--dry_run=2"])
-def test_check_trains_and_deletes_nothing(repository, capfd, flag):
+def test_check_of_a_new_demo_takes_a_model_that_is_not_trained(repository, capfd, flag):
+    shutil.rmtree(ADAPTER)
     run_main(train_qlora, "--demo", flag)
     printed = capfd.readouterr().out
-    assert "train_qlora.py --train_args_json scripts/demo.json" in printed and "inference_qlora.py" not in printed
+    (model,) = re.findall(
+        r"make_tiny_checkpoint.py --architecture chatglm --output_dir (\S+) --max_steps 0\n", printed
+    )
+    assert not Path(model).is_relative_to(repository) and not Path(model).parent.exists()
+    assert f"--model_name_or_path {model} --output_dir {ADAPTER} {flag}\n" in printed
+    assert "THUDM/chatglm-tiny would be made" in printed and "inference_qlora.py" not in printed
+
+
+def test_check_after_a_demo_deletes_nothing_and_names_another_folder(repository, capfd):
+    make_model(repository)
+    run_main(train_qlora, "--demo", "--check")
+    printed = capfd.readouterr().out
+    assert f"--model_name_or_path THUDM/chatglm-tiny --output_dir {ADAPTER}.new --check\n" in printed
+    assert "make_tiny_checkpoint" not in printed and f"{ADAPTER}, from an earlier demo, would be deleted" in printed
     assert ADAPTER.is_dir()
+
+
+def test_check_of_another_folder_is_of_that_folder(repository, capfd):
+    make_model(repository)
+    run_main(train_qlora, "--demo", "--check", "--output_dir", "own")
+    printed = capfd.readouterr().out
+    assert f"--output_dir {ADAPTER} --check --output_dir own\n" in printed and "would be deleted" not in printed
 
 
 @pytest.mark.parametrize(
@@ -157,6 +183,25 @@ def test_interrupted_program_ends_the_demo_after_its_own_message(repository, mon
     with pytest.raises(SystemExit, match="130"):
         demo.start("train_qlora.py")
     assert next(waits, None) is None
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("make_tiny_checkpoint", "Nothing of the tiny model is kept; the same command begins anew."),
+        ("train_qlora", "The tiny model in THUDM/chatglm-tiny is kept; the same command fine-tunes it."),
+        (
+            "inference_qlora",
+            f"The adapter in {ADAPTER} is kept. To go on with it: python inference_qlora.py --adapter",
+        ),
+    ],
+)
+def test_interrupted_demo_says_what_is_kept_and_how_to_go_on(repository, capfd, monkeypatch, program, message):
+    monkeypatch.setenv("INTERRUPTED", program)
+    with pytest.raises(SystemExit, match="130"):
+        run_main(train_qlora, "--demo")
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1].startswith(message)
 
 
 def test_torchrun_is_refused(repository, monkeypatch):

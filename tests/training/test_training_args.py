@@ -398,7 +398,14 @@ def test_flag_takes_the_place_of_the_json(write_json, caplog, flag, key, value):
     path = write_json(**others, save_total_limit=2, eval_strategy="steps", disable_tqdm=True)
     args = read_training_args(path, parse_command_line(FinetuneArguments, flag.split()).training_args).training_args
     assert getattr(args, key) == value
-    assert f"From the command line: {flag[2:]}" in caplog.text
+    is_other = flag != "--group_by_length false"
+    assert (f"Other settings than in {path}: {key} " in caplog.text) == is_other
+
+
+def test_flag_that_says_the_same_as_the_json_is_no_other_setting(write_json, caplog):
+    caplog.set_level(logging.INFO)
+    read_training_args(write_json(learning_rate=1e-4, seed=1), {"learning_rate": ["0.0001"], "seed": ["2"]})
+    assert ": seed 2" in caplog.text and "learning_rate" not in caplog.text
 
 
 @pytest.mark.parametrize(
