@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 logger = logging.getLogger(__name__)
 
 Arguments = TypeVar("Arguments")
+SHORTEST_WORDS = 6  # characters with the underscores around: `_lr_` is in lr_scheduler_type, and means another setting
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -189,6 +190,11 @@ def shown_flags(kind: type) -> list[str]:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """` (did you mean X?)`, or nothing where no known name is close."""
-    matches = difflib.get_close_matches(name, known, n=1)
+    """` (did you mean X?)`: the first known name that has these words among its own, or else one of like spelling.
+
+    Nothing where there is neither.
+    """
+    words = f"_{name.lstrip('-').replace('-', '_')}_"
+    longer = [other for other in known if len(words) >= SHORTEST_WORDS and words in f"_{other.lstrip('-')}_"]
+    matches = longer or difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {matches[0]}?)" if matches else ""

@@ -161,6 +161,10 @@ def test_no_evaluation(value):
         ("--lora_rnak", "--lora_rank"),
         ("--learning_rte", "--learning_rate"),
         ("--max_input_lenght", "--max_input_length"),
+        ("--ouput", "--output_dir"),
+        ("--model", "--model_name_or_path"),
+        ("--batch-size", "--per_device_train_batch_size"),
+        ("--lr", None),
         ("--xyz", None),
     ],
 )
@@ -169,6 +173,8 @@ def test_unknown_flag_is_refused_with_the_nearest(flag, suggestion):
         parse(flag, 8)
     if suggestion:
         assert f"did you mean {suggestion}?" in str(raised.value)
+    else:
+        assert "did you mean" not in str(raised.value)
 
 
 @pytest.mark.parametrize("flag", ["--lora_r", "--train_data", "--max_input", "--model"])

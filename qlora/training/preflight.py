@@ -319,7 +319,8 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
     with preflight.collect_problems():
         check_run(preflight, training_args)
     with preflight.collect_problems():
-        check_optimizer(args.train_args_json, training_args, preflight.steps.steps if preflight.steps else 1)
+        source = f"{args.train_args_json} and the command line" if args.training_args else args.train_args_json
+        check_optimizer(source, training_args, preflight.steps.steps if preflight.steps else 1)
     with preflight.collect_problems():
         check_disk(preflight, training_args)
 
@@ -337,12 +338,12 @@ def check_run(preflight: Preflight, training_args: TrainingArguments):
             check_best_checkpoint(checkpoint)
 
 
-def check_optimizer(path: str, args: TrainingArguments, steps: int):
+def check_optimizer(source: str, args: TrainingArguments, steps: int):
     """Builds the optimizer and the learning rate schedule for a model of one matrix, and takes two steps.
 
     Args:
-        path: the JSON file, for the message.
-        args: the JSON's values.
+        source: where the values stand, for the message.
+        args: the values.
         steps: optimizer steps of the run.
     Raises:
         ValueError: a value or a combination that the optimizer or the schedule refuses, or a package that is missing.
@@ -365,7 +366,7 @@ def check_optimizer(path: str, args: TrainingArguments, steps: int):
     except (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = first_line(error).removesuffix(".")
         names = f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}"
-        raise ValueError(f"{path}: {names} cannot be used: {reason}.") from error
+        raise ValueError(f"{source}: {names} cannot be used: {reason}.") from error
 
 
 def ignored_by_optimizer(args: TrainingArguments, model: torch.nn.Module) -> list[str]:

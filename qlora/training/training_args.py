@@ -119,14 +119,13 @@ def read_training_args(
     given = translate_renamed_keys(
         {name: flag_value(name, words) for name, words in (flags or {}).items()}, "the command line"
     )
-    source = f"{path} and the command line" if given else path
     others = [f"{key} {value}" for key, value in given.items() if key not in values or values[key] != value]
     if others:
         logger.info("Other settings than in %s: %s", path, ", ".join(others))
     values = override(values, given)
     problems = check_keys(values) + check_evaluation(values, evaluate) + check_epochs(values, given)
     if problems:
-        raise ValueError(f"{source}: {'; '.join(name_flags(problem, given) for problem in problems)}.")
+        raise ValueError(with_sources(problems, path, values, given))
     dtype = set_precision(values, compute_dtype)
     if not evaluate:
         values["eval_strategy"] = "no"
@@ -143,13 +142,12 @@ def read_training_args(
         training_args = TrainingArguments(**values)
         check_data_loader(training_args)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {name_flags(str(error), given)}") from error
+        raise ValueError(with_sources([str(error).removesuffix(".")], path, values, given)) from error
     missing = sorted(set(training_args.report_to) - set(get_available_reporting_integrations()))
     if missing:
-        raise ValueError(
-            f"{source}: report_to names {', '.join(missing)}, which is not installed: run `pip install "
-            f"{' '.join(missing)}`."
-        )
+        names = f"report_to names {', '.join(missing)}, which is not installed"
+        install = f"run `pip install {' '.join(missing)}`"
+        raise ValueError(with_sources([f"{names}: {install}"], path, values, given))
     return TrainingSetup(training_args, dtype, recompute[0] if recompute else None)
 
 
@@ -183,9 +181,22 @@ def override(values: dict, given: dict) -> dict:
     return {key: value for key, value in values.items() if key not in replaced} | given
 
 
-def name_flags(problem: str, given: dict) -> str:
-    """A problem in which the settings of the command line are named as flags."""
-    return re.sub(r"(?<!-)\b\w+\b", lambda word: f"--{word[0]}" if word[0] in given else word[0], problem)
+def with_sources(problems: list[str], path: str, values: dict, given: dict) -> str:
+    """Problems in one message, each behind where its settings stand: in the JSON, on the command line, or in both.
+
+    Args:
+        problems: without a full stop.
+        path: of the JSON.
+        values: all settings.
+        given: those of the command line, which are named as flags.
+    """
+    by_source: dict[str, list[str]] = {}
+    for problem in problems:
+        named = values.keys() & set(re.findall(r"\w+", problem)) or values.keys()  # transformers may name none
+        sources = [path] * bool(named - given.keys()) + ["the command line"] * bool(named & given.keys())
+        text = re.sub(r"(?<!-)\b\w+\b", lambda word: f"--{word[0]}" if word[0] in given else word[0], problem)
+        by_source.setdefault(" and ".join(sources), []).append(text)
+    return "; ".join(f"{source}: {'; '.join(texts)}" for source, texts in by_source.items()) + "."
 
 
 def check_epochs(values: dict, given: dict) -> list[str]:
@@ -226,8 +237,7 @@ def check_keys(values: dict) -> list[str]:
     if unknown:
         problems.append(f"not a TrainingArguments key of this transformers version: {', '.join(unknown)}")
     unused = [key for key in NOT_FOR_THIS_TRAINER if key in values and is_in_use(values[key], defaults.get(key))]
-    if unused:
-        problems.append(f"this training does not use {', '.join(unused)}; remove it")
+    problems += [f"this training does not use {key}; remove it" for key in unused]
     problems += wrong_types(values) or [
         f"{key} is {values[key]}; it must be positive"
         for key in POSITIVE_KEYS

@@ -424,8 +424,21 @@ def test_wrong_flag_is_reported_like_the_json(write_json, flags, message):
     path = write_json(max_steps=8)
     with pytest.raises(ValueError) as raised:
         read_training_args(path, parse_command_line(FinetuneArguments, flags.split()).training_args)
-    assert str(raised.value).startswith(f"{path} and the command line: ") and message in str(raised.value)
+    source = f"{path} and the command line" if "max_steps is 8" in message else "the command line"
+    assert str(raised.value).startswith(f"{source}: ") and message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_mistakes_are_reported_where_they_stand(write_json):
+    path = write_json(seed="x", logging_steps=0)
+    expected = f'the command line: --learning_rate is "abc"; expected a number; {path}: seed is "x"; expected a whole'
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        read_training_args(path, {"learning_rate": ["abc"]})
+    missing = r"^the command line: --report_to names wandb, .*: run `pip install wandb`\.$"
+    with pytest.raises(ValueError, match=missing):
+        read_training_args(write_json(), {"report_to": ["wandb"]})
+    with pytest.raises(ValueError, match=rf"^{path} and the command line: x is not a valid IntervalStrategy.*[^.]\.$"):
+        read_training_args(write_json(), {"logging_strategy": ["x"]})  # transformers does not name the setting
 
 
 def test_output_dir_of_the_json_counts_from_the_repository_and_that_of_a_flag_from_the_current_folder(
