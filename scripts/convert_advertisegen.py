@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 from qlora.data.row_files import parse_lines
-from qlora.data.strict_json import parse_json
+from qlora.data.strict_json import kind_of, parse_json
 from qlora.errors import one_line_on_interrupt
 
 SPLITS = ("train", "dev")
@@ -65,12 +65,12 @@ def convert_row(text: str) -> bytes:
     """
     row = parse_json(text)
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+        raise ValueError(f"expected a JSON object, found {kind_of(row)}")
     for field in FIELDS:
         if field not in row:
             raise ValueError(f'field "{field}" is missing')
         if not isinstance(row[field], str):
-            raise ValueError(f'field "{field}" must be a string, found {type(row[field]).__name__}')
+            raise ValueError(f'field "{field}" must be a string, found {kind_of(row[field])}')
         if not row[field].strip():
             raise ValueError(f'field "{field}" is empty')
     converted = {target_name: row[source_name] for source_name, target_name in FIELDS.items()}

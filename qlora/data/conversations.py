@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from qlora.data.fields import check_spelling, first_field, optional_text, text_field
+from qlora.data.strict_json import kind_of
 
 FIELDS = ("messages", "conversations", "conversation")
 ROLE, TEXT = ("role", "from"), ("content", "value")  # the second ones are ShareGPT's
@@ -35,6 +36,7 @@ class Conversation:
             self.add_system(optional_text(message, first_field(message, *TEXT, of="message")))
             return
         self.check_turn(speaker)
+        check_is_text(message)
         self.texts.append(text_field(message, *TEXT, of="message"))
         if speaker == "assistant" and is_trained(message):
             self.turns.append(len(self.texts) // 2)
@@ -68,11 +70,20 @@ class Conversation:
 def check_message(message: object) -> tuple[dict, str]:
     """A message and who speaks; ValueError if it is no object, or has no role that is known."""
     if not isinstance(message, dict):
-        raise ValueError(f"expected an object with role and content, found a {type(message).__name__}")
+        raise ValueError(f"expected an object with role and content, found {kind_of(message)}")
     role = text_field(message, *ROLE, of="message")
     if role.lower() not in ROLES:
         raise ValueError(f"unknown role {role!r}; expected system, user or assistant, or human or gpt")
     return message, ROLES[role.lower()]
+
+
+def check_is_text(message: dict):
+    """ValueError with a hint for what other programs write in the place of a text."""
+    value = message.get(first_field(message, *TEXT, of="message"))
+    if isinstance(value, list):
+        raise ValueError("its content is a list of parts; join their texts to one, other parts cannot be trained on")
+    if value is None:
+        raise ValueError("its content is null, as of a call of a tool, which cannot be trained on; leave the row out")
 
 
 def is_trained(message: dict) -> bool:
@@ -108,7 +119,7 @@ def find_conversation(row: dict, other_fields: tuple[str, ...]) -> Conversation 
 def parse_messages(messages: object, name: str, system: str) -> Conversation:
     """The conversation of a list of messages, which follow a text of the system; `name` is that of the field."""
     if not isinstance(messages, list):
-        raise ValueError(f"field '{name}' must be a list of messages, found a {type(messages).__name__}")
+        raise ValueError(f"field '{name}' must be a list of messages, found {kind_of(messages)}")
     conversation = Conversation(system)
     for number, message in enumerate(messages, 1):
         try:

@@ -3,6 +3,8 @@
 import functools
 from difflib import get_close_matches
 
+from qlora.data.strict_json import kind_of
+
 
 def check_spelling(row: dict, *names: str):
     """ValueError if an optional field is missing and another has a similar name; other unknown fields are ignored."""
@@ -31,6 +33,7 @@ def first_field(row: dict, *names: str, of: str = "row") -> str:
     """The first of these names that the row has; ValueError without one."""
     name = next((name for name in names if name in row), None)
     if name is None:
+        check_spelling(row, *names)
         raise ValueError(f"field '{names[0]}' is missing; the {of} has {', '.join(map(repr, row)) or 'no fields'}")
     return name
 
@@ -44,7 +47,7 @@ def optional_text(row: dict, name: str) -> str:
 def string(value: object, name: str) -> str:
     """The value of a field; ValueError if it is no string."""
     if not isinstance(value, str):
-        raise ValueError(f"field '{name}' must be a string, found a {type(value).__name__}")
+        raise ValueError(f"field '{name}' must be a string, found {kind_of(value)}")
     return check_text(value)
 
 

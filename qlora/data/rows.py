@@ -8,7 +8,7 @@ from glm_shared.chat import Prompt, Rounds
 from qlora.data.conversations import Conversation, find_conversation
 from qlora.data.fields import check_spelling, check_text, optional_text, text_field
 from qlora.data.row_files import read_json_rows, read_lines
-from qlora.data.strict_json import parse_json
+from qlora.data.strict_json import kind_of, parse_json
 
 ROWS_VERSION = 5  # in the key of cached rows: raise it with every change of what is accepted or what a row becomes
 QUESTION, ANSWER = ("instruction", "content"), ("output", "summary")  # the second ones are AdvertiseGen's
@@ -118,7 +118,7 @@ def conversation_row(conversation: Conversation) -> Row:
 def check_object(value: object) -> dict:
     """The value, which is an object; ValueError for any other."""
     if not isinstance(value, dict):
-        raise ValueError(f"expected an object with instruction and output, found a {type(value).__name__}")
+        raise ValueError(f"expected an object with instruction and output, found {kind_of(value)}")
     return value
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list"}
+
 
 def parse_json(text: str) -> object:
     """Parses JSON.
@@ -24,6 +26,11 @@ def unambiguous_object(pairs: list[tuple[str, object]]) -> dict:
         duplicate = next(name for number, name in enumerate(names) if name in names[:number])
         raise ValueError(f"{duplicate!r} stands twice in one object; keep one of them")
     return values
+
+
+def kind_of(value: object) -> str:
+    """What a parsed value is in JSON, for a message."""
+    return KINDS.get(type(value), "an object")
 
 
 def refuse_constant(name: str):

@@ -16,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from qlora.arguments import RENAMED_KEYS, FinetuneArguments, in_repository
 from qlora.command_line import BOOLEANS, flag_names, nearest
-from qlora.data.strict_json import parse_json
+from qlora.data.strict_json import kind_of, parse_json
 from qlora.loading import choose_compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -331,7 +331,7 @@ def read_json_object(path: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: {error}.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold one JSON object, found a {type(values).__name__}.")
+        raise ValueError(f"{path} must hold one JSON object, found {kind_of(values)}.")
     return values
 
 

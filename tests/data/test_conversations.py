@@ -72,6 +72,12 @@ def test_names_of_roles(rows_file, role, other):
     assert [*found["history"], [found["query"], found["answer"]]] == ROUNDS
 
 
+@pytest.mark.parametrize("empty", [None, []])
+def test_empty_conversation_beside_a_question_counts_as_none(rows_file, empty):
+    (found,) = read(rows_file, {"messages": empty, "instruction": "问", "output": "答"})
+    assert (found["query"], found["answer"], found["turns"]) == ("问", "答", [])
+
+
 def test_answer_of_weight_0_is_not_trained_on(rows_file):
     weighted = messages()
     for message, weight in zip(weighted[1::2], (1, 0, None), strict=True):
@@ -101,14 +107,19 @@ USER, ASSISTANT = messages()[:2]
         ({"messages": [USER, SYSTEM]}, "message 2 of 'messages': a message of the system after the first question"),
         ({"messages": [USER, ASSISTANT, USER]}, "the conversation ends with a question; its answer is missing"),
         ({"messages": [USER | {"content": " \n"}]}, "message 1 of 'messages': field 'content' is empty"),
-        ({"messages": [USER, ASSISTANT | {"content": None}]}, "message 2 of 'messages': field 'content' must be a st"),
-        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "'content' must be a string, found a list"),
+        (
+            {"messages": [USER, ASSISTANT | {"content": None}]},
+            "message 2 of 'messages': its content is null",
+        ),
+        ({"messages": [USER | {"content": [{"type": "text"}]}]}, "its content is a list of parts; join their texts"),
         ({"messages": [{"from": "human"}]}, "message 1 of 'messages': field 'content' is missing; the message has"),
+        ({"messages": [{"role": "user", "contents": "x"}]}, "unknown field 'contents' (did you mean 'content'?)"),
+        ({"messages": [], "instruction": "x"}, "field 'output' is missing; the row has 'messages', 'instruction'"),
         ({"messages": [{"content": "x"}]}, "message 1 of 'messages': field 'role' is missing; the message has 'con"),
         ({"messages": [{"role": 1, "content": "x"}]}, "message 1 of 'messages': field 'role' must be a string"),
-        ({"messages": ["x"]}, "message 1 of 'messages': expected an object with role and content, found a str"),
-        ({"messages": "x"}, "field 'messages' must be a list of messages, found a str"),
-        ({"messages": {}}, "field 'messages' must be a list of messages, found a dict"),
+        ({"messages": ["x"]}, "message 1 of 'messages': expected an object with role and content, found a text"),
+        ({"messages": "x"}, "field 'messages' must be a list of messages, found a text"),
+        ({"messages": {}}, "field 'messages' must be a list of messages, found an object"),
         ({"conversations": []}, "field 'conversations' has no question"),
         ({"messages": [{"role": "system", "text": "x"}]}, "message 1 of 'messages': field 'content' is missing"),
         ({"messages": [SYSTEM]}, "field 'messages' has no question"),
@@ -118,7 +129,7 @@ USER, ASSISTANT = messages()[:2]
         ({"messages": messages(), "conversations": messages()}, "both 'messages' and 'conversations'"),
         ({"messages": messages(), "history": ROUNDS}, "both 'messages' and 'history'"),
         ({"messages": messages(), "sytem": "x"}, "unknown field 'sytem' (did you mean 'system'?)"),
-        ({"messages": messages(), "system": 1}, "field 'system' must be a string, found a int"),
+        ({"messages": messages(), "system": 1}, "field 'system' must be a string, found a number"),
         ({"mesages": messages()}, "unknown field 'mesages' (did you mean 'messages'?)"),
         ({"messages": [USER | {"content": "\ud83d"}, ASSISTANT]}, "message 1 of 'messages': a lone surrogate"),
     ],

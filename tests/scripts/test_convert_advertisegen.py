@@ -90,7 +90,7 @@ def test_skips_empty_lines(tmp_path: Path) -> None:
         (to_json({"content": "a", "summary": " \n"}), 'field "summary" is empty'),
         (to_json({"content": "", "summary": "b"}), 'field "content" is empty'),
         (to_json({"content": 5, "summary": "b"}), 'field "content" must be a string, found int'),
-        (to_json({"content": "a", "summary": None}), 'field "summary" must be a string, found NoneType'),
+        (to_json({"content": "a", "summary": None}), 'field "summary" must be a string, found null'),
         (to_json({"content": "a", "summary": "\ud800"}), "surrogates not allowed"),
         (b'{"content": "a", "content": "b", "summary": "c"}', "'content' stands twice"),
     ],

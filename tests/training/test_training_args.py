@@ -247,8 +247,8 @@ def test_missing_file_is_named(tmp_path):
         (b"{'seed': 42}", "not valid JSON"),
         (b"\xff\xfe{}", "not valid JSON"),
         (b"[]", "must hold one JSON object, found a list"),
-        (b"42", "must hold one JSON object, found a int"),
-        (b"null", "must hold one JSON object, found a NoneType"),
+        (b"42", "must hold one JSON object, found a number"),
+        (b"null", "must hold one JSON object, found null"),
     ],
 )
 def test_broken_json_is_refused(tmp_path, content, reason):
