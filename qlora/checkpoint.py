@@ -16,6 +16,7 @@ import glm_models  # noqa: F401, makes the models known to the Auto classes
 from glm_shared.description import ModelDescription, Shape
 from glm_shared.registration import ARCHITECTURES, MODEL_TYPE, architecture_of, architecture_of_tokenizer
 
+MODELS = ("chatglm-6b", "chatglm2-6b", "chatglm3-6b")  # of THUDM
 HOW_TO_GET = (
     "Download the files of THUDM/chatglm-6b, chatglm2-6b or chatglm3-6b into it "
     '(README, "Weights"), or try `python train_qlora.py --demo`.'

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HTTPError
 
 from qlora.arguments import DEFAULT_MODEL, REPOSITORY, DownloadArguments
 from qlora.atomic import existing_parent, publish_folder, write_json
-from qlora.checkpoint import HOW_TO_GET, check_folder, read_config, weight_files
+from qlora.checkpoint import HOW_TO_GET, MODELS, check_folder, read_config, weight_files
 from qlora.errors import first_line
 from qlora.hub import hugging_face, model_scope
 from qlora.hub.repository import SOURCE_FILE, RemoteFile, Repository
@@ -52,7 +52,7 @@ def fetch_model(path: str, flags: DownloadArguments, may_ask: bool = True):
     try:
         source = HUBS[flags.hub].find(name, flags.revision)
     except ValueError as error:
-        raise FileNotFoundError(f"there is no folder {path}, and {error}. {HOW_TO_GET}") from error
+        raise FileNotFoundError(f"there is no folder {path}, and {error}. {other_ways(name)}") from error
     staging = Path(path).absolute().with_name(f"{Path(path).name}.download")
     offer = describe(path, source, staging)
     if flags.download:
@@ -60,6 +60,12 @@ def fetch_model(path: str, flags: DownloadArguments, may_ask: bool = True):
     elif not (may_ask and is_agreed(offer)):
         raise FileNotFoundError(f"{offer} To download them into this folder, add --download to the command.")
     download(source, staging, Path(path))
+
+
+def other_ways(name: str) -> str:
+    """How to get a model that is not downloaded, in a sentence; one of an unknown name is probably misspelt."""
+    known = name.rpartition("/")[2] in MODELS
+    return f'Or copy the files of {name} into this folder (README, "Weights").' if known else HOW_TO_GET
 
 
 def hub_name(path: str) -> str | None:

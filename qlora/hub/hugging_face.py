@@ -41,7 +41,7 @@ def find(name: str, revision: str | None) -> Repository:
     try:
         info = model_info(name, revision)
     except OfflineModeIsEnabled as error:
-        raise ValueError("HF_HUB_OFFLINE is set, so that it is not looked up on Hugging Face") from error
+        raise ValueError("HF_HUB_OFFLINE is set, so that it is not looked up on Hugging Face: unset it") from error
     except GatedRepoError as error:
         raise ValueError(f"the authors of {name} want you to accept its terms, on its page on Hugging Face") from error
     except RepositoryNotFoundError as error:
@@ -49,7 +49,10 @@ def find(name: str, revision: str | None) -> Repository:
     except RevisionNotFoundError as error:
         raise ValueError(f"{constants.ENDPOINT} has no revision {revision} of {name}") from error
     except (HTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{constants.ENDPOINT} cannot be reached ({first_line(error)})") from error
+        raise ValueError(
+            f"{constants.ENDPOINT} cannot be reached ({first_line(error)}): name a mirror in the environment variable "
+            "HF_ENDPOINT, or add --hub modelscope"
+        ) from error
     return repository(info)
 
 

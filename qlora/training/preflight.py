@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -221,11 +222,14 @@ def check_rows(preflight: Preflight):
     args, setup, tokenizer = preflight.args, preflight.setup, preflight.tokenizer
     files = args.train_files()
     paths = [path for path, _ in files] + ([args.eval_data_path] if args.eval_data_path else [])
+    local = list(dict.fromkeys(path for path in paths if not is_hub_name(path)))
+    if not all(map(os.path.isfile, local)):
+        tokenizer = None  # the others are read, but not tokenized, which takes longer
     loaded: dict[str, Dataset] = {}
     limits = args.max_input_length, args.max_output_length
     encoder = tokenizer and SampleEncoder(tokenizer, args.prompt_text, *limits, args.train_on)
     with setup.training_args.main_process_first(desc="tokenizing") if setup else contextlib.nullcontext():
-        for path in dict.fromkeys(path for path in paths if not is_hub_name(path)):
+        for path in local:
             with preflight.collect_problems():
                 if encoder:
                     loaded[path] = load_samples(path, encoder)

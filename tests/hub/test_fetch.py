@@ -323,13 +323,17 @@ def test_other_paths_are_no_names(hub, path):
 
 def test_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "and HF_HUB_OFFLINE is set" in problem()
+    assert "and HF_HUB_OFFLINE is set, so that it is not looked up on Hugging Face: unset it. Or copy" in problem()
     assert not hub.requests
 
 
 def test_unreachable_hub(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "and http://127.0.0.1:9 cannot be reached (" in problem()
+    message = problem()
+    assert "and http://127.0.0.1:9 cannot be reached (" in message
+    assert "name a mirror in the environment variable HF_ENDPOINT, or add --hub modelscope. " in message
+    assert message.endswith(f'Or copy the files of {NAME} into this folder (README, "Weights").')
+    assert "Download the files of THUDM/chatglm-6b, chatglm2-6b or chatglm3-6b" in problem(path="THUDM/chatglm-6bb")
 
 
 @pytest.mark.parametrize(

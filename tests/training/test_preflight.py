@@ -188,6 +188,13 @@ def add_problems(flags: dict, values: dict, folder: Path) -> list[str]:
     ]
 
 
+def test_nothing_is_tokenized_where_a_file_is_missing(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "load_samples", lambda *_: pytest.fail("tokenized"))
+    flags["eval_data_path"] = str(tmp_path / "nowhere.jsonl")
+    found = run_preflight(FinetuneArguments(**flags))
+    assert found.problems == [f"there is no data file {flags['eval_data_path']}."]
+
+
 @pytest.mark.parametrize("more", [["--check"], []], ids=["check", "run"])
 def test_all_problems_are_reported_at_once(flags, values, tmp_path, more, capsys):
     expected = add_problems(flags, values, tmp_path)
