@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import bitsandbytes
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from glm_shared.registration import UnknownModel, architecture_of_tokenizer
-from qlora.checkpoint import check_checkpoint, is_finite, is_quantized
+from qlora.checkpoint import check_checkpoint, is_finite, is_quantized, read_config
 from qlora.errors import first_line
 from qlora.units import GIB
 
@@ -55,13 +56,15 @@ def load_tokenizer(path: str) -> ChatTokenizer:
     Args:
         path: of the folder, which `check_checkpoint` has checked.
     Raises:
-        ValueError: one of its files is damaged, or they do not say which model they belong to.
+        ValueError: one of its files or config.json is damaged, or they do not say which model they belong to.
     """
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except UnknownModel:
         raise
     except Exception as error:  # damaged files make transformers and SentencePiece raise many types
+        if (Path(path) / "config.json").is_file():
+            read_config(Path(path))  # transformers reads it for a tokenizer, too
         files = " or ".join(reversed(architecture_of_tokenizer(path).tokenizer_files))
         files = f"{path}: {files} is damaged or incomplete"
         raise ValueError(f"{files}: download both again ({first_line(error)[:200]}).") from error

@@ -303,6 +303,14 @@ def test_broken_tokenizer(flags, tiny_checkpoint, tmp_path):
     assert "ice_text.model is damaged or incomplete" in problem_of(flags | {"model_name_or_path": str(folder)})
 
 
+def test_tokenizer_is_not_blamed_for_a_broken_configuration(flags, tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": "4"}))
+    message = problem_of(flags | {"model_name_or_path": str(folder)})
+    assert "config.json: Field 'num_layers' expected int" in message and "tokenizer" not in message
+
+
 @pytest.mark.parametrize("has_folder", [False, True])
 def test_problem_of_the_folder_hides_none_of_the_rows_and_asks_for_no_gpu(flags, tmp_path, has_folder):
     Path(flags["eval_data_path"]).write_text("{}\n")
