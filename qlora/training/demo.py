@@ -51,9 +51,9 @@ def run_demo(architecture: str, flags: list[str]):
         anew = "Nothing of the tiny model is kept; the same command begins anew."
         start(*MAKER, architecture, "--output_dir", model, when_interrupted=anew)
     print("\n2/3 Fine-tuning")
-    if earlier_demo:
-        with message_instead_of_traceback():
-            shutil.rmtree(earlier_demo)
+    with message_instead_of_traceback():
+        if is_earlier_demo(adapter, own_adapter):  # another demo may have begun there meanwhile
+            shutil.rmtree(adapter)
     kept = f"The tiny model in {model} is kept; the same command fine-tunes it."
     start("train_qlora.py", *settings(model, own_adapter), *flags, when_interrupted=kept)
     print("\n3/3 Answers before and after")

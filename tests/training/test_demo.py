@@ -161,6 +161,19 @@ def test_demo_that_another_one_is_writing_is_not_deleted(repository, capfd):
     assert ADAPTER.is_dir()
 
 
+def test_demo_that_began_during_the_making_of_the_model_is_not_deleted(repository, capfd, monkeypatch):
+    checks = iter([True, ValueError("in use by another run")])
+
+    def is_earlier_demo(*_) -> bool:
+        if isinstance(check := next(checks), ValueError):
+            raise check
+        return check
+
+    monkeypatch.setattr(demo, "is_earlier_demo", is_earlier_demo)
+    assert "in use by another run" in error_of(train_qlora, "--demo")
+    assert ADAPTER.is_dir() and "make_tiny_checkpoint" in capfd.readouterr().out
+
+
 def test_program_that_fails_ends_the_demo_with_its_status(repository, capfd, monkeypatch):
     monkeypatch.setenv("STATUS", "3")
     with pytest.raises(SystemExit, match="3"):
