@@ -24,6 +24,7 @@ from qlora.errors import (
     one_line_on_interrupt,
     set_up_logging,
 )
+from qlora.startup import quick_imports
 from qlora.training.demo import run_demo
 from qlora.training.processes import end_with_parents, go_on_without_output
 
@@ -56,12 +57,13 @@ def main():
 def train(args: FinetuneArguments):
     """Checks, loads, trains, saves."""
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
-    from qlora.training.checkpoints import check_output_dir
-    from qlora.training.curves import draw_losses
-    from qlora.training.model_card import PICTURE, data_files, write_model_card
-    from qlora.training.preflight import run_preflight
-    from qlora.training.preflight_report import describe
-    from qlora.training.run_lock import lock_output_dir
+    with quick_imports():
+        from qlora.training.checkpoints import check_output_dir
+        from qlora.training.curves import draw_losses
+        from qlora.training.model_card import PICTURE, data_files, write_model_card
+        from qlora.training.preflight import run_preflight
+        from qlora.training.preflight_report import describe
+        from qlora.training.run_lock import lock_output_dir
 
     with message_instead_of_traceback():
         preflight = run_preflight(args)
