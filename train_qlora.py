@@ -96,6 +96,7 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
     import torch
 
     from qlora.adapter import add_adapter
+    from qlora.export.official_folder import save_copy
     from qlora.layers.replacement import replace_layers
     from qlora.loading import load_quantized_model
     from qlora.training.memory_plan import apply_plan, set_activation_checkpointing
@@ -104,6 +105,8 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
     args, (training_args, compute_dtype, recompute) = preflight.args, preflight.setup
     torch.manual_seed(training_args.seed)
     model = load_quantized_model(args.model_name_or_path, compute_dtype, preflight.config)
+    if preflight.copy_source and is_main_process():
+        save_copy(model, preflight.tokenizer, args.model_name_or_path, preflight.copy_source)
     model = add_adapter(model, preflight.lora, args.init_adapter)
     model.print_trainable_parameters()
 
