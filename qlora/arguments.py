@@ -102,7 +102,8 @@ class FinetuneArguments(DownloadArguments):
         default=False,
         metadata={
             "help": "Write a 4-bit copy beside the model's folder, if it has none, which every program then loads "
-            "instead: faster, with the same values."
+            "instead: faster, with the same values.",
+            "expert": True,
         },
     )
     train_data_path: list[str] = field(
