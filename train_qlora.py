@@ -24,7 +24,7 @@ from qlora.errors import (
     one_line_on_interrupt,
     set_up_logging,
 )
-from qlora.startup import quick_imports
+from qlora.startup import quick_imports, read_ahead
 from qlora.training.demo import run_demo
 from qlora.training.processes import end_with_parents, go_on_without_output
 
@@ -56,6 +56,8 @@ def main():
 
 def train(args: FinetuneArguments):
     """Checks, loads, trains, saves."""
+    if args.check is None and args.dry_run is None:
+        read_ahead(args.model_name_or_path)
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     with quick_imports():
         from qlora.training.checkpoints import check_output_dir

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib.util
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +52,12 @@ def in_repository(path: str) -> str:
     """A path that counts from the repository; relative if it is below the current folder, absolute elsewhere."""
     full, here = REPOSITORY / path, Path.cwd()
     return str(full.relative_to(here)) if full.is_relative_to(here) else str(full)
+
+
+def copy_folder(path: str) -> Path:
+    """Where the 4-bit copy of a model belongs: beside its folder."""
+    folder = Path(os.path.abspath(path))
+    return folder.with_name(f"{folder.name}-nf4")
 
 
 def training_argument_names() -> list[str]:

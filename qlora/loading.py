@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from glm_shared.registration import UnknownModel, architecture_of_tokenizer
+from qlora.arguments import copy_folder
 from qlora.checkpoint import check_checkpoint, is_finite, is_quantized, weight_files
 from qlora.errors import first_line
 from qlora.units import GIB
@@ -109,12 +110,6 @@ def load_quantized_model(
             # with them afterwards.
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def copy_folder(path: str) -> Path:
-    """Where the 4-bit copy of a model belongs: beside its folder."""
-    folder = Path(os.path.abspath(path))
-    return folder.with_name(f"{folder.name}-nf4")
 
 
 def copy_source(path: str, compute_dtype: torch.dtype) -> dict:

@@ -1,9 +1,21 @@
-"""A program's start: what makes the imports of torch, transformers, peft and datasets shorter. Needs none of them."""
+"""A program's start, until its libraries are imported: quicker imports, and the weights read meanwhile.
+
+Needs none of these libraries.
+"""
 
 import contextlib
+import functools
 import gc
+import importlib.util
+import logging
 import os
+import threading
 from collections.abc import Iterator
+from pathlib import Path
+
+from qlora.arguments import copy_folder
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -24,3 +36,41 @@ def quick_imports() -> Iterator[None]:
         if collects:
             gc.enable()
             gc.freeze()
+    advise_bytecode()
+
+
+@functools.cache
+def advise_bytecode():
+    """Logs, once, what to do if Python compiles the libraries anew at every start, since it cannot keep the result."""
+    torch = importlib.util.find_spec("torch")
+    if torch and torch.origin and torch.cached and not Path(torch.cached).is_file():
+        logger.info(
+            "torch was installed without bytecode, and Python does not write it (PYTHONDONTWRITEBYTECODE, or no "
+            "permission), so that every start takes seconds more. Once is enough: python -m compileall -q %s",
+            Path(torch.origin).parents[1],
+        )
+
+
+def read_ahead(path: str):
+    """Asks Linux to read a model's weights into memory, while the program does something else.
+
+    Args:
+        path: of its folder, which may be missing; a 4-bit copy beside it takes its place.
+    """
+    copy = copy_folder(path)
+    folder = copy if copy.is_dir() else Path(path)
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if hasattr(os, "posix_fadvise") and sum(file.stat().st_size for file in files) < memory() / 2:
+        threading.Thread(target=advise_reading, args=(files,), daemon=True).start()
+
+
+def memory() -> int:
+    """Bytes of the machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def advise_reading(files: list[Path]):
+    """Says that files will be read soon; a file that cannot be opened is reported when it is loaded."""
+    for path in files:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)

@@ -9,7 +9,7 @@ Quantizes on the GPU if there is one.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import COMPUTE_DTYPES, DEFAULT_MODEL, DownloadArguments, in_repository
+from qlora.arguments import COMPUTE_DTYPES, DEFAULT_MODEL, DownloadArguments, copy_folder, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
@@ -51,7 +51,7 @@ def quantize(args: QuantizeArguments):
     from qlora.export.merging import check_finite_weights
     from qlora.export.official_folder import write_quantized
     from qlora.hub.fetch import fetch_model
-    from qlora.loading import COPY_SOURCE, DTYPES, copy_folder, copy_source, load_quantized_model, load_tokenizer
+    from qlora.loading import COPY_SOURCE, DTYPES, copy_source, load_quantized_model, load_tokenizer
 
     dtype = DTYPES[args.compute_dtype]
     fetch_model(args.model_name_or_path, args)

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_shared.description import ModelDescription
 from glm_shared.registration import architecture_of
+from qlora.arguments import copy_folder
 from qlora.atomic import check_room, only_process, publish_folder, write_json
 from qlora.checkpoint import empty_model, is_finite
 from qlora.errors import first_line
 from qlora.export.merging import linear_layers
-from qlora.loading import COPY_SOURCE, copy_folder, is_copy_of
+from qlora.loading import COPY_SOURCE, is_copy_of
 
 logger = logging.getLogger(__name__)
 

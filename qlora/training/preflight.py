@@ -31,7 +31,7 @@ from glm_kernels import kernels_supported
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_settings, add_adapter, base_model_path
-from qlora.arguments import FinetuneArguments, LoraSettings
+from qlora.arguments import FinetuneArguments, LoraSettings, copy_folder
 from qlora.atomic import existing_parent
 from qlora.checkpoint import check_checkpoint, check_tokenizer, is_quantized, tokenizer_files
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
@@ -45,7 +45,6 @@ from qlora.loading import (
     check_compiler,
     check_device,
     choose_compute_dtype,
-    copy_folder,
     copy_source,
     is_copy_of,
     load_tokenizer,

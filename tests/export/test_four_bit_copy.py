@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 import train_qlora
-from qlora.arguments import FinetuneArguments
+from qlora.arguments import FinetuneArguments, copy_folder
 from qlora.export import official_folder
 from qlora.export.official_folder import save_copy
-from qlora.loading import COPY_SOURCE, copy_folder, copy_source, find_copy, load_quantized_model, load_tokenizer
+from qlora.loading import COPY_SOURCE, copy_source, find_copy, load_quantized_model, load_tokenizer
 from qlora.training import preflight
 
 FP32 = torch.float32
