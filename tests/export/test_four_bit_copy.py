@@ -118,29 +118,40 @@ def test_quantize_checkpoint_writes_the_copy(golden_folder, caplog, monkeypatch)
 
 def test_training_writes_the_copy_once_and_learns_the_same_from_it(tiny_checkpoint, train_file, tmp_path, caplog):
     folder, results = shutil.copytree(tiny_checkpoint, tmp_path / "model"), []
-    for number in range(3):
+    for number in range(2):
         args_json = write_args(tmp_path / "args.json", tmp_path / str(number), max_steps=2, save_strategy="no")
-        flags = flags_of(args_json, folder, train_file, "none", *["--save_4bit"] * (number < 2))
+        flags = flags_of(args_json, folder, train_file, "none", *["--save_4bit"] * (number == 0))
         caplog.clear()
         run_main(train_qlora, *flags, "--eval_strategy", "no")
         assert ("Wrote the 4-bit copy" in caplog.text) == (number == 0)
         assert (LOADED in caplog.text) == (number > 0)
         results.append(tmp_path / str(number))
-    for other in results[1:]:
-        assert_same_adapter(results[0], other)
-        assert (other / "adapter_config.json").read_bytes() == (results[0] / "adapter_config.json").read_bytes()
+    assert_same_adapter(*results)
+    written, loaded = ((folder / "adapter_config.json").read_bytes() for folder in results)
+    assert written == loaded
 
 
-def problems(folder: Path) -> list[str]:
-    """What the check before a run says of `--save_4bit`."""
+def check(folder: Path) -> preflight.Preflight:
+    """What the check before a run finds for `--save_4bit`."""
     found = preflight.Preflight(FinetuneArguments(model_name_or_path=str(folder), save_4bit=True))
     preflight.find_model(found)
     preflight.check_save_4bit(found, found.config)
-    return found.problems
+    return found
+
+
+def problems(folder: Path) -> list[str]:
+    return check(folder).problems
+
+
+def test_copy_is_not_written_where_there_is_one(golden_folder):
+    assert check(golden_folder).copy_source == copy_source(str(golden_folder), FP32)
+    copy = write_copy(golden_folder)
+    for folder in (golden_folder, copy):
+        found = check(folder)
+        assert found.copy_source is None and found.problems == []
 
 
 def test_copy_that_cannot_be_written_is_reported_before_the_run(golden_folder, monkeypatch):
-    assert problems(golden_folder) == []
     usage = namedtuple("usage", "total used free")(0, 0, 1000)
     with monkeypatch.context() as patch:
         patch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
