@@ -57,20 +57,22 @@ def read_ahead(path: str):
     Args:
         path: of its folder, which may be missing; a 4-bit copy beside it takes its place.
     """
-    copy = copy_folder(path)
-    folder = copy if copy.is_dir() else Path(path)
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    if hasattr(os, "posix_fadvise") and sum(file.stat().st_size for file in files) < memory() / 2:
-        threading.Thread(target=advise_reading, args=(files,), daemon=True).start()
+    if hasattr(os, "posix_fadvise"):
+        threading.Thread(target=advise_reading, args=(path,), daemon=True).start()
+
+
+def advise_reading(path: str):
+    """Says that the files with the weights will be read soon, if they take less than half of the machine's memory."""
+    with contextlib.suppress(OSError, ValueError):  # what is wrong with them is reported when they are checked
+        copy = copy_folder(path)
+        folder = copy if copy.is_dir() else Path(path)
+        files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+        if sum(file.stat().st_size for file in files) < memory() / 2:
+            for name in files:
+                with name.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def memory() -> int:
     """Bytes of the machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def advise_reading(files: list[Path]):
-    """Says that files will be read soon; a file that cannot be opened is reported when it is loaded."""
-    for path in files:
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
