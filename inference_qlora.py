@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from qlora.arguments import DEFAULT_MODEL, DEFAULT_PROMPT, InferenceArguments, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
+from qlora.startup import quick_imports
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,22 +38,23 @@ def main():
     with message_instead_of_traceback():
         args = parse_command_line(InferenceArguments)
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
-    import torch
+    with quick_imports():
+        import torch
 
-    from qlora.adapter import base_model_path, load_adapters, read_adapter
-    from qlora.checkpoint import check_checkpoint
-    from qlora.hub.fetch import fetch_model
-    from qlora.inference.decoding import make_sampler
-    from qlora.inference.serve_checks import check_serve
-    from qlora.inference.web import Answerer, Page, check_web
-    from qlora.layers.replacement import replace_layers
-    from qlora.loading import (
-        advice_if_out_of_memory,
-        check_hardware,
-        choose_compute_dtype,
-        load_quantized_model,
-        load_tokenizer,
-    )
+        from qlora.adapter import base_model_path, load_adapters, read_adapter
+        from qlora.checkpoint import check_checkpoint
+        from qlora.hub.fetch import fetch_model
+        from qlora.inference.decoding import make_sampler
+        from qlora.inference.serve_checks import check_serve
+        from qlora.inference.web import Answerer, Page, check_web
+        from qlora.layers.replacement import replace_layers
+        from qlora.loading import (
+            advice_if_out_of_memory,
+            check_hardware,
+            choose_compute_dtype,
+            load_quantized_model,
+            load_tokenizer,
+        )
 
     with message_instead_of_traceback():
         base_path = args.model_name_or_path or in_repository(DEFAULT_MODEL)

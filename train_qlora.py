@@ -24,6 +24,7 @@ from qlora.errors import (
     one_line_on_interrupt,
     set_up_logging,
 )
+from qlora.startup import quick_imports, read_ahead
 from qlora.training.demo import run_demo
 from qlora.training.processes import end_with_parents, go_on_without_output
 
@@ -55,13 +56,16 @@ def main():
 
 def train(args: FinetuneArguments):
     """Checks, loads, trains, saves."""
+    if args.check is None and args.dry_run is None:
+        read_ahead(args.model_name_or_path)
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
-    from qlora.training.checkpoints import check_output_dir
-    from qlora.training.curves import draw_losses
-    from qlora.training.model_card import PICTURE, data_files, write_model_card
-    from qlora.training.preflight import run_preflight
-    from qlora.training.preflight_report import describe
-    from qlora.training.run_lock import lock_output_dir
+    with quick_imports():
+        from qlora.training.checkpoints import check_output_dir
+        from qlora.training.curves import draw_losses
+        from qlora.training.model_card import PICTURE, data_files, write_model_card
+        from qlora.training.preflight import run_preflight
+        from qlora.training.preflight_report import describe
+        from qlora.training.run_lock import lock_output_dir
 
     with message_instead_of_traceback():
         preflight = run_preflight(args)
@@ -94,6 +98,7 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
     import torch
 
     from qlora.adapter import add_adapter
+    from qlora.export.official_folder import save_copy
     from qlora.layers.replacement import replace_layers
     from qlora.loading import load_quantized_model
     from qlora.training.memory_plan import apply_plan, set_activation_checkpointing
@@ -102,6 +107,8 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
     args, (training_args, compute_dtype, recompute) = preflight.args, preflight.setup
     torch.manual_seed(training_args.seed)
     model = load_quantized_model(args.model_name_or_path, compute_dtype, preflight.config)
+    if preflight.copy_source and is_main_process():
+        save_copy(model, preflight.tokenizer, args.model_name_or_path, preflight.copy_source)
     model = add_adapter(model, preflight.lora, args.init_adapter)
     model.print_trainable_parameters()
 

@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -52,6 +56,32 @@ def publish_files(source: Path, target: Path):
     for path in files:
         os.replace(path, target / path.name)
     flush(target)
+
+
+@contextlib.contextmanager
+def only_process(folder: Path, what: str) -> Iterator[None]:
+    """Lets one process at a time work on a folder, where the system and the file system have locks.
+
+    Args:
+        folder: that exists; it may be renamed meanwhile.
+        what: the other process does, for the message of the one that waits.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # shared storage may have none
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("Another process %s %s; waiting for it", what, folder)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_room(folder: Path, needed: int):

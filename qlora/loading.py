@@ -1,6 +1,7 @@
-"""Loads the tokenizer and the base model in 4 bits; checks the hardware."""
+"""Loads the tokenizer and the base model in 4 bits, from its 4-bit copy where there is one; checks the hardware."""
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from glm_shared.registration import UnknownModel, architecture_of_tokenizer
-from qlora.checkpoint import check_checkpoint, is_finite, is_quantized, read_config
+from qlora.arguments import copy_folder
+from qlora.checkpoint import check_checkpoint, is_finite, is_quantized, read_config, weight_files
 from qlora.errors import first_line
 from qlora.units import GIB
 
@@ -24,6 +26,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WORKING_MEMORY = 1.5 * GIB  # bytes that loading needs in addition to the loaded model
 LARGEST_CPU_MODEL = 1e9  # parameters; larger models need a GPU
 BITS_PER_QUANTIZED_WEIGHT = 4.127  # 4 bits, 8 per block of 64 for its scale, 32 per 256 blocks for their second scale
+COPY_SOURCE = "quantized_from.json"  # in a 4-bit copy: which files it was made from
 
 
 def choose_compute_dtype(name: str | None) -> torch.dtype:
@@ -76,8 +79,8 @@ def load_quantized_model(
     """Loads the base model with its linear layers in 4 bits, on the GPU if there is one.
 
     Args:
-        path: of a checkpoint folder in the official format, whose weights are quantized while they are read; or of one
-            that `write_quantized` wrote, whose packed weights are loaded without quantizing again.
+        path: of a checkpoint folder in the official format, whose weights are quantized while they are read, unless
+            there is a 4-bit copy of them; or of one that `write_quantized` wrote, whose packed weights are loaded.
         compute_dtype: of the arithmetic, and of embedding, head, norms and biases.
         config: as `check_checkpoint` returned it; None to check folder and hardware here.
     Raises:
@@ -86,25 +89,72 @@ def load_quantized_model(
     if config is None:
         config = check_checkpoint(path)
         check_hardware(config, compute_dtype)
+    source = path
+    if copy := None if is_quantized(config) else find_copy(path, compute_dtype):
+        source, config = str(copy), check_copy(copy)
     quantization = quantization_config(compute_dtype)
     if is_quantized(config):
         config.quantization_config, quantization = quantization.to_dict(), None
     model = AutoModelForCausalLM.from_pretrained(
-        path,
+        source,
         config=config,
         dtype=compute_dtype,
         quantization_config=quantization,
         device_map={"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"},
         local_files_only=True,
     )
+    model.name_or_path = model.config.name_or_path = path  # for an adapter's configuration
     use_compute_dtype(model, compute_dtype)
-    check_values(model, path, compute_dtype)
+    check_values(model, source, compute_dtype)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             # On CPUs with AVX512-BF16 bitsandbytes would repack the weights in evaluation mode, and could not train
             # with them afterwards.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def copy_source(path: str, compute_dtype: torch.dtype) -> dict:
+    """What a 4-bit copy is made from: the files by size and time, and the type that weights have before quantizing.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder has no complete weights.
+    """
+    states = {file.name: file.stat() for file in (Path(path, "config.json"), *weight_files(Path(path)))}
+    files = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+    return {"files": files, "compute_dtype": str(compute_dtype).removeprefix("torch.")}
+
+
+def is_copy_of(copy: Path, source: dict) -> bool:
+    """Whether a folder is the 4-bit copy of what `copy_source` returned. Its name is given to it when it is whole."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((copy / COPY_SOURCE).read_text(encoding="utf-8")) == source
+    return False
+
+
+def find_copy(path: str, compute_dtype: torch.dtype) -> Path | None:
+    """The 4-bit copy of a model's files for a compute dtype; None if there is none."""
+    copy = copy_folder(path)
+    if is_copy_of(copy, copy_source(path, compute_dtype)):
+        return copy
+    if (copy / COPY_SOURCE).is_file():
+        logger.warning("%s was made from other files than %s, or for another type: it is not used.", copy, path)
+    return None
+
+
+def check_copy(copy: Path) -> ModelDescription:
+    """The configuration of a 4-bit copy; ValueError if it is damaged."""
+    logger.info("Loading the 4-bit copy %s", copy)
+    try:
+        return check_checkpoint(str(copy))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the 4-bit copy {copy} is damaged: delete it. ({error})") from error
+
+
+def quantized_bytes(config: ModelDescription, compute_dtype: torch.dtype) -> int:
+    """Bytes of a model in 4 bits, with its embedding and head in the compute dtype."""
+    quantized = config.num_hidden_layers * config.weights_per_layer * BITS_PER_QUANTIZED_WEIGHT / 8
+    return int(quantized + config.embedding_weights * compute_dtype.itemsize)
 
 
 def check_hardware(config: ModelDescription, compute_dtype: torch.dtype):
@@ -167,8 +217,7 @@ def check_device(config: ModelDescription, compute_dtype: torch.dtype):
                 "runs on a CPU."
             )
         return
-    quantized = config.num_hidden_layers * config.weights_per_layer * BITS_PER_QUANTIZED_WEIGHT / 8
-    needed = quantized + config.embedding_weights * compute_dtype.itemsize + WORKING_MEMORY
+    needed = quantized_bytes(config, compute_dtype) + WORKING_MEMORY
     free, total = torch.cuda.mem_get_info()
     if free < needed:
         raise ValueError(

@@ -67,7 +67,7 @@ def test_windows_has_no_lock_and_says_so(windows, tmp_path, caplog):
 
 
 def test_windows_downloads_without_a_lock(windows, tmp_path):
-    with load("qlora/hub/fetch.py").lock(tmp_path):
+    with load("qlora/atomic.py").only_process(tmp_path, "downloads into"):
         pass
 
 

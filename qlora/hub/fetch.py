@@ -11,13 +11,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub.errors import HTTPError
 
 from qlora.arguments import DEFAULT_MODEL, REPOSITORY, DownloadArguments
-from qlora.atomic import existing_parent, publish_folder, write_json
+from qlora.atomic import existing_parent, only_process, publish_folder, write_json
 from qlora.checkpoint import HOW_TO_GET, MODELS, check_folder, read_config, weight_files
 from qlora.errors import first_line
 from qlora.hub import hugging_face, model_scope
@@ -113,7 +112,7 @@ def download(source: Repository, staging: Path, folder: Path):
         KeyboardInterrupt: with a message.
     """
     staging.mkdir(parents=True, exist_ok=True)
-    with lock(staging):
+    with only_process(staging, "downloads into"):
         if folder.exists():  # another process has downloaded it
             with contextlib.suppress(OSError):
                 staging.rmdir()
@@ -135,27 +134,6 @@ def keep_only(folder: Path, names: set[str]):
             shutil.rmtree(path)
         elif path.name not in names:
             path.unlink()
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Lets one process at a time download into a folder, where the system and the file system have locks."""
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # shared storage may have none
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("Another process downloads into %s; waiting for it", folder)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def download_files(source: Repository, files: list[RemoteFile], staging: Path):

@@ -15,6 +15,7 @@ from pathlib import Path
 from qlora.arguments import REPOSITORY, FinetuneArguments, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback
+from qlora.startup import quick_imports
 from qlora.training.processes import LAUNCHED_BY_TORCHRUN
 
 INTRODUCTION = (
@@ -134,7 +135,8 @@ def read_output_dir(args: FinetuneArguments) -> str:
     """
     if LAUNCHED_BY_TORCHRUN in os.environ:
         raise ValueError("--demo starts its programs itself, each once: use `python train_qlora.py --demo`.")
-    from qlora.training.training_args import read_training_args  # its imports take seconds
+    with quick_imports():
+        from qlora.training.training_args import read_training_args
 
     logging.disable()
     try:

@@ -31,20 +31,24 @@ from glm_kernels import kernels_supported
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_settings, add_adapter, base_model_path
-from qlora.arguments import FinetuneArguments, LoraSettings
+from qlora.arguments import FinetuneArguments, LoraSettings, copy_folder
 from qlora.atomic import existing_parent
-from qlora.checkpoint import check_checkpoint, check_tokenizer, tokenizer_files
+from qlora.checkpoint import check_checkpoint, check_tokenizer, is_quantized, tokenizer_files
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.data.hub_rows import is_hub_name, with_local_files
 from qlora.errors import first_line, is_main_process
 from qlora.hub.fetch import fetch_model, hub_name
 from qlora.loading import (
     BITS_PER_QUANTIZED_WEIGHT,
+    COPY_SOURCE,
     check_bitsandbytes,
     check_compiler,
     check_device,
     choose_compute_dtype,
+    copy_source,
+    is_copy_of,
     load_tokenizer,
+    quantized_bytes,
 )
 from qlora.training.checkpoints import (
     check_best_checkpoint,
@@ -100,6 +104,7 @@ class Preflight:
         plan: the memory plan; None for the plain path, too.
         steps: numbers of steps, evaluations and checkpoints.
         disk: bytes needed and free.
+        copy_source: what a 4-bit copy is to be made from, if `--save_4bit` asks for one that is not there.
         run: what defines the run, see `describe_run`.
         problems: everything that is wrong, a sentence each.
     """
@@ -117,6 +122,7 @@ class Preflight:
     plan: MemoryPlan | None = None
     steps: Steps | None = None
     disk: DiskSpace | None = None
+    copy_source: dict | None = None
     run: dict | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -181,6 +187,8 @@ def run_preflight(args: FinetuneArguments) -> Preflight:
         if args.download:
             preflight.raise_problems()
     find_model(preflight)
+    if args.save_4bit and preflight.config:
+        check_save_4bit(preflight, preflight.config)
     check_rows(preflight)  # before the GPU is used: its processes are forked from this one
     check_gpu(preflight)
     check_adapter(preflight)
@@ -202,6 +210,26 @@ def find_model(preflight: Preflight, check_weights: bool = True):
                 preflight.config = check_checkpoint(args.model_name_or_path)
         check_tokenizer(args.model_name_or_path)
         preflight.tokenizer = load_tokenizer(args.model_name_or_path)
+
+
+def check_save_4bit(preflight: Preflight, config: ModelDescription):
+    """Checks that a 4-bit copy of the model can be written, unless it is there."""
+    path, dtype = preflight.args.model_name_or_path, preflight.compute_dtype
+    with preflight.collect_problems():
+        target, needed, source = copy_folder(path), quantized_bytes(config, dtype), copy_source(path, dtype)
+        if is_quantized(config) or is_copy_of(target, source):
+            return
+        free = shutil.disk_usage(target.parent).free
+        if target.exists() and not (target / COPY_SOURCE).is_file():
+            problem = f"{target} exists, and was not written by it: move it, or name it with --model_name_or_path"
+        elif not os.access(target.parent, os.W_OK):
+            problem = f"{target.parent}, beside the model's folder, cannot be written to: leave it out"
+        elif needed > free:
+            problem = f"it needs {needed / 1e9:.1f} GB, and {target.parent} has {free / 1e9:.1f} GB free: make room"
+        else:
+            preflight.copy_source = source
+            return
+        raise ValueError(f"--save_4bit: {problem}.")
 
 
 def check_gpu(preflight: Preflight):
