@@ -37,6 +37,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     longest_token = MAX_BLANKS
     sampling = OFFICIAL_SAMPLING
     chat_length = 2048
+    ggml_type = 1
     open_marks = MARKS
     same_marks = dict(zip(map(ord, FULL_WIDTH_MARKS), MARKS, strict=True))
 

@@ -46,6 +46,7 @@ class ChatGLM2Tokenizer(ChatTokenizer):
     prompt_end = 0
     sampling = OFFICIAL_SAMPLING
     chat_length = CHAT_LENGTH
+    ggml_type = 2
 
     def __init__(
         self,
@@ -162,6 +163,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     control_tokens = (*ChatGLM2Tokenizer.control_tokens, *(f"<|{role}|>" for role in ROLES))
     default_template = ROLES_TEMPLATE
     prompt_end = 1  # <|assistant|>
+    ggml_type = 3
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -43,6 +43,8 @@ class ChatTokenizer(PreTrainedTokenizer):
         sampling: arguments of `generate` with which the official `chat` draws.
         chat_length: most tokens of prompt and reply together in the official `chat`.
         open_marks: punctuation at the end of a reply that `clean_response` may still change by what follows.
+        vocab_file: path of the SentencePiece file.
+        ggml_type: number by which chatglm.cpp knows tokenizer and prompts.
         same_marks: table of `str.translate` to characters that the tokenizer takes for the same.
     """
 
@@ -50,6 +52,8 @@ class ChatTokenizer(PreTrainedTokenizer):
     longest_token: int
     sampling: dict[str, Any]
     chat_length: int
+    vocab_file: str
+    ggml_type: int
     open_marks = ""
     same_marks: Mapping[int, str] = {}
 
