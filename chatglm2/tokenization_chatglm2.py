@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -144,14 +143,6 @@ class ChatGLM2Tokenizer(ChatTokenizer):
     def clean_response(self, text: str) -> str:
         """The reply as the official `chat` formats it."""
         return clean_response(text)
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Copies the SentencePiece model into a folder; returns its path there."""
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        target = Path(save_directory) / (prefix + self.vocab_files_names["vocab_file"])
-        if target.resolve() != Path(self.vocab_file).resolve():
-            shutil.copyfile(self.vocab_file, target)
-        return (str(target),)
 
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):

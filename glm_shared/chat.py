@@ -1,7 +1,9 @@
 """Conversations: what a tokenizer says of the prompts and replies of its model, and the official chat interface."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +68,14 @@ class ChatTokenizer(PreTrainedTokenizer):
     def stop_token_ids(self) -> list[int]:
         """The tokens that end an answer."""
         return [self.eos_token_id]
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Copies the SentencePiece model into a folder; returns its path there."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        target = Path(save_directory) / (prefix + self.vocab_files_names["vocab_file"])
+        if target.resolve() != Path(self.vocab_file).resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)
 
     def clean_response(self, text: str) -> str:
         """A reply as it is shown to the user, from the text of its tokens."""
