@@ -16,6 +16,8 @@ from chatglm2.chat import (
     ROLES,
     ROLES_TEMPLATE,
     ROUNDS_TEMPLATE,
+    TOOLS_PROMPT,
+    build_call,
     build_messages,
     build_rounds,
     clean_message,
@@ -169,31 +171,43 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """The ids of a text without control tokens."""
         return self.sp_model.encode(text)
 
-    def message_ids(self, role: str, content: str, metadata: str = "", tools: Any = None) -> list[int]:
+    def message_ids(
+        self, role: str, content: str, metadata: str = "", tools: Any = None, arguments: dict | None = None
+    ) -> list[int]:
         """The ids of one message.
 
         Args:
             role: one of ROLES; "developer" counts as "system", and "tool" as "observation".
             content: its text.
             metadata: of the assistant, the tool that it calls.
-            tools: of the system, descriptions of the tools, which are put below its text as JSON.
+            tools: of the system, descriptions of the tools, which are put below its text as JSON; below the official
+                text without one.
+            arguments: of a call; its content is made of them.
         """
         role = {"developer": "system", "tool": "observation"}.get(role, role)
         if role not in ROLES:
             raise ValueError(f"a message has the role {role!r}, expected one of {', '.join(ROLES)}")
         if role == "system" and tools:
-            content = f"{content}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
+            content = f"{content or TOOLS_PROMPT}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
+        content = content if arguments is None else build_call(arguments)
         return [self.role_id(role), *self.text_ids(f"{metadata or ''}\n"), *self.text_ids(content)]
 
-    def conversation_ids(self, messages: Sequence[dict]) -> list[int]:
-        """All ids of the prompt of an answer to messages, as `generate` takes them.
+    def conversation_ids(self, messages: Sequence[dict], prompt_text: str = "") -> list[int]:
+        """As in the base class; `messages` may have `metadata`, `tools` and `arguments`, see `message_ids`."""
+        first, *others = messages
+        messages = [first | {"content": prompt_text + first["content"]} if prompt_text else first, *others]
+        return [*self.prefix_ids, *self.ids_of_all(messages), self.role_id("assistant")]
 
-        Args:
-            messages: dicts of `role`, `content` and optionally `metadata` and `tools`, see `message_ids`.
-        """
-        keys = ("role", "content", "metadata", "tools")
+    def turn_ids(self, messages: Sequence[dict]) -> list[int]:
+        """The messages without the first role; a call ends where its result would begin, an answer with `</s>`."""
+        end = self.role_id("observation") if messages[-1].get("metadata") else self.eos_token_id
+        return [*self.ids_of_all(messages)[1:], end]
+
+    def ids_of_all(self, messages: Sequence[dict]) -> list[int]:
+        """The ids of messages, one after the other."""
+        keys = ("role", "content", "metadata", "tools", "arguments")
         ids = (self.message_ids(**{key: message[key] for key in keys if key in message}) for message in messages)
-        return [*self.prefix_ids, *(i for message in ids for i in message), self.role_id("assistant")]
+        return [i for message in ids for i in message]
 
     def build_prompt(self, query: str, history: Rounds = (), system: str = "") -> str:
         """The prompt as it reads; `build_prompt_ids` makes its ids, in which a role is one token."""
@@ -202,9 +216,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     def build_prompt_ids(self, query: str, history: Rounds = (), system: str = "", prompt_text: str = "") -> list[int]:
         """As for the other models; `prompt_text` is put before the first message's text."""
-        messages = build_messages(query, history, system)
-        messages[0]["content"] = prompt_text + messages[0]["content"]
-        return self.conversation_ids(messages)
+        return self.conversation_ids(build_messages(query, history, system), prompt_text)
 
     def build_answer_ids(self, answer: str) -> list[int]:
         """The end of the line for metadata, the answer, and `</s>`."""

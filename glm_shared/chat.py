@@ -94,6 +94,21 @@ class ChatTokenizer(PreTrainedTokenizer):
         """
         return self(prompt_text + self.build_prompt(query, history, system), split_special_tokens=True)["input_ids"]
 
+    def conversation_ids(self, messages: Sequence[dict], prompt_text: str = "") -> list[int]:
+        """All ids of the prompt of an answer to messages, among which may be tools' results.
+
+        Args:
+            messages: dicts of `role`, `content` and what else the model's messages have.
+            prompt_text: put before the first message's text.
+        Raises:
+            ValueError: the model's prompts have no tools.
+        """
+        raise ValueError("the conversation has tools, for which this model has no prompts; ChatGLM3-6B has them")
+
+    def turn_ids(self, messages: Sequence[dict]) -> list[int]:
+        """The ids that follow those of `conversation_ids`: messages of the assistant in a row, and what ends them."""
+        raise NotImplementedError
+
     def cut_prompt_ids(self, ids: list[int], most: int) -> list[int]:
         """The ids of a prompt, of which at most so many are left; the control tokens at its end stay."""
         return ids if len(ids) <= most else ids[: most - self.prompt_end] + ids[len(ids) - self.prompt_end :]
