@@ -81,9 +81,11 @@ def test_demo_of_another_model_runs(repository, sample_rows, capfd, monkeypatch)
         write_rows(repository / "data" / f"{name}.jsonl", rows)
     shorter = {"scripts/make_tiny_checkpoint.py": ("--vocab_size", 1100, "--max_steps", 2)}
     shorter |= {"train_qlora.py": ("--max_steps", 2), "inference_qlora.py": ("--max_new_tokens", 4)}
-    monkeypatch.setattr(
-        demo, "start", lambda program, *flags: run_main(import_script(ROOT / program), *flags, *shorter[program])
-    )
+
+    def start(program: str, *flags: str, **_):
+        run_main(import_script(ROOT / program), *flags, *shorter[program])
+
+    monkeypatch.setattr(demo, "start", start)
     run_main(train_qlora, "--demo", "chatglm2")
     printed = capfd.readouterr().out
     assert "a ChatGLM of" in printed and printed.count("After: ") == 2
