@@ -144,7 +144,7 @@ def test_example_rows_are_accepted(page, rows_file):
     rows_file.write_text(example_rows(page), encoding="utf-8")
     assert len(list(read_rows(str(rows_file)))) == 5
     rows_file.write_text(example_rows(page, with_tools=True), encoding="utf-8")
-    assert [row["turns"] for row in read_rows(str(rows_file))] == [[1, 2]] * 3
+    assert [row["turns"] for row in read_rows(str(rows_file))] == [[1, 2]] * 4
 
 
 @data_pages

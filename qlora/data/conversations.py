@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qlora.data.fields import check_spelling, first_field, optional_text, text_field
-from qlora.data.tool_messages import RESULTS, ToolConversation, described_tools
+from qlora.data.tool_messages import CALL, RESULTS, ToolConversation, described_tools, has_calls
 
 FIELDS = ("messages", "conversations", "conversation")
 ROLE, TEXT = ("role", "from"), ("content", "value")  # the second ones are ShareGPT's
@@ -14,7 +14,7 @@ SPEAKERS = {
     "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "bing", "bard"),
 }
 ROLES = {role: speaker for speaker, roles in SPEAKERS.items() for role in roles}
-TOOL_ROLES = ROLES | dict.fromkeys(RESULTS, "observation")
+TOOL_ROLES = ROLES | dict.fromkeys(RESULTS, "observation") | {CALL: "call"}
 
 
 @dataclass
@@ -106,7 +106,7 @@ def find_conversation(row: dict, other_fields: tuple[str, ...]) -> Conversation 
         raise ValueError(f"{both}; a row has one conversation, or one question and its answer")
     check_spelling(row, "system")
     name, system = given[0], optional_text(row, "system")
-    if row.get("tools") or has_calls(row[name]):
+    if row.get("tools") or has_calls(row[name], ROLE):
         return parse_tool_messages(row[name], name, system, row.get("tools") or [])
     return parse_messages(row[name], name, system)
 
@@ -131,13 +131,6 @@ def add_all(messages: object, name: str, add: Callable[[object], None]):
             raise ValueError(f"message {number} of '{name}': {error}") from error
 
 
-def has_calls(messages: object) -> bool:
-    """Whether a message calls a tool, or is the result of a call."""
-    found = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
-    roles = {str(message.get(name)).lower() for message in found for name in ROLE}
-    return bool(roles & {*RESULTS}) or any(message.get("tool_calls") or message.get("metadata") for message in found)
-
-
 def parse_tool_messages(messages: object, name: str, system: str, tools: object) -> ToolConversation:
     """The conversation of messages with tools; arguments as for `parse_messages`, and the descriptions of tools."""
     conversation = ToolConversation(described_tools(tools), system)
@@ -150,6 +143,8 @@ def parse_tool_messages(messages: object, name: str, system: str, tools: object)
             conversation.add_question(text_field(message, *TEXT, of="message"))
         elif speaker == "assistant":
             conversation.add_answer(message, TEXT, is_trained(message))
+        elif speaker == "call":
+            conversation.add_call(text_field(message, *TEXT, of="message"), is_trained(message))
         else:
             conversation.add_result(message, TEXT)
 

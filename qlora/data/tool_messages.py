@@ -1,4 +1,4 @@
-"""Conversations in which the assistant calls tools, as OpenAI, ChatGLM3-6B's `chat` and its fine-tuning write them.
+"""Conversations in which the assistant calls tools, as OpenAI, ShareGPT, and ChatGLM3-6B's own programs write them.
 
 A message becomes a dict of `role` (system, user, assistant or observation) and `content`. That of the system may have
 `tools`, their descriptions; that of the assistant, if it is a call, `metadata`, the name of the tool, and `arguments`,
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from qlora.data.fields import check_text, first_field, optional_text, string, text_field
 
 RESULTS = ("observation", "tool", "function")  # roles of a tool's result
+CALL = "function_call"  # the role of a call in ShareGPT's form, with its name and arguments as JSON
 
 
 @dataclass
@@ -46,26 +47,30 @@ class ToolConversation:
 
     def add_answer(self, message: dict, keys: tuple[str, ...], is_trained: bool):
         """Adds a message of the assistant: a text, a call, or both; `keys` are the names of the text's field."""
+        if message.get("tool_calls"):
+            text, call = optional_text(message, "content"), openai_call(message["tool_calls"])
+            self.add_of_assistant([{"role": "assistant", "content": text}] * bool(text) + [call], is_trained)
+            return
+        added = {"role": "assistant", "content": text_field(message, *keys, of="message")}
+        added |= {"metadata": message["metadata"]} if is_call(message) else {}
+        self.add_of_assistant([added], is_trained)
+
+    def add_call(self, text: str, is_trained: bool):
+        """Adds a call in ShareGPT's form."""
+        self.add_of_assistant([call_of(parsed(text, "of the call"))], is_trained)
+
+    def add_of_assistant(self, messages: list[dict], is_trained: bool):
+        """Adds messages; ValueError where it is not the assistant's turn."""
         if not self.messages:
             raise ValueError("the assistant speaks first; expected a question of the user")
         self.check_no_open_call()
-        calls, name = message.get("tool_calls"), optional_text(message, "metadata")
-        start = len(self.messages)
-        if name:
-            self.messages.append({"role": "assistant", "content": text_field(message, *keys), "metadata": name})
-        elif calls:
-            text = optional_text(message, "content")
-            self.messages += [{"role": "assistant", "content": text}] * bool(text) + [openai_call(calls)]
-        else:
-            self.messages.append({"role": "assistant", "content": text_field(message, *keys, of="message")})
-        if not is_trained:
-            self.untrained |= {*range(start, len(self.messages))}
+        self.untrained |= set() if is_trained else {len(self.messages) + n for n in range(len(messages))}
+        self.messages += messages
 
     def add_result(self, message: dict, keys: tuple[str, ...]):
         """Adds a tool's result; one in the form of ChatGLM3-6B's fine-tuning comes with its call."""
         if "parameters" in message:
-            self.check_no_open_call()
-            self.messages.append(call(text_field(message, "name", of="message"), message["parameters"]))
+            self.add_of_assistant([call_of(message | {"arguments": message["parameters"]})], is_trained=True)
             result = message.get("observation")
             result = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
         else:
@@ -108,27 +113,51 @@ def openai_call(calls: object) -> dict:
         raise ValueError("field 'tool_calls' must be a list of objects")
     if len(calls) != 1:
         raise ValueError(f"{len(calls)} calls in one message; ChatGLM3-6B calls one tool at a time")
-    function = calls[0].get("function")
+    return call_of(calls[0].get("function"))
+
+
+def call_of(function: object) -> dict:
+    """The message of a call of a function with `name` and `arguments`, an object or the JSON of one.
+
+    Raises:
+        ValueError: it is no such function, or an argument has no name that a call can have.
+    """
     if not isinstance(function, dict):
-        raise ValueError("a call has no object 'function' with name and arguments")
-    arguments = function.get("arguments")
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError as error:
-        raise ValueError("field 'arguments' of a call is not JSON") from error
-    return call(text_field(function, "name", of="call"), arguments)
-
-
-def call(name: str, arguments: object) -> dict:
-    """The message of a call; ValueError for arguments without names that a call can have."""
-    if not (isinstance(arguments, dict) and all(name.isidentifier() for name in arguments)):
+        raise ValueError("a call has no object with name and arguments")
+    name, arguments = text_field(function, "name", of="call"), parsed(function.get("arguments"), "of arguments")
+    if not (isinstance(arguments, dict) and all(key.isidentifier() for key in arguments)):
         raise ValueError(f"arguments of {name} must be an object whose names are letters, digits and _")
     check_text(json.dumps(arguments, ensure_ascii=False))
     return {"role": "assistant", "content": "", "metadata": name, "arguments": arguments}
 
 
+def parsed(value: object, of: str) -> object:
+    """The value of a text in JSON, and any other value as it is; ValueError for a text that is not JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"the text {of} is not JSON") from error
+
+
+def is_call(message: dict) -> bool:
+    """Whether a message has the name of a tool, as in ChatGLM3-6B's `chat`; other programs keep objects there."""
+    return isinstance(message.get("metadata"), str) and bool(message["metadata"].strip())
+
+
+def has_calls(messages: object, role: tuple[str, ...]) -> bool:
+    """Whether one of the messages calls a tool, or is the result of a call; `role` are the names of that field."""
+    found = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    roles = {str(message.get(name)).lower() for message in found for name in role}
+    return bool(roles & {*RESULTS, CALL}) or any(message.get("tool_calls") or is_call(message) for message in found)
+
+
 def described_tools(tools: object) -> list[dict]:
-    """The descriptions of tools; those of OpenAI without the object around them. ValueError for anything else."""
+    """The descriptions of tools, a list or the JSON of one; those of OpenAI without the object around them.
+
+    Raises:
+        ValueError: they are anything else.
+    """
+    tools = parsed(tools, "of tools")
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError("field 'tools' must be a list of objects")
     check_text(json.dumps(tools, ensure_ascii=False))

@@ -29,6 +29,13 @@ FINE_TUNING = [
     {"role": "tool", "name": "weather", "parameters": ARGUMENTS, "observation": {"温度": 22}},
     ANSWER,
 ]
+SHAREGPT = [
+    {"from": "human", "value": QUESTION["content"]},
+    {"from": "gpt", "value": THOUGHT["content"]},
+    {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": ARGUMENTS})},
+    {"from": "observation", "value": RESULT["content"]},
+    {"from": "gpt", "value": ANSWER["content"]},
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +58,9 @@ def samples_of(rows_file, tokenizer, *rows: dict, longest: int = 1000, **options
         ({"messages": OPENAI, "tools": [{"type": "function", "function": TOOL}]}, CALL),
         ({"conversations": FINE_TUNING, "tools": [TOOL]}, CALL),
         ({"messages": [QUESTION, THOUGHT, NATIVE, RESULT, ANSWER], "tools": [TOOL]}, NATIVE),
+        ({"conversations": SHAREGPT, "tools": json.dumps([TOOL])}, CALL),
     ],
-    ids=["OpenAI", "fine-tuning", "chat"],
+    ids=["OpenAI", "fine-tuning", "chat", "ShareGPT"],
 )
 def test_ways_to_write_a_call(row, call):
     found = parse_row(row)
@@ -70,7 +78,9 @@ def test_texts_of_the_system_and_weights():
 
 
 def test_rows_without_a_call_stay_conversations():
-    assert not parse_row({"messages": [QUESTION, ANSWER | {"tool_calls": None}], "tools": []}).messages
+    assert not parse_row(
+        {"messages": [QUESTION, ANSWER | {"tool_calls": None, "metadata": {"id": 1}}], "tools": []}
+    ).messages
 
 
 # Samples.
@@ -139,8 +149,12 @@ def test_models_without_tools_refuse_them(tokenizer, rows_file):
         ([QUESTION, NATIVE | {"weight": 0}], "no answer to train on: each has the weight 0"),
         ([QUESTION, {"role": "assistant", "tool_calls": [OPENAI_CALL] * 2}], "2 calls in one message; ChatGLM3-6B"),
         ([QUESTION, {"role": "assistant", "tool_calls": ["x"]}], "field 'tool_calls' must be a list of objects"),
-        ([QUESTION, {"role": "assistant", "tool_calls": [{}]}], "a call has no object 'function' with name and arg"),
-        ([QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "not JSON"),
+        ([QUESTION, {"role": "assistant", "tool_calls": [{}]}], "a call has no object with name and arguments"),
+        (
+            [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+            "text of arguments is not JSON",
+        ),
+        ([QUESTION, {"role": "function_call", "content": "f(x)"}], "message 2 of 'messages': the text of the call is"),
         (
             [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a b": 1}}}]}],
             "arguments of f must be an object whose names are letters, digits and _",
@@ -159,7 +173,7 @@ def test_message_that_does_not_fit_is_refused(messages, reason):
 
 def test_descriptions_that_are_no_list_are_refused():
     with pytest.raises(ValueError, match="field 'tools' must be a list of objects"):
-        parse_row({"messages": OPENAI, "tools": "weather"})
+        parse_row({"messages": OPENAI, "tools": {"name": "weather"}})
 
 
 def test_conversation_with_tools_is_no_prompt():
