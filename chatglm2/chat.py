@@ -41,13 +41,15 @@ ROLES_TEMPLATE = r"""
     {%- elif role not in ['system', 'user', 'assistant', 'observation'] -%}
         {{- raise_exception('A message is of the system, the user, the assistant or an observation.') -}}
     {%- endif -%}
-    {{- '<|' ~ role ~ '|>' ~ (message.metadata or '') ~ '\n' ~ message.content -}}
+    {{- '<|' ~ role ~ '|>' ~ (message.metadata or '') ~ '\n' -}}
     {%- if role == 'system' and message.tools -%}
-        {{- '\n' ~ message.tools | tojson(indent=4) -}}
+        {{- (message.content or 'TOOLS_PROMPT') ~ '\n' ~ message.tools | tojson(indent=4) -}}
+    {%- else -%}
+        {{- message.content -}}
     {%- endif -%}
 {%- endfor -%}
 {{- '<|assistant|>' -}}
-"""
+""".replace("TOOLS_PROMPT", TOOLS_PROMPT)
 
 
 def build_rounds(query: str, history: Rounds = (), system: str = "") -> str:

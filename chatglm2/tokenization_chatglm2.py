@@ -194,8 +194,10 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     def conversation_ids(self, messages: Sequence[dict], prompt_text: str = "") -> list[int]:
         """As in the base class; `messages` may have `metadata`, `tools` and `arguments`, see `message_ids`."""
-        first, *others = messages
-        messages = [first | {"content": prompt_text + first["content"]} if prompt_text else first, *others]
+        if prompt_text:
+            first, *others = messages
+            text = first["content"] or (TOOLS_PROMPT if first.get("tools") else "")
+            messages = [first | {"content": prompt_text + text}, *others]
         return [*self.prefix_ids, *self.ids_of_all(messages), self.role_id("assistant")]
 
     def turn_ids(self, messages: Sequence[dict]) -> list[int]:

@@ -108,6 +108,14 @@ def test_samples_are_the_official_messages(third, rows_file):
     assert "weather\n" in shown and "tool_call(city='北京', days=1, now=True)" in shown
 
 
+def test_text_before_the_prompt_and_the_official_sentence(third):
+    head, *messages = [{"role": "system", "content": "", "tools": [TOOL]}, QUESTION]
+    sentence = "Answer the following questions as best as you can. You have access to the following tools:"
+    expected = third.conversation_ids([head | {"content": f"前缀{sentence}"}, *messages])
+    assert third.conversation_ids([head, *messages], "前缀") == expected
+    assert f"{sentence}\n[\n" in third.apply_chat_template([head, *messages], tokenize=False)
+
+
 def test_last_answer_alone(third, rows_file):
     (sample,) = samples_of(rows_file, third, {"messages": OPENAI}, train_on="last")
     assert sample["turn"] == 2
