@@ -83,7 +83,6 @@ class ChatGLMConfig(ModelDescription, PreTrainedConfig):
         *("vocab_size", "hidden_size", "num_layers", "num_attention_heads"),
         *("inner_hidden_size", "max_sequence_length"),
     )
-    ggml_type = 1
     token_ids = ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id")
 
     @classmethod

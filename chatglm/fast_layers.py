@@ -2,10 +2,16 @@
 
 from torch import nn
 
-from chatglm.decoding_attention import DecodingAttention
 from chatglm.fused_residual import FusedResidualNorm
 from chatglm.modeling_chatglm import ChatGLMAttention, ResidualNorm
 from glm_kernels import kernels_supported
+from glm_shared.decoding_attention import DecodingStepMixin
+
+
+class DecodingAttention(DecodingStepMixin, ChatGLMAttention):
+    """A `ChatGLMAttention` whose decoding step is one kernel; takes over the layers of another."""
+
+    by_head = True
 
 
 def fast_layer(module: nn.Module, for_training: bool) -> nn.Module | None:

@@ -9,8 +9,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -18,7 +17,14 @@ from chatglm.configuration_chatglm import ChatGLMConfig
 from chatglm.packed_attention import packed_attention
 from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
 from glm_shared.chat import ChatMixin
-from glm_shared.modeling import CausalLMMixin, SublayerBlock, TransformerMixin, eager_attention_forward, mask_lengths
+from glm_shared.modeling import (
+    CausalLMMixin,
+    SharedPreTrainedModel,
+    SublayerBlock,
+    TransformerMixin,
+    eager_attention_forward,
+    mask_lengths,
+)
 from glm_shared.packed_attention import PackedSequences
 
 # The official blocks scale the residual for 28 layers whatever the number of layers in the configuration.
@@ -142,24 +148,13 @@ class ChatGLMBlock(SublayerBlock):
         self.mlp = ChatGLMMLP(config)
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):
-    """Base class: the initialization of weights, and the attributes that tell transformers what the model supports."""
+class ChatGLMPreTrainedModel(SharedPreTrainedModel):
+    """Base class: what transformers needs to know of this model."""
 
     config_class = ChatGLMConfig
     config: ChatGLMConfig
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLMBlock"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if isinstance(module, ChatGLMRotaryEmbedding):
-            init.copy_(module.inv_freq, module.inverse_frequencies())
 
 
 class ChatGLMModel(TransformerMixin, ChatGLMPreTrainedModel):

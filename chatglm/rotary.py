@@ -4,29 +4,20 @@ Shapes: B rows, T tokens, H heads, D head dimension, C hidden size.
 """
 
 import torch
-from torch import nn
 
-from chatglm.configuration_chatglm import ChatGLMConfig
 from glm_kernels import kernels_supported
+from glm_shared.rotary import RotaryEmbedding
 
 
-class ChatGLMRotaryEmbedding(nn.Module):
+class ChatGLMRotaryEmbedding(RotaryEmbedding):
     """Cosines and sines for the halves of a head; the first is rotated by `position`, the second by `block_position`.
 
-    Source: "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2, applied to each half.
+    Source: that of the base class, applied to each half.
     """
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__()
-        self.rotary_dim = config.hidden_size // config.num_attention_heads // 2
-        self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
 
     def inverse_frequencies(self) -> torch.Tensor:
         """[D / 4], fp32, rounded to fp16 values: the published weights were trained with these."""
-        exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
-        return (1.0 / 10000**exponent).half().float()
+        return super().inverse_frequencies().half().float()
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

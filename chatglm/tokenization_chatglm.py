@@ -1,8 +1,6 @@
 """Tokenizer of ChatGLM-6B, with the SentencePiece model `ice_text.model`, whose piece ids are the token ids."""
 
 import re
-import shutil
-from pathlib import Path
 
 import sentencepiece
 
@@ -37,6 +35,7 @@ class ChatGLMTokenizer(ChatTokenizer):
     longest_token = MAX_BLANKS
     sampling = OFFICIAL_SAMPLING
     chat_length = 2048
+    ggml_type = 1
     open_marks = MARKS
     same_marks = dict(zip(map(ord, FULL_WIDTH_MARKS), MARKS, strict=True))
 
@@ -124,14 +123,6 @@ class ChatGLMTokenizer(ChatTokenizer):
     def clean_response(self, text: str) -> str:
         """The reply as the official `chat` formats it."""
         return clean_response(text)
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Copies the SentencePiece model into a folder; returns its path there."""
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        target = Path(save_directory) / (prefix + self.vocab_files_names["vocab_file"])
-        if target.resolve() != Path(self.vocab_file).resolve():
-            shutil.copyfile(self.vocab_file, target)
-        return (str(target),)
 
 
 __all__ = ["ChatGLMTokenizer"]

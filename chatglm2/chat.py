@@ -6,6 +6,8 @@ from glm_shared.chat import Rounds, with_training_time
 OFFICIAL_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.8}
 CHAT_LENGTH = 8192
 ROLES = ("system", "user", "assistant", "observation")
+# Source: preprocess_utils.py in finetune_demo/ of THUDM/ChatGLM3.
+TOOLS_PROMPT = "Answer the following questions as best as you can. You have access to the following tools:"
 ROUNDS_TEMPLATE = r"""
 {%- set found = namespace(head='', turns=0) -%}
 {%- for message in messages -%}
@@ -39,13 +41,15 @@ ROLES_TEMPLATE = r"""
     {%- elif role not in ['system', 'user', 'assistant', 'observation'] -%}
         {{- raise_exception('A message is of the system, the user, the assistant or an observation.') -}}
     {%- endif -%}
-    {{- '<|' ~ role ~ '|>' ~ (message.metadata or '') ~ '\n' ~ message.content -}}
+    {{- '<|' ~ role ~ '|>' ~ (message.metadata or '') ~ '\n' -}}
     {%- if role == 'system' and message.tools -%}
-        {{- '\n' ~ message.tools | tojson(indent=4) -}}
+        {{- (message.content or 'TOOLS_PROMPT') ~ '\n' ~ message.tools | tojson(indent=4) -}}
+    {%- else -%}
+        {{- message.content -}}
     {%- endif -%}
 {%- endfor -%}
 {{- '<|assistant|>' -}}
-"""
+""".replace("TOOLS_PROMPT", TOOLS_PROMPT)
 
 
 def build_rounds(query: str, history: Rounds = (), system: str = "") -> str:
@@ -69,6 +73,14 @@ def build_messages(query: str, history: Rounds = (), system: str = "") -> list[d
     turns = [(role, text) for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
     turns = [("system", system)] * bool(system) + turns + [("user", query)]
     return [{"role": role, "content": text} for role, text in turns]
+
+
+def build_call(arguments: dict) -> str:
+    """The text of ChatGLM3-6B's call of a tool, whose name is in the line above it.
+
+    Source: `format_function_call` in preprocess_utils.py in finetune_demo/ of THUDM/ChatGLM3.
+    """
+    return f"```python\ntool_call({', '.join(f'{name}={value!r}' for name, value in arguments.items())})\n```"
 
 
 def clean_response(text: str) -> str:

@@ -152,11 +152,6 @@ class ChatGLM2Config(ModelDescription, PreTrainedConfig):
     def display_name(self) -> str:  # type: ignore[override]
         return f"ChatGLM{self.chatglm_version}-6B" if self.chatglm_version else "ChatGLM2-6B or ChatGLM3-6B"
 
-    @property
-    def hub_name(self) -> str:
-        """Under which the official files are published; by this name they are told apart."""
-        return f"THUDM/chatglm{self.chatglm_version or 2}-6b"
-
     @classmethod
     def describes(cls, values: dict) -> bool:
         """Whether the values of a config.json have keys of this architecture, and none of the first ChatGLM."""
@@ -185,7 +180,9 @@ class ChatGLM2Config(ModelDescription, PreTrainedConfig):
 
     def official_values(self) -> dict:
         names = (*self.sizes, "layernorm_epsilon", "use_cache", "tie_word_embeddings", "eos_token_id", "pad_token_id")
-        head = {"_name_or_path": self.hub_name, "model_type": self.model_type, "architectures": ["ChatGLMModel"]}
+        # By the name of the official files they are told apart.
+        name = {"_name_or_path": f"THUDM/chatglm{self.chatglm_version}-6b"} if self.chatglm_version else {}
+        head = name | {"model_type": self.model_type, "architectures": ["ChatGLMModel"]}
         values = FIXED | WITHOUT_EFFECT | {name: getattr(self, name) for name in names}
         extra = {"merged_adapter": merged} if (merged := getattr(self, "merged_adapter", None)) else {}
         return head | {"auto_map": AUTO_MAP} | dict(sorted(values.items())) | extra

@@ -2,10 +2,16 @@
 
 from torch import nn
 
-from chatglm2.decoding_attention import DecodingAttention
 from chatglm2.fused_norm import FusedRMSNorm, FusedSublayerNorm
 from chatglm2.modeling_chatglm2 import ChatGLM2Attention, RMSNorm, SublayerNorm
 from glm_kernels import kernels_supported
+from glm_shared.decoding_attention import DecodingStepMixin
+
+
+class DecodingAttention(DecodingStepMixin, ChatGLM2Attention):
+    """A `ChatGLM2Attention` whose decoding step is one kernel; takes over the layers of another."""
+
+    by_head = False
 
 
 def fast_layer(module: nn.Module, for_training: bool) -> nn.Module | None:

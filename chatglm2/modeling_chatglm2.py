@@ -7,7 +7,7 @@ dimension, C hidden size, V vocabulary size.
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,7 +17,14 @@ from chatglm2.configuration_chatglm2 import ChatGLM2Config
 from chatglm2.packed_attention import packed_attention
 from chatglm2.rotary import ChatGLM2RotaryEmbedding, split_and_rotate
 from glm_shared.chat import ChatMixin
-from glm_shared.modeling import CausalLMMixin, SublayerBlock, TransformerMixin, eager_attention_forward, mask_lengths
+from glm_shared.modeling import (
+    CausalLMMixin,
+    SharedPreTrainedModel,
+    SublayerBlock,
+    TransformerMixin,
+    eager_attention_forward,
+    mask_lengths,
+)
 from glm_shared.packed_attention import PackedSequences
 
 
@@ -154,25 +161,17 @@ class ChatGLM2Block(SublayerBlock):
         self.mlp = ChatGLM2MLP(config)
 
 
-class ChatGLM2PreTrainedModel(PreTrainedModel):
-    """Base class: the initialization of weights, and the attributes that tell transformers what the model supports."""
+class ChatGLM2PreTrainedModel(SharedPreTrainedModel):
+    """Base class: what transformers needs to know of this model."""
 
     config_class = ChatGLM2Config
     config: ChatGLM2Config
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLM2Block"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, ChatGLM2RotaryEmbedding):
-            init.copy_(module.inv_freq, module.inverse_frequencies())
-        elif isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm):
             init.ones_(module.weight)
 
 

@@ -4,29 +4,13 @@ Shapes: B rows, T tokens, H heads of queries, G heads of keys and values, D head
 """
 
 import torch
-from torch import nn
 
-from chatglm2.configuration_chatglm2 import ChatGLM2Config
 from glm_kernels import kernels_supported
+from glm_shared.rotary import RotaryEmbedding
 
 
-class ChatGLM2RotaryEmbedding(nn.Module):
-    """Cosines and sines by which the pairs (0, 1), (2, 3), ... of the first half of a head are rotated.
-
-    Source: "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2.
-    """
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, config: ChatGLM2Config):
-        super().__init__()
-        self.rotary_dim = config.kv_channels // 2
-        self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
-
-    def inverse_frequencies(self) -> torch.Tensor:
-        """[D / 4], fp32."""
-        exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
-        return 1.0 / 10000**exponent
+class ChatGLM2RotaryEmbedding(RotaryEmbedding):
+    """Cosines and sines by which the pairs (0, 1), (2, 3), ... of the first half of a head are rotated."""
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from chatglm2.chat import (
     ROLES,
     ROLES_TEMPLATE,
     ROUNDS_TEMPLATE,
+    TOOLS_PROMPT,
+    build_call,
     build_messages,
     build_rounds,
     clean_message,
@@ -46,6 +47,7 @@ class ChatGLM2Tokenizer(ChatTokenizer):
     prompt_end = 0
     sampling = OFFICIAL_SAMPLING
     chat_length = CHAT_LENGTH
+    ggml_type = 2
 
     def __init__(
         self,
@@ -144,14 +146,6 @@ class ChatGLM2Tokenizer(ChatTokenizer):
         """The reply as the official `chat` formats it."""
         return clean_response(text)
 
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Copies the SentencePiece model into a folder; returns its path there."""
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        target = Path(save_directory) / (prefix + self.vocab_files_names["vocab_file"])
-        if target.resolve() != Path(self.vocab_file).resolve():
-            shutil.copyfile(self.vocab_file, target)
-        return (str(target),)
-
 
 class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     """The same with a token for each role, and with the prompts of ChatGLM3-6B.
@@ -162,6 +156,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     control_tokens = (*ChatGLM2Tokenizer.control_tokens, *(f"<|{role}|>" for role in ROLES))
     default_template = ROLES_TEMPLATE
     prompt_end = 1  # <|assistant|>
+    ggml_type = 3
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -176,31 +171,45 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """The ids of a text without control tokens."""
         return self.sp_model.encode(text)
 
-    def message_ids(self, role: str, content: str, metadata: str = "", tools: Any = None) -> list[int]:
+    def message_ids(
+        self, role: str, content: str, metadata: str = "", tools: Any = None, arguments: dict | None = None
+    ) -> list[int]:
         """The ids of one message.
 
         Args:
             role: one of ROLES; "developer" counts as "system", and "tool" as "observation".
             content: its text.
             metadata: of the assistant, the tool that it calls.
-            tools: of the system, descriptions of the tools, which are put below its text as JSON.
+            tools: of the system, descriptions of the tools, which are put below its text as JSON; below the official
+                text without one.
+            arguments: of a call; its content is made of them.
         """
         role = {"developer": "system", "tool": "observation"}.get(role, role)
         if role not in ROLES:
             raise ValueError(f"a message has the role {role!r}, expected one of {', '.join(ROLES)}")
         if role == "system" and tools:
-            content = f"{content}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
+            content = f"{content or TOOLS_PROMPT}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
+        content = content if arguments is None else build_call(arguments)
         return [self.role_id(role), *self.text_ids(f"{metadata or ''}\n"), *self.text_ids(content)]
 
-    def conversation_ids(self, messages: Sequence[dict]) -> list[int]:
-        """All ids of the prompt of an answer to messages, as `generate` takes them.
+    def conversation_ids(self, messages: Sequence[dict], prompt_text: str = "") -> list[int]:
+        """As in the base class; `messages` may have `metadata`, `tools` and `arguments`, see `message_ids`."""
+        if prompt_text:
+            first, *others = messages
+            text = first["content"] or (TOOLS_PROMPT if first.get("tools") else "")
+            messages = [first | {"content": prompt_text + text}, *others]
+        return [*self.prefix_ids, *self.ids_of_all(messages), self.role_id("assistant")]
 
-        Args:
-            messages: dicts of `role`, `content` and optionally `metadata` and `tools`, see `message_ids`.
-        """
-        keys = ("role", "content", "metadata", "tools")
+    def turn_ids(self, messages: Sequence[dict]) -> list[int]:
+        """The messages without the first role; a call ends where its result would begin, an answer with `</s>`."""
+        end = self.role_id("observation") if messages[-1].get("metadata") else self.eos_token_id
+        return [*self.ids_of_all(messages)[1:], end]
+
+    def ids_of_all(self, messages: Sequence[dict]) -> list[int]:
+        """The ids of messages, one after the other."""
+        keys = ("role", "content", "metadata", "tools", "arguments")
         ids = (self.message_ids(**{key: message[key] for key in keys if key in message}) for message in messages)
-        return [*self.prefix_ids, *(i for message in ids for i in message), self.role_id("assistant")]
+        return [i for message in ids for i in message]
 
     def build_prompt(self, query: str, history: Rounds = (), system: str = "") -> str:
         """The prompt as it reads; `build_prompt_ids` makes its ids, in which a role is one token."""
@@ -209,9 +218,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     def build_prompt_ids(self, query: str, history: Rounds = (), system: str = "", prompt_text: str = "") -> list[int]:
         """As for the other models; `prompt_text` is put before the first message's text."""
-        messages = build_messages(query, history, system)
-        messages[0]["content"] = prompt_text + messages[0]["content"]
-        return self.conversation_ids(messages)
+        return self.conversation_ids(build_messages(query, history, system), prompt_text)
 
     def build_answer_ids(self, answer: str) -> list[int]:
         """The end of the line for metadata, the answer, and `</s>`."""

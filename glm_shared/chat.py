@@ -1,7 +1,9 @@
 """Conversations: what a tokenizer says of the prompts and replies of its model, and the official chat interface."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +45,8 @@ class ChatTokenizer(PreTrainedTokenizer):
         sampling: arguments of `generate` with which the official `chat` draws.
         chat_length: most tokens of prompt and reply together in the official `chat`.
         open_marks: punctuation at the end of a reply that `clean_response` may still change by what follows.
+        vocab_file: path of the SentencePiece file.
+        ggml_type: number by which chatglm.cpp knows tokenizer and prompts.
         same_marks: table of `str.translate` to characters that the tokenizer takes for the same.
     """
 
@@ -50,6 +54,8 @@ class ChatTokenizer(PreTrainedTokenizer):
     longest_token: int
     sampling: dict[str, Any]
     chat_length: int
+    vocab_file: str
+    ggml_type: int
     open_marks = ""
     same_marks: Mapping[int, str] = {}
 
@@ -62,6 +68,14 @@ class ChatTokenizer(PreTrainedTokenizer):
     def stop_token_ids(self) -> list[int]:
         """The tokens that end an answer."""
         return [self.eos_token_id]
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Copies the SentencePiece model into a folder; returns its path there."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        target = Path(save_directory) / (prefix + self.vocab_files_names["vocab_file"])
+        if target.resolve() != Path(self.vocab_file).resolve():
+            shutil.copyfile(self.vocab_file, target)
+        return (str(target),)
 
     def clean_response(self, text: str) -> str:
         """A reply as it is shown to the user, from the text of its tokens."""
@@ -79,6 +93,21 @@ class ChatTokenizer(PreTrainedTokenizer):
             prompt_text: put before the whole prompt.
         """
         return self(prompt_text + self.build_prompt(query, history, system), split_special_tokens=True)["input_ids"]
+
+    def conversation_ids(self, messages: Sequence[dict], prompt_text: str = "") -> list[int]:
+        """All ids of the prompt of an answer to messages, among which may be tools' results.
+
+        Args:
+            messages: dicts of `role`, `content` and what else the model's messages have.
+            prompt_text: put before the first message's text.
+        Raises:
+            ValueError: the model's prompts have no tools.
+        """
+        raise ValueError("the conversation has tools, for which this model has no prompts; ChatGLM3-6B has them")
+
+    def turn_ids(self, messages: Sequence[dict]) -> list[int]:
+        """The ids that follow those of `conversation_ids`: messages of the assistant in a row, and what ends them."""
+        raise NotImplementedError
 
     def cut_prompt_ids(self, ids: list[int], most: int) -> list[int]:
         """The ids of a prompt, of which at most so many are left; the control tokens at its end stay."""

@@ -19,6 +19,7 @@ class ModelDescription:
         display_name: of the model, for messages, such as "ChatGLM-6B".
         vocab_size: V, rows of the embedding; there may be fewer tokens.
         hidden_size: C.
+        intermediate_size: features between the two linear layers of an MLP, after the activation.
         num_hidden_layers: number of blocks.
         num_attention_heads: heads of the queries.
         max_position_embeddings: most tokens of a prompt and its answer together.
@@ -28,12 +29,12 @@ class ModelDescription:
         layernorm_epsilon: of all norms.
         sizes: names of the attributes that must be 1 or more.
         token_ids: names of the attributes that must be token ids.
-        ggml_type: number of the model in the files of chatglm.cpp; None if such files cannot be written.
     """
 
     display_name: str
     vocab_size: int
     hidden_size: int
+    intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
     max_position_embeddings: int
@@ -45,7 +46,6 @@ class ModelDescription:
     merged_adapter: str  # a hash of the adapter that the weights contain
     sizes: tuple[str, ...]
     token_ids: tuple[str, ...]
-    ggml_type: int | None = None
 
     @classmethod
     def describes(cls, values: dict) -> bool:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from glm_shared.loss import linear_cross_entropy
 from glm_shared.packed_attention import PackedSequences
+from glm_shared.rotary import RotaryEmbedding
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -36,6 +39,22 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
+
+
+class SharedPreTrainedModel(PreTrainedModel):
+    """Base class: the initialization of weights, and the attributes that tell transformers what the model supports."""
+
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, RotaryEmbedding):
+            init.copy_(module.inv_freq, module.inverse_frequencies())
 
 
 class SublayerBlock(GradientCheckpointingLayer):

@@ -154,6 +154,8 @@ def read_samples(args: EvaluationArguments, tokenizer: "ChatTokenizer") -> "tupl
     from qlora.inference.generation import shown_prompt
 
     rows = list(read_rows(args.data_path))[: args.max_prompts]
+    if any(row["messages"] for row in rows):
+        raise ValueError(f"{args.data_path} has conversations with tools; these can be trained on, not asked.")
     prompts = [Prompt(row["query"], row["history"], row["system"]) for row in rows]
     most = PROTOCOLS[args.protocol].max_reference_tokens
     return prompts, [

@@ -106,17 +106,18 @@ def merge(args: MergeArguments):
     base_path = args.model_name_or_path or base_model_path(args.adapter_path)
     fetch_model(base_path, args)
     config, tensor = merged_tensors(base_path, args.adapter_path, args.onto, DTYPES[args.compute_dtype])
+    tokenizer = load_tokenizer(base_path)
     with atomic_folder(args.output_dir) as folder:
         folder.mkdir(parents=True)
-        of_tokenizer = tokenizer_files(Path(base_path))
-        patterns = (*(of_tokenizer if args.format == "official" else ()), *COPIED[args.format])
+        of_tokenizer = tokenizer_files(Path(base_path)) if args.format == "official" else ()
+        patterns = (*of_tokenizer, *COPIED[args.format])
         for file in [file for pattern in patterns for file in Path(base_path).glob(pattern)]:
             shutil.copyfile(file, folder / file.name)
         if args.format == "official":
-            load_tokenizer(base_path).save_chat_templates(folder, {}, None, save_jinja_files=True)
+            tokenizer.save_chat_templates(folder, {}, None, save_jinja_files=True)
             write_checkpoint(folder, config, tensor, dtype=args.dtype)
         else:
-            write_ggml(folder / GGML_FILE, config, Path(base_path) / of_tokenizer[0], tensor, args.dtype)
+            write_ggml(folder / GGML_FILE, config, tokenizer, tensor, args.dtype)
     weights = f"{WEIGHTS[args.onto]} ({base_path})"
     source = f"Merged {args.adapter_path} into {weights}" if args.adapter_path else f"Read {weights}"
     print(f"{source}; wrote {args.output_dir} in {args.dtype}")

@@ -6,8 +6,8 @@
 A table is between `<!-- flags: common -->` or `<!-- flags: expert -->` and `<!-- end of flags -->`. In pages in
 Chinese, `*_zh.md`, the meanings are not changed; flags and defaults come from the code.
 
-A row of a table of figures has `<!-- measured: NAME -->` in its first column. Its other columns come from the newest
-record of this name, as `scripts/benchmark.py --record docs/benchmarks.jsonl` adds them.
+A row of a table of figures has `<!-- measured: NAME -->` in a column. Those after it come from the newest record of
+this name, as `scripts/benchmark.py --record docs/benchmarks.jsonl` adds them.
 """
 
 import os
@@ -22,7 +22,7 @@ from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = re.compile(r"(<!-- flags: (\w+) -->\n(?:\|[^\n]*\n){2})((?:\|[^\n]*\n)*)(<!-- end of flags -->)")
-MEASURED = re.compile(r"^(\|[^|\n]*<!-- measured: (.+?) -->[^|\n]*\|)([^\n]*)\|$", re.M)
+MEASURED = re.compile(r"^(\|[^\n]*<!-- measured: (.+?) -->[^|\n]*\|)([^\n]*)\|$", re.M)
 ROW = re.compile(r"^\| `--(\w+)` \|.*?\| (.*) \|$", re.M)
 CONTROL_TOKEN = re.compile(r"(\[gMASK\]|<\w+>)")
 
@@ -75,7 +75,7 @@ def measured_row(row: re.Match, records: dict[str, dict]) -> str:
 
 def figures(record: dict) -> list[str]:
     """The figures of a record as they are shown: of training tokens/s, memory, predicted memory, and busy share."""
-    if not record["name"].startswith("train"):
+    if "tokens_per_second" not in record:
         return [f"{record['tokens_per_second_batch_1']:,}"]
     memory = [f"{record[key]:.1f} GiB" for key in ("peak_memory_gib", "predicted_memory_gib")]
     return [f"{record['tokens_per_second']:,}", *memory, f"{record['gpu_busy']:.0%}"]

@@ -284,6 +284,14 @@ def test_files_of_two_versions_are_refused(folder, version):
         load_tokenizer(str(folder))
 
 
+def test_written_folder_says_the_version_only_if_its_config_does(folder, tmp_path, version):
+    edit(folder / "config.json", _name_or_path="/data/mine")
+    merge = import_script(ROOT / "scripts" / "merge_lora.py")
+    flags = ("--adapter_path", "none", "--model_name_or_path", folder, "--output_dir", tmp_path / "out")
+    run_main(merge, *flags)
+    assert type(load_tokenizer(str(tmp_path / "out"))).__name__ == f"ChatGLM{version}Tokenizer"
+
+
 def test_folder_that_does_not_say_its_version_is_asked_for_it(folder):
     for name in ("config.json", "tokenizer_config.json"):
         edit(folder / name, chatglm_version=None, _name_or_path="/data/mine")

@@ -133,15 +133,18 @@ def test_settings_and_snippets_of_the_guide_work(page, tmp_path, monkeypatch):
     assert len(list(read_rows("self.jsonl"))) == 32 and len(list(read_rows("general.jsonl"))) == 1
 
 
-def example_rows(page: str) -> str:
-    """The example rows of a page, as the text of a file."""
-    return "".join(body for body in blocks(page, "json") if "output_dir" not in body)
+def example_rows(page: str, with_tools: bool = False) -> str:
+    """The example rows of a page, as the text of a file; those with tools are for one model only."""
+    rows = [body for body in blocks(page, "json") if "output_dir" not in body]
+    return "".join(body for body in rows if ('"tools"' in body) == with_tools)
 
 
 @data_pages
 def test_example_rows_are_accepted(page, rows_file):
     rows_file.write_text(example_rows(page), encoding="utf-8")
     assert len(list(read_rows(str(rows_file)))) == 5
+    rows_file.write_text(example_rows(page, with_tools=True), encoding="utf-8")
+    assert [row["turns"] for row in read_rows(str(rows_file))] == [[1, 2]] * 4
 
 
 @data_pages

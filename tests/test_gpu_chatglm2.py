@@ -2,17 +2,17 @@
 
     pytest -m gpu -n 0
 
-References and errors are those of test_gpu.py.
+References, errors and the training run are those of test_gpu.py.
 """
 
 import gc
 
 import pytest
 import torch
-from conftest import add_random_lora, copy_tokenizer, flags_of, history, run_main, write_json
+from conftest import add_random_lora, copy_tokenizer
+from test_gpu import DTYPES, ROUNDING, fixed_seed, pytestmark, randn, relative_error, trained  # noqa: F401
 from torch.nn import functional as F
 
-import train_qlora
 from chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, PackedSequences
 from chatglm2.modeling_chatglm2 import RMSNorm
 from chatglm2.packed_attention import attention_by_sample, packed_attention
@@ -24,24 +24,7 @@ from qlora.training import memory_plan
 from qlora.training.memory_plan import apply_plan
 from qlora.units import GIB
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half the distance of two neighbours, relative
-DTYPES = pytest.mark.parametrize("dtype", ROUNDING, ids=["bf16", "fp16"])
 HEADS, GROUPS, HEAD_DIM = 32, 2, 128
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.float() - expected).norm() / expected.norm()).item()
 
 
 @DTYPES
@@ -152,14 +135,6 @@ def test_graph_generates_the_tokens_of_plain_steps(checkpoint, tokenizer):
                 step()
             tokens.append(decoder.new_tokens.cpu())
     assert torch.equal(*tokens)
-
-
-def trained(checkpoint, train_file, folder, *flags: str) -> dict[str, list[float]]:
-    """Two steps of 32 samples without dropout: what was logged."""
-    path = write_json(folder / "args.json", folder / "out", max_steps=2, per_device_train_batch_size=16)
-    flags = ("--lora_rank", "128", "--lora_dropout", "0", *flags)
-    run_main(train_qlora, *flags_of(path, checkpoint, train_file, "none", *flags))
-    return {key: history(folder / "out", key) for key in ("loss", "peak_memory_gib")}
 
 
 @pytest.mark.parametrize(

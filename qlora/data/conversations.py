@@ -1,9 +1,11 @@
 """Conversations as other programs write them: OpenAI's `messages` and ShareGPT's `conversations`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from qlora.data.fields import check_spelling, first_field, optional_text, text_field
 from qlora.data.strict_json import kind_of
+from qlora.data.tool_messages import CALL, RESULTS, ToolConversation, described_tools, has_calls
 
 FIELDS = ("messages", "conversations", "conversation")
 ROLE, TEXT = ("role", "from"), ("content", "value")  # the second ones are ShareGPT's
@@ -13,6 +15,7 @@ SPEAKERS = {
     "assistant": ("assistant", "gpt", "chatgpt", "bot", "model", "bing", "bard"),
 }
 ROLES = {role: speaker for speaker, roles in SPEAKERS.items() for role in roles}
+TOOL_ROLES = ROLES | dict.fromkeys(RESULTS, "observation") | {CALL: "call"}
 
 
 @dataclass
@@ -67,14 +70,14 @@ class Conversation:
         return [list(pair) for pair in zip(self.texts[::2], self.texts[1::2], strict=False)]
 
 
-def check_message(message: object) -> tuple[dict, str]:
-    """A message and who speaks; ValueError if it is no object, or has no role that is known."""
+def check_message(message: object, roles: dict[str, str] = ROLES) -> tuple[dict, str]:
+    """A message and who speaks, by the names of `roles`; ValueError if it is no object, or has no role among them."""
     if not isinstance(message, dict):
         raise ValueError(f"expected an object with role and content, found {kind_of(message)}")
     role = text_field(message, *ROLE, of="message")
-    if role.lower() not in ROLES:
+    if role.lower() not in roles:
         raise ValueError(f"unknown role {role!r}; expected system, user or assistant, or human or gpt")
-    return message, ROLES[role.lower()]
+    return message, roles[role.lower()]
 
 
 def check_is_text(message: dict):
@@ -83,7 +86,7 @@ def check_is_text(message: dict):
     if isinstance(value, list):
         raise ValueError("its content is a list of parts; join their texts to one, other parts cannot be trained on")
     if value is None:
-        raise ValueError("its content is null, as of a call of a tool, which cannot be trained on; leave the row out")
+        raise ValueError("its content is null; write a text, or leave the row out")
 
 
 def is_trained(message: dict) -> bool:
@@ -94,7 +97,7 @@ def is_trained(message: dict) -> bool:
     return weight != 0
 
 
-def find_conversation(row: dict, other_fields: tuple[str, ...]) -> Conversation | None:
+def find_conversation(row: dict, other_fields: tuple[str, ...]) -> Conversation | ToolConversation | None:
     """The conversation of a row, or None for a row of another kind.
 
     Args:
@@ -113,19 +116,50 @@ def find_conversation(row: dict, other_fields: tuple[str, ...]) -> Conversation 
         both = f"both '{given[0]}' and '{given[1]}' are given"
         raise ValueError(f"{both}; a row has one conversation, or one question and its answer")
     check_spelling(row, "system")
-    return parse_messages(row[given[0]], given[0], optional_text(row, "system"))
+    name, system = given[0], optional_text(row, "system")
+    if row.get("tools") or has_calls(row[name], ROLE):
+        return parse_tool_messages(row[name], name, system, row.get("tools") or [])
+    return parse_messages(row[name], name, system)
 
 
 def parse_messages(messages: object, name: str, system: str) -> Conversation:
     """The conversation of a list of messages, which follow a text of the system; `name` is that of the field."""
+    conversation = Conversation(system)
+    add_all(messages, name, conversation.add)
+    if not conversation.texts:
+        raise ValueError(f"field '{name}' has no question")
+    return conversation
+
+
+def add_all(messages: object, name: str, add: Callable[[object], None]):
+    """Calls `add` with every message; ValueError if they are no list, or with the number of one that is refused."""
     if not isinstance(messages, list):
         raise ValueError(f"field '{name}' must be a list of messages, found {kind_of(messages)}")
-    conversation = Conversation(system)
     for number, message in enumerate(messages, 1):
         try:
-            conversation.add(message)
+            add(message)
         except ValueError as error:
             raise ValueError(f"message {number} of '{name}': {error}") from error
-    if not conversation.texts:
+
+
+def parse_tool_messages(messages: object, name: str, system: str, tools: object) -> ToolConversation:
+    """The conversation of messages with tools; arguments as for `parse_messages`, and the descriptions of tools."""
+    conversation = ToolConversation(described_tools(tools), system)
+
+    def add(message: object):
+        message, speaker = check_message(message, TOOL_ROLES)
+        if speaker == "system":
+            conversation.add_system(optional_text(message, first_field(message, *TEXT, of="message")))
+        elif speaker == "user":
+            conversation.add_question(text_field(message, *TEXT, of="message"))
+        elif speaker == "assistant":
+            conversation.add_answer(message, TEXT, is_trained(message))
+        elif speaker == "call":
+            conversation.add_call(text_field(message, *TEXT, of="message"), is_trained(message))
+        else:
+            conversation.add_result(message, TEXT)
+
+    add_all(messages, name, add)
+    if not conversation.messages:
         raise ValueError(f"field '{name}' has no question")
     return conversation

@@ -1,6 +1,7 @@
 """Tokenizes data rows into samples, with the datasets library and its cache."""
 
 import bisect
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from glm_shared.chat import ChatTokenizer, Rounds
 from qlora.data.cache import cache_folder, check_sums, use_cache
 from qlora.data.row_files import MOST_LISTED, Place, bad_rows
 from qlora.data.rows import ROWS_VERSION, read_rows
+from qlora.data.tool_messages import answers_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ ROW_FEATURES = Features(
         "answer": Value("string"),
         "system": Value("string"),
         "turns": List(Value("int32")),
+        "messages": Value("string"),
     }
 )
 SAMPLE_FEATURES = Features(
@@ -70,7 +73,7 @@ class SampleEncoder:
     max_input_length: int
     max_output_length: int
     train_on: str = "all"
-    version: int = 4  # to be raised when the code gives other samples; part of the cache key, as all fields are
+    version: int = 5  # to be raised when the code gives other samples; part of the cache key, as all fields are
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         """Columns of ROW_FEATURES of a batch -> the columns of SAMPLE_FEATURES, with all samples of these rows."""
@@ -87,9 +90,12 @@ class SampleEncoder:
         rounds = [*row["history"], [row["query"], row["answer"]]]
         turns = row["turns"] or [0]  # the last round; the numbers of those of a conversation count from 1
         for turn in turns if self.train_on == "all" else turns[-1:]:
-            query, answer = rounds[turn - 1]
             try:
-                ids, labels, *rest = self.encode(query, rounds[: turn - 1], answer, row["system"])
+                if row["messages"]:
+                    ids, labels, *rest = self.encode_turn(json.loads(row["messages"]), turn)
+                else:
+                    query, answer = rounds[turn - 1]
+                    ids, labels, *rest = self.encode(query, rounds[: turn - 1], answer, row["system"])
                 values = (ids, labels, *rest, sum(ids) + sum(labels), "")
             except ValueError as error:
                 values = ([], [], 0, False, False, 0, str(error))
@@ -118,6 +124,35 @@ class SampleEncoder:
         answer_ids = self.tokenizer.build_answer_ids(answer)
         if len(answer_ids) == 1:  # the token that ends it
             raise ValueError("the answer has nothing but characters that the tokenizer drops")
+        return self.join(prompt_ids, prompt_cut, answer_ids)
+
+    def encode_turn(self, messages: list[dict], turn: int) -> tuple[list[int], list[int], int, bool, bool]:
+        """Tokenizes one answer of a conversation with tools.
+
+        Args:
+            messages: of a row, see `qlora.data.tool_messages`.
+            turn: number of the answer, from 1.
+        Returns:
+            As `encode`.
+        Raises:
+            ValueError: the model has no tools.
+        """
+        place = answers_of(messages)[turn - 1]
+        before, answer = messages[: place.start], messages[place.start : place.stop]
+        head = before[:1] if before[0]["role"] == "system" else []
+        # As many rounds as fit, each from a question of the user on; the last one in any case.
+        for start in [i for i, message in enumerate(before) if message["role"] == "user"]:
+            ids = self.tokenizer.conversation_ids([*head, *before[start:]], self.prompt_text)
+            if len(ids) <= self.max_input_length:
+                break
+        cut = start > len(head) or len(ids) > self.max_input_length
+        ids = self.tokenizer.cut_prompt_ids(ids, self.max_input_length)
+        return self.join(ids, cut, self.tokenizer.turn_ids(answer))
+
+    def join(
+        self, prompt_ids: list[int], prompt_cut: bool, answer_ids: list[int]
+    ) -> tuple[list[int], list[int], int, bool, bool]:
+        """A sample as `encode` returns it, with an answer that is cut if it is too long."""
         answer_cut = len(answer_ids) > self.max_output_length
         if answer_cut:
             answer_ids = [*answer_ids[: self.max_output_length - 1], answer_ids[-1]]

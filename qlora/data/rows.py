@@ -1,5 +1,6 @@
 """What a data row may hold; a row that cannot be used is reported with file, place and reason."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,9 @@ from qlora.data.conversations import Conversation, find_conversation
 from qlora.data.fields import check_spelling, check_text, optional_text, text_field
 from qlora.data.row_files import read_json_rows, read_lines
 from qlora.data.strict_json import kind_of, parse_json
+from qlora.data.tool_messages import ToolConversation
 
-ROWS_VERSION = 5  # in the key of cached rows: raise it with every change of what is accepted or what a row becomes
+ROWS_VERSION = 6  # in the key of cached rows: raise it with every change of what is accepted or what a row becomes
 QUESTION, ANSWER = ("instruction", "content"), ("output", "summary")  # the second ones are AdvertiseGen's
 OTHER_FIELDS = (*QUESTION, "input", "history", *ANSWER)  # than those of a conversation
 
@@ -26,6 +28,8 @@ class Row:
         system: what the model is told before the first question; may be empty.
         turns: of a conversation, the numbers, from 1, of the answers that are to be trained on; empty for a row with
             an `output`, which is trained on.
+        messages: of a conversation with tools, all of it as JSON, see `qlora.data.tool_messages`; query and answer are
+            then its last texts, without what is before them.
     """
 
     query: str
@@ -33,6 +37,7 @@ class Row:
     answer: str
     system: str = ""
     turns: list[int] = field(default_factory=list)
+    messages: str = ""
 
 
 def read_rows(path: str) -> Iterator[dict]:
@@ -91,6 +96,8 @@ def parse_prompt(value: object) -> Prompt:
     conversation = find_conversation(row, OTHER_FIELDS)
     if conversation is None:
         return parse_question(row)
+    if isinstance(conversation, ToolConversation):
+        raise ValueError("a conversation with tools; these can be trained on, not asked")
     last = (len(conversation.texts) - 1) // 2
     return Prompt(conversation.texts[2 * last], conversation.rounds[:last], conversation.system)
 
@@ -99,6 +106,8 @@ def parse_row(value: object) -> Row:
     """The checked row of a parsed line; ValueError with the reason if it cannot be trained on."""
     row = check_object(value)
     conversation = find_conversation(row, OTHER_FIELDS)
+    if isinstance(conversation, ToolConversation):
+        return tool_row(conversation)
     if conversation is not None:
         return conversation_row(conversation)
     prompt = parse_question(row)
@@ -113,6 +122,18 @@ def conversation_row(conversation: Conversation) -> Row:
         raise ValueError("no answer to train on: each has the weight 0")
     *history, (query, answer) = conversation.rounds
     return Row(query, history, answer, conversation.system, conversation.turns)
+
+
+def tool_row(conversation: ToolConversation) -> Row:
+    """The row of a conversation with tools; ValueError if it is unfinished, or has nothing to train on."""
+    if conversation.last_role != "assistant":
+        raise ValueError("the conversation ends with a question or a result; the answer is missing")
+    if not conversation.turns:
+        raise ValueError("no answer to train on: each has the weight 0")
+    query = [message["content"] for message in conversation.messages if message["role"] == "user"][-1]
+    last = conversation.messages[-1]
+    text = json.dumps(conversation.with_head, ensure_ascii=False)
+    return Row(query, [], last["content"] or last["metadata"], conversation.system, conversation.turns, text)
 
 
 def check_object(value: object) -> dict:

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from tqdm import tqdm
 
+from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from qlora.atomic import check_room
 from qlora.export.official_folder import parameter_shapes, tied_weights
@@ -26,29 +27,22 @@ BLOCK = 32  # values with a common scale
 ROWS = 1024  # encoded at a time, to save memory
 
 
-class GGMLModel(NamedTuple):
-    """What differs by model in the file."""
-
-    model_type: int
-    hyperparameters: bytes  # without the type of the weights, which is before them
-    tensors: list[str]
-
-
-def describe(config: ModelDescription) -> GGMLModel:
-    """A head that is the embedding is not in the file: chatglm.cpp takes the embedding for it.
+def hyperparameters(config: ModelDescription) -> bytes:
+    """The model's sizes and token ids, without the type of the weights, which is before them.
 
     Raises:
-        ValueError: for a model whose files this module cannot write.
+        ValueError: for heads of a size that chatglm.cpp does not expect.
     """
-    if config.ggml_type is None:
-        raise ValueError(f"{config.display_name} cannot be written for chatglm.cpp: only ChatGLM-6B can.")
-    heads, (inner_size, _) = config.num_attention_heads, next(iter(config.mlp_shapes.values()))
-    sizes = (config.vocab_size, config.hidden_size, heads, heads, config.num_hidden_layers, inner_size)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads * config.head_dim != config.hidden_size:
+        raise ValueError(
+            f"chatglm.cpp divides hidden_size {config.hidden_size} by {heads} heads; those of this model have "
+            f"{config.head_dim} features. It cannot be written for chatglm.cpp."
+        )
+    sizes = (config.vocab_size, config.hidden_size, heads, groups, config.num_hidden_layers, config.intermediate_size)
     prefix_length, rope_theta = 0, 10000.0
     limits = (config.max_position_embeddings, config.eos_token_id, config.pad_token_id)
-    hyperparameters = struct.pack("<6ifif3i", *sizes, config.layernorm_epsilon, prefix_length, rope_theta, *limits)
-    tensors = [name for name in parameter_shapes(config) if name not in tied_weights(config)]
-    return GGMLModel(config.ggml_type, hyperparameters, tensors)
+    return struct.pack("<6ifif3i", *sizes, config.layernorm_epsilon, prefix_length, rope_theta, *limits)
 
 
 class Encoding(NamedTuple):
@@ -104,7 +98,7 @@ ENCODINGS = {  # of matrices
 def write_ggml(
     path: Path,
     config: ModelDescription,
-    tokenizer_file: Path,
+    tokenizer: ChatTokenizer,
     tensor: Callable[[str, torch.Size], torch.Tensor],
     dtype: str,
 ):
@@ -113,20 +107,23 @@ def write_ggml(
     Args:
         path: of the file to write.
         config: of the model.
-        tokenizer_file: of SentencePiece, which becomes a part of the file.
+        tokenizer: of the model, whose SentencePiece file becomes a part of the file; the prompts go by its class.
         tensor: (name, shape) -> weight.
         dtype: of the matrices, a key of `ENCODINGS`; vectors are in fp32.
     Raises:
-        ValueError: the model is not ChatGLM-6B; a weight is not finite, or out of the range of its type; rows are not
-            divisible into blocks; or the disk has not enough room.
+        ValueError: chatglm.cpp does not have the model; a weight is not finite, or out of the range of its type; rows
+            are not divisible into blocks; or the disk has not enough room.
     """
-    model, vocabulary, shapes = describe(config), tokenizer_file.read_bytes(), parameter_shapes(config)
-    encodings = {name: ENCODINGS[dtype] if len(shapes[name]) == 2 else FP32 for name in model.tensors}
+    head, vocabulary = hyperparameters(config), Path(tokenizer.vocab_file).read_bytes()
+    shapes, tied = parameter_shapes(config), tied_weights(config)  # chatglm.cpp ties a missing head to the embedding
+    encodings = {
+        name: ENCODINGS[dtype] if len(shape) == 2 else FP32 for name, shape in shapes.items() if name not in tied
+    }
     sizes = [stored_size(name, shapes[name], encoding) for name, encoding in encodings.items()]
     check_room(path.parent, len(vocabulary) + sum(sizes))
     with path.open("wb") as file:
-        file.write(b"ggml" + struct.pack("<3i", model.model_type, VERSION, ENCODINGS[dtype].code))
-        file.write(model.hyperparameters + struct.pack("<i", len(vocabulary)) + vocabulary)
+        file.write(b"ggml" + struct.pack("<3i", tokenizer.ggml_type, VERSION, ENCODINGS[dtype].code))
+        file.write(head + struct.pack("<i", len(vocabulary)) + vocabulary)
         for name, encoding in tqdm(encodings.items(), desc="Writing tensors"):
             write_tensor(file, name, tensor(name, shapes[name]), encoding)
 

@@ -16,13 +16,15 @@ from conftest import GOLDEN
 from peft import PeftModel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
+from chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, fast_layers
+from chatglm2.fused_norm import FusedSublayerNorm
 from chatglm2.modeling_chatglm2 import RMSNorm
 from chatglm2.rotary import ChatGLM2RotaryEmbedding
 from qlora.adapter import load_adapter
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 from qlora.inference.decoding import decode, make_sampler
+from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 
 CHECKPOINT = GOLDEN / "chatglm2" / "checkpoint"
@@ -180,6 +182,19 @@ def test_greedy_tokens_of_a_left_padded_batch_equal_official(sdpa_model, cases, 
     options = {"max_new_tokens": count, "sampler": make_sampler(do_sample=False)}
     pieces = list(decode(tuned, **batch, **options, stop_token_ids=[-1]))  # in the golden run no token ended an answer
     assert torch.cat(pieces, dim=1).tolist() == case["new_tokens"]
+
+
+def test_kernels_of_a_decoding_step_choose_the_official_tokens(sdpa_model, cases, monkeypatch):
+    # In Triton's interpreter: norms, and attention of single tokens.
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fast_layers, "kernels_supported", lambda tensor: True)
+    replace_layers(sdpa_model, for_training=False)
+    kinds = {type(module) for block in sdpa_model.blocks for module in block.modules()}
+    assert {fast_layers.DecodingAttention, FusedSublayerNorm} <= kinds
+    case = next(case for case in cases["generate_batch"] if not case["with_adapter"])
+    batch, sampler = tensors(cases["left_padded"], "input_ids", "attention_mask"), make_sampler(do_sample=False)
+    pieces = list(decode(sdpa_model, **batch, max_new_tokens=3, sampler=sampler, stop_token_ids=[-1]))
+    assert torch.cat(pieces, dim=1).tolist() == [tokens[:3] for tokens in case["new_tokens"]]
 
 
 def test_reading_a_prompt_in_pieces_gives_the_logits_of_one_pass(model, cases):

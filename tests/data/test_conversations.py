@@ -62,6 +62,7 @@ def test_conversation_is_read(rows_file, row, system):
         "answer": TEXTS[5],
         "system": system,
         "turns": [1, 2, 3],
+        "messages": "",
     }
 
 
@@ -99,7 +100,7 @@ USER, ASSISTANT = messages()[:2]
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 of 'messages': unknown role 'tool'; expected"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "message 1 of 'messages': unknown role 'judge'; expecte"),
         ({"messages": [USER, USER]}, "message 2 of 'messages': two messages of the user in a row"),
         ({"messages": [USER, ASSISTANT, ASSISTANT]}, "message 3 of 'messages': two messages of the assistant in a"),
         ({"messages": [ASSISTANT, USER]}, "message 1 of 'messages': the assistant speaks first"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from conftest import add_random_lora, copy_tokenizer
+from conftest import GOLDEN, GOLDEN_CHECKPOINT, add_random_lora, copy_tokenizer
 from peft import get_peft_model_state_dict
 
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
@@ -136,9 +136,10 @@ def test_weights_quantized_in_another_way_are_refused(quantized_folder, changes)
 # The official int8 and int4 format.
 
 
+@pytest.mark.parametrize("checkpoint", [GOLDEN_CHECKPOINT, GOLDEN / "chatglm2" / "checkpoint"], ids=["1", "2"])
 @pytest.mark.parametrize(("dtype", "bits"), [("int8", 8), ("int4", 4)])
-def test_linear_layers_are_whole_numbers_times_a_scale_for_each_row(golden_folder, tmp_path, dtype, bits):
-    config, source = read_config(golden_folder), WeightReader(str(golden_folder))
+def test_linear_layers_are_whole_numbers_times_a_scale_for_each_row(checkpoint, tmp_path, dtype, bits):
+    config, source = read_config(checkpoint), WeightReader(str(checkpoint))
     read: list[str] = []
 
     def tensor(name: str, shape: torch.Size) -> torch.Tensor:
@@ -154,14 +155,15 @@ def test_linear_layers_are_whole_numbers_times_a_scale_for_each_row(golden_folde
     for name in source.file_of:
         weight = source(name)
         if name in linear:
+            weight = weight.float()
             numbers, scale = extract_int4(stored[name]) if bits == 4 else stored[name], stored[f"{name}_scale"]
             assert stored[name].dtype == torch.int8 and scale.dtype == torch.float16
             assert scale.shape == weight.shape[:1] and stored[name].numel() == weight.numel() * bits // 8
             assert ((weight - numbers * scale[:, None].float()).abs() <= 0.501 * scale[:, None]).all(), name
             assert (numbers.abs().amax(dim=1) == 2 ** (bits - 1) - 1).all(), name
         else:
-            assert torch.equal(stored[name], weight) and stored[name].dtype == torch.float16, name
-    assert read.count("transformer.layers.0.attention.dense.weight") == 1  # numbers and scales at once
+            assert torch.equal(stored[name], weight.half()) and stored[name].dtype == torch.float16, name
+    assert all(read.count(name) == 1 for name in linear)  # numbers and scales at once
     values = json.loads((tmp_path / dtype / "config.json").read_text())
     assert values["quantization_bit"] == bits and values["torch_dtype"] == "float16"
 

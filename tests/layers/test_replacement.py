@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 
 from chatglm import fast_layers
-from chatglm.decoding_attention import DecodingAttention
+from chatglm.fast_layers import DecodingAttention
 from chatglm.fused_residual import FusedResidualNorm
 from chatglm.modeling_chatglm import ChatGLMAttention, ResidualNorm
 from qlora.layers.linear import InferenceLoRANF4Linear, LoRANF4Linear, NF4Linear

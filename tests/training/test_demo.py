@@ -10,11 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, error_of, import_script, run_main
+from conftest import ROOT, error_of, import_script, run_main, write_rows
 
 import train_qlora
 from qlora import arguments
 from qlora.arguments import InferenceArguments
+from qlora.checkpoint import check_checkpoint
 from qlora.command_line import parse_command_line
 from qlora.training import demo, processes
 from qlora.training.run_lock import lock_output_dir
@@ -77,6 +78,25 @@ def test_demo_of_another_model(repository, capfd, words):
     assert flags in printed and f"--adapter_path {own} --prompt_file" in printed
     assert ADAPTER.is_dir()  # that of the other demo
     assert "invalid choice: 'glm4'" in error_of(train_qlora, "--demo", "glm4")
+
+
+def test_demo_of_another_model_runs(repository, sample_rows, capfd, monkeypatch):
+    """Its programs, with so few steps that nothing is learned: a tiny ChatGLM2 is made, trained and asked."""
+    (repository / "data").mkdir()
+    for name, rows in (("train", sample_rows), ("dev", sample_rows[:2])):
+        write_rows(repository / "data" / f"{name}.jsonl", rows)
+    shorter = {"scripts/make_tiny_checkpoint.py": ("--vocab_size", 1100, "--max_steps", 2)}
+    shorter |= {"train_qlora.py": ("--max_steps", 2), "inference_qlora.py": ("--max_new_tokens", 4)}
+
+    def start(program: str, *flags: str, **_):
+        run_main(import_script(ROOT / program), *flags, *shorter[program])
+
+    monkeypatch.setattr(demo, "start", start)
+    run_main(train_qlora, "--demo", "chatglm2")
+    printed = capfd.readouterr().out
+    assert "a ChatGLM of" in printed and printed.count("After: ") == 2
+    assert (repository / "saved_files" / "chatglm2_tiny_demo" / "adapter_model.safetensors").is_file()
+    assert check_checkpoint("THUDM/chatglm2-tiny").display_name == "ChatGLM2-6B"
 
 
 def test_tiny_model_is_made_once(repository, capfd):
