@@ -8,7 +8,7 @@ Scales cannot vary along the summed dimension, so a gradient's product with W ta
 
 Shapes: T tokens, N features of an activation or a gradient, BLOCK = N rounded up to a power of 2. W is
 [C_out, C_in], its NF4 blocks as in `glm_kernels.nf4`; a program converts one block of 64 columns in ROWS rows.
-Reference: `quantized_rows` in `qlora.layers.fp8`.
+Reference: `glm_kernels.fp8_reference`.
 Source: "FP8 Formats for Deep Learning", sections 3 and 4.
 """
 
@@ -17,15 +17,16 @@ import triton
 import triton.language as tl
 from bitsandbytes.functional import QuantState
 
+from glm_kernels.fp8_reference import LARGEST, SMALLEST
 from glm_kernels.nf4 import dequantize_blocks
 
-LARGEST = 448.0  # of e4m3
-SMALLEST = 1e-30  # that max(|x|) counts as: a row of zeros has a scale, too
 ROWS = 128  # of W that a program converts
 
 
 @triton.jit
-def quantize_rows_kernel(x, quantized, scales, features, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_rows_kernel(
+    x, quantized, scales, features, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, BLOCK: tl.constexpr
+):
     """One row of x."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK)

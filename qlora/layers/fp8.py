@@ -9,32 +9,26 @@ computes in the compute dtype, as inference does: it is the loss of the model th
 Shapes: T tokens (all leading dimensions together), C_in and C_out features.
 """
 
+from types import ModuleType
+
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
+from glm_kernels import fp8_reference
+from glm_kernels.fp8_reference import row_scales
 from qlora.layers.linear import NF4Linear
 from qlora.layers.nf4 import kernel_supports
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = torch.finfo(E4M3).max
-SMALLEST = 1e-30  # that the largest value of a row counts as: a row of zeros has a scale, too
 
+def fp8_operations(use_kernels: bool) -> ModuleType:
+    """The module with `quantize_rows` and `quantize_weight`."""
+    if use_kernels:
+        from glm_kernels import fp8
 
-def row_scales(matrix: torch.Tensor) -> torch.Tensor:
-    """[N, 1], fp32: what the largest value of each row [N, M] is divided by to be the largest of e4m3."""
-    return matrix.abs().amax(1, keepdim=True).float().clamp(min=SMALLEST) / LARGEST
-
-
-def quantized_rows(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A contiguous matrix [N, M] in e4m3, and the scales of its rows [N, 1], fp32."""
-    if matrix.is_cuda:
-        from glm_kernels.fp8 import quantize_rows
-
-        return quantize_rows(matrix)
-    scales = row_scales(matrix)
-    return (matrix.float() * (1 / scales)).to(E4M3), scales
+        return fp8
+    return fp8_reference
 
 
 def scaled_product(
@@ -43,27 +37,17 @@ def scaled_product(
     """x @ weight.T + bias
 
     Args:
-        x: [..., M], bf16.
+        x: [T, M] or [B, T, M], bf16.
         weight: [N, M], e4m3.
         weight_scales: [N, 1], fp32.
         bias: [N], bf16.
     Returns:
-        [..., N], bf16.
+        [T, N], bf16.
     """
-    quantized, scales = quantized_rows(x.flatten(0, -2).contiguous())  # [T, M], [T, 1]
-    by_row = ScalingType.RowWise
-    product = F.scaled_mm(
-        quantized,
-        weight.T,
-        scales,
-        by_row,
-        weight_scales.T,
-        by_row,
-        bias=bias,
-        output_dtype=x.dtype,
-        use_fast_accum=True,
-    )
-    return product.view(*x.shape[:-1], -1)
+    x, by_row = x.flatten(0, -2).contiguous(), ScalingType.RowWise  # [T, M]
+    quantized, scales = fp8_operations(x.is_cuda).quantize_rows(x)  # [T, M], [T, 1]
+    options = {"bias": bias, "output_dtype": x.dtype, "use_fast_accum": True}
+    return F.scaled_mm(quantized, weight.T, scales, by_row, weight_scales.T, by_row, **options)
 
 
 class FP8Linear(NF4Linear):
@@ -85,21 +69,18 @@ class FP8Linear(NF4Linear):
             return self.cached[transposed]
         packed, state = self.weight.data, self.weight.quant_state
         scales = self.transposed_scales if transposed else self.scales
-        if kernel_supports(packed, state):
-            from glm_kernels.fp8 import quantize_weight
-
-            return quantize_weight(packed, state, scales, transposed)
-        weight = self.dequantized_weight()
-        return ((weight.T if transposed else weight).float() * (1 / scales)).to(E4M3).contiguous()
+        return fp8_operations(kernel_supports(packed, state)).quantize_weight(packed, state, scales, transposed)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x @ W.T + bias; [..., C_in] -> [..., C_out]."""
         if not self.training:
             return super().multiply(x)
-        return scaled_product(x, self.quantized_weight(transposed=False), self.scales, self.bias)
+        product = scaled_product(x, self.quantized_weight(transposed=False), self.scales, self.bias)
+        return product.view(*x.shape[:-1], -1)
 
     def multiply_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """G @ W; [..., C_out] -> [..., C_in]."""
         if not self.training:
             return super().multiply_gradient(grad)
-        return scaled_product(grad, self.quantized_weight(transposed=True), self.transposed_scales)
+        product = scaled_product(grad, self.quantized_weight(transposed=True), self.transposed_scales)
+        return product.view(*grad.shape[:-1], -1)
