@@ -40,10 +40,10 @@ def quantize_rows_kernel(
 
 @triton.jit
 def quantize_weight_kernel(
-    packed, weight, nf4, scale_codes, scale_table, scales_of_scales, offset, factors, outputs, blocks_per_row,
+    packed, e4m3_weight, nf4, scale_codes, scale_table, scales_of_scales, offset, factors, outputs, blocks_per_row,
     row_stride, column_stride, BY_ROW: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """weight = e4m3(W * factor of its row or column) for ROWS rows and 64 columns of W, stored by any strides."""
+    """e4m3_weight = e4m3(W * factor of its row or column) for ROWS rows and 64 columns of W, stored by any strides."""
     column_block = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = column_block * 64 + tl.arange(0, 64)
@@ -57,7 +57,7 @@ def quantize_weight_kernel(
     else:
         values *= tl.load(factors + column)[None, :]  # [1, 64]
     offsets = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    tl.store(weight + offsets, values.to(tl.float8e4nv), mask=in_range[:, None])  # [ROWS, 64]
+    tl.store(e4m3_weight + offsets, values.to(tl.float8e4nv), mask=in_range[:, None])  # [ROWS, 64]
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -327,6 +327,10 @@ def test_large_model_needs_a_gpu(flags, monkeypatch):
     assert "no CUDA GPU was found" in problem_of(flags)
 
 
+def test_8_bit_products_need_a_gpu(flags):
+    assert "--compute_dtype fp8 needs a GPU of compute capability 8.9" in problem_of(flags | {"compute_dtype": "fp8"})
+
+
 # The memory plan, for the 6B model on a simulated GPU.
 
 
@@ -349,6 +353,16 @@ def test_predicted_memory_is_that_of_the_run(full_size, monkeypatch, budget, pre
     assert full_size.trainable == 1_835_008
     shown = re.search(r"predicted peak memory +([\d.]+) GiB", full_size.plan_table())
     assert float(shown[1]) == pytest.approx(predicted, abs=0.05)
+
+
+def test_8_bit_products_are_planned(full_size, monkeypatch):
+    monkeypatch.setattr(preflight, "memory_budget", lambda requested: int(78.5 * GIB))
+    plans = []
+    for name in ("bf16", "fp8"):
+        full_size.args.compute_dtype = name
+        check_memory(full_size, full_size.config, LoraSettings())
+        plans.append(full_size.plan)
+    assert plans[0].predicted_peak < plans[1].predicted_peak < 1.01 * plans[0].predicted_peak
 
 
 def test_too_little_memory(full_size, monkeypatch):
