@@ -46,8 +46,17 @@ def scaled_product(
     """
     x, by_row = x.flatten(0, -2).contiguous(), ScalingType.RowWise  # [T, M]
     quantized, scales = fp8_operations(x.is_cuda).quantize_rows(x)  # [T, M], [T, 1]
-    options = {"bias": bias, "output_dtype": x.dtype, "use_fast_accum": True}
-    return F.scaled_mm(quantized, weight.T, scales, by_row, weight_scales.T, by_row, **options)
+    return F.scaled_mm(
+        quantized,
+        weight.T,
+        scales,
+        by_row,
+        weight_scales.T,
+        by_row,
+        bias=bias,
+        output_dtype=x.dtype,
+        use_fast_accum=True,
+    )
 
 
 class FP8Linear(NF4Linear):
