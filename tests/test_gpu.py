@@ -174,8 +174,11 @@ def test_rows_in_8_bits_equal_those_of_pytorch(features):
 
     x = randn(300, features, dtype=torch.bfloat16) * torch.exp(5 * randn(300, 1)).bfloat16()
     x[7] = 0
-    for found, expected in zip(fp8.quantize_rows(x), fp8_reference.quantize_rows(x), strict=True):
-        assert torch.equal(found.float(), expected.float())
+    (found, scales), (expected, expected_scales) = fp8.quantize_rows(x), fp8_reference.quantize_rows(x)
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+    # The quotients may differ in their last bit, and then round to neighbours if they are in the middle.
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-3, atol=2**-9)
+    assert (found.float() != expected.float()).float().mean() < 0.005
 
 
 @HAS_FP8
