@@ -33,17 +33,18 @@ def quantize_rows_kernel(
     in_range = feature < features
     value = tl.load(x + row * features + feature, mask=in_range, other=0.0).to(tl.float32)  # [BLOCK]
     largest = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST)  # scalar
-    tl.store(scales + row, largest / LARGEST)
-    rounded = (value * (LARGEST / largest)).to(tl.float8e4nv)  # [BLOCK]
+    scale = tl.div_rn(largest, LARGEST)  # as PyTorch divides; `/` may be off by two units in the last place
+    tl.store(scales + row, scale)
+    rounded = (value * tl.div_rn(1.0, scale)).to(tl.float8e4nv)  # [BLOCK]
     tl.store(quantized + row * features + feature, rounded, mask=in_range)
 
 
 @triton.jit
 def quantize_weight_kernel(
-    packed, e4m3_weight, nf4, scale_codes, scale_table, scales_of_scales, offset, factors, outputs, blocks_per_row,
-    row_stride, column_stride, BY_ROW: tl.constexpr, ROWS: tl.constexpr,
+    packed, e4m3_weight, nf4, scale_codes, scale_table, scales_of_scales, offset, row_scales, outputs, blocks_per_row,
+    row_stride, column_stride, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """e4m3_weight = e4m3(W * factor of its row or column) for ROWS rows and 64 columns of W, stored by any strides."""
+    """e4m3_weight = e4m3(W / scale of its row, or its column), for ROWS rows and 64 columns of W; any strides."""
     column_block = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = column_block * 64 + tl.arange(0, 64)
@@ -52,10 +53,10 @@ def quantize_weight_kernel(
     values = dequantize_blocks(
         packed, nf4, scale_codes, scale_table, scales_of_scales, offset, block, in_range
     )  # [ROWS, 64]
-    if BY_ROW:
-        values *= tl.load(factors + row, mask=in_range, other=0.0)[:, None]  # [ROWS, 1]
+    if TRANSPOSED:
+        values *= tl.div_rn(1.0, tl.load(row_scales + column))[None, :]  # [1, 64]
     else:
-        values *= tl.load(factors + column)[None, :]  # [1, 64]
+        values *= tl.div_rn(1.0, tl.load(row_scales + row, mask=in_range, other=1.0))[:, None]  # [ROWS, 1]
     offsets = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
     tl.store(e4m3_weight + offsets, values.to(tl.float8e4nv), mask=in_range[:, None])  # [ROWS, 64]
 
@@ -94,8 +95,8 @@ def quantize_weight(packed: torch.Tensor, state: QuantState, scales: torch.Tenso
     strides = (1, outputs) if transposed else (inputs, 1)
     nested = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
     grid = (inputs // 64, triton.cdiv(outputs, ROWS))
-    constants = {"BY_ROW": not transposed, "ROWS": ROWS}
+    constants = {"TRANSPOSED": transposed, "ROWS": ROWS}
     quantize_weight_kernel[grid](
-        packed, weight, state.code, *nested, 1 / scales, outputs, inputs // 64, *strides, **constants
+        packed, weight, state.code, *nested, scales, outputs, inputs // 64, *strides, **constants
     )
     return weight

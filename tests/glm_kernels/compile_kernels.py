@@ -37,7 +37,7 @@ BY_KIND = HEAD | {"GROUPS": 2, "BY_HEAD": 0}  # ChatGLM2-6B
 TYPES = {
     "*bf16": "projected cos sin output output_grad projected_grad keys values x weight low_rank logits bias x_grad"
     " branch_grad sum_grad y y_grad key_value_grad",
-    "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad factors scales",
+    "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad row_scales scales",
     "*fp8e4nv": "quantized e4m3_weight",
     "*i32": "tiles seed",
     "*i64": "labels cache_position",
@@ -134,8 +134,8 @@ def fp8_kernels(capability: int) -> dict[str, int]:
     limits = {"LARGEST": fp8_reference.LARGEST, "SMALLEST": fp8_reference.SMALLEST}
     found = {"rows": shared_memory(fp8.quantize_rows_kernel, capability, limits | {"BLOCK": 32768})}
     for name, constants in {
-        "weight": {"BY_ROW": True, "column_stride": 1},
-        "transposed weight": {"BY_ROW": False, "row_stride": 1},
+        "weight": {"TRANSPOSED": False, "column_stride": 1},
+        "transposed weight": {"TRANSPOSED": True, "row_stride": 1},
     }.items():
         constants["ROWS"] = fp8.ROWS
         found[name] = shared_memory(fp8.quantize_weight_kernel, capability, constants)
