@@ -3,7 +3,8 @@
     x @ W.T        and, for the gradient of x,        G @ W
 
 Each operand is quantized to e4m3 with a scale for each of its rows (glm_kernels/fp8.py): the activation x and the
-gradient G where they are used, W and W.T from the NF4 weight there, or once by `cache_dequantized`. An evaluation
+gradient G where they are used, W and W.T from the NF4 weight there, or once by `cache_dequantized`. "FP8" in
+docs/performance.md says why gradients are e4m3, too, and why sums are accumulated in the fast way. An evaluation
 computes in the compute dtype, as inference does: it is the loss of the model that the adapter is used with.
 
 Shapes: T tokens (all leading dimensions together), C_in and C_out features.
