@@ -3,6 +3,7 @@
     python scripts/benchmark.py --what train  --model_name_or_path THUDM/chatglm-6b --data_path data/train.jsonl
     python scripts/benchmark.py --what train  ... --memory_budget 4.6GiB          # the memory plan of a smaller GPU
     python scripts/benchmark.py --what train  ... --samples_per_step 128
+    python scripts/benchmark.py --what train  ... --compute_dtype fp8
     python scripts/benchmark.py --what train  ... --compare_plain                 # the plain path, too
     python scripts/benchmark.py --what decode ... --data_path data/dev.jsonl
     python scripts/benchmark.py --what load   ...
