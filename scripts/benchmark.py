@@ -70,7 +70,7 @@ class BenchmarkArguments(DownloadArguments):
     steps: int = field(default=60, metadata={"help": "Training steps to count, after the warm-up."})
     samples_per_step: int = field(default=32, metadata={"help": "Effective batch; 32 is that of the shipped JSON."})
     memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})
-    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE)
+    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE | {"expert": False})
     compare_plain: bool = field(default=False, metadata={"help": "Train the plain way too, for a few steps."})
     batch_size: int = field(default=256, metadata={"help": "Prompts answered at once."})
     requests_per_client: int = field(default=4, metadata={"help": "Requests of each client of the server."})
