@@ -104,7 +104,7 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
     from qlora.training.memory_plan import apply_plan, set_activation_checkpointing
     from qlora.training.trainer import QLoRATrainer
 
-    args, (training_args, compute_dtype, recompute) = preflight.args, preflight.setup
+    args, (training_args, compute_dtype, recompute, fp8) = preflight.args, preflight.setup
     torch.manual_seed(training_args.seed)
     model = load_quantized_model(args.model_name_or_path, compute_dtype, preflight.config)
     if preflight.copy_source and is_main_process():
@@ -115,7 +115,7 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
     if args.plain:  # peft's and bitsandbytes' layers
         set_activation_checkpointing(model, enabled=recompute is not False)
     else:
-        replace_layers(model, for_training=True)
+        replace_layers(model, for_training=True, fp8=fp8)
         if table := preflight.plan_table():
             logger.info("Memory plan for %s\n%s", torch.cuda.get_device_name(), table)
         apply_plan(model, preflight.plan)

@@ -3,6 +3,7 @@
     attention.py         attention within the samples of a row, and its gradient
     cross_entropy.py     cross-entropy, and its gradient in place of the logits
     decode_attention.py  attention of one new token, with rotary positions and cache update
+    fp8.py               8-bit operands of matrix products; fp8_reference.py in plain PyTorch
     layer_norm.py        layer norm, and its gradient joined with that of the residual
     lora.py              products with the LoRA matrices, with dropout; lora_reference.py in plain PyTorch
     nf4.py               dequantization of NF4 weights

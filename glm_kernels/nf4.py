@@ -21,21 +21,29 @@ BLOCKS = 32  # blocks of 64 weights that a program dequantizes
 
 
 @triton.jit
+def dequantize_blocks(packed, nf4, scale_codes, scale_table, scales_of_scales, offset, block, in_range):
+    """The weights [N, 64] of the blocks `block` [N], fp32; `in_range` [N] says which of them there are."""
+    scale_code = tl.load(scale_codes + block, mask=in_range, other=0).to(tl.int32)  # [N]
+    scale = tl.load(scale_table + scale_code)  # [N]
+    scale = scale * tl.load(scales_of_scales + block // 256, mask=in_range, other=0.0)  # [N]
+    scale = (scale + tl.load(offset))[:, None]  # [N, 1], offset: scalar
+    pair_pointers = packed + block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    pair = tl.load(pair_pointers, mask=in_range[:, None], other=0).to(tl.int32)  # [N, 32]
+    first, second = tl.load(nf4 + (pair >> 4)) * scale, tl.load(nf4 + (pair & 15)) * scale  # [N, 32] each
+    return tl.interleave(first, second)  # [N, 64]
+
+
+@triton.jit
 def dequantize_kernel(
     packed, weight, nf4, scale_codes, scale_table, scales_of_scales, offset, blocks, BLOCKS: tl.constexpr
 ):
     """Weights of BLOCKS blocks."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
     in_range = block < blocks
-    scale_code = tl.load(scale_codes + block, mask=in_range, other=0).to(tl.int32)  # [BLOCKS]
-    scale = tl.load(scale_table + scale_code)  # [BLOCKS]
-    scale = scale * tl.load(scales_of_scales + block // 256, mask=in_range, other=0.0)  # [BLOCKS]
-    scale = (scale + tl.load(offset))[:, None]  # [BLOCKS, 1], offset: scalar
-    pair_pointers = packed + block[:, None] * 32 + tl.arange(0, 32)[None, :]
-    pair = tl.load(pair_pointers, mask=in_range[:, None], other=0).to(tl.int32)  # [BLOCKS, 32]
-    first, second = tl.load(nf4 + (pair >> 4)) * scale, tl.load(nf4 + (pair & 15)) * scale  # [BLOCKS, 32] each
+    weights = dequantize_blocks(
+        packed, nf4, scale_codes, scale_table, scales_of_scales, offset, block, in_range
+    )  # [BLOCKS, 64]
     weight_offsets = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    weights = tl.interleave(first, second)  # [BLOCKS, 64]
     tl.store(weight + weight_offsets, weights.to(weight.dtype.element_ty), mask=in_range[:, None])  # [BLOCKS, 64]
 
 

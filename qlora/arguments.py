@@ -20,6 +20,12 @@ COMPUTE_DTYPE = {
     "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
     "choices": COMPUTE_DTYPES,
 }
+TRAINING_DTYPE = {
+    "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU; fp8 is bf16 "
+    "with 8-bit matrix products, on Ada, Hopper and newer GPUs.",
+    "choices": (*COMPUTE_DTYPES, "fp8"),
+    "expert": True,
+}
 DEFAULT_MODEL = "THUDM/chatglm-6b"
 DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
 
@@ -217,7 +223,7 @@ class FinetuneArguments(DownloadArguments):
             "expert": True,
         },
     )
-    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE | {"expert": True})
+    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE)
     plain: bool = field(
         default=False,
         metadata={
@@ -377,6 +383,8 @@ class FinetuneArguments(DownloadArguments):
         ignored = [f"--{name}" for name in planned if getattr(self, name) is not None]
         if self.plain and ignored:
             problems.append(f"--plain plans nothing, and does not heed {', '.join(ignored)}")
+        if self.plain and self.compute_dtype == "fp8":
+            problems.append("--plain has no --compute_dtype fp8; choose fp32, fp16 or bf16")
         return problems
 
 

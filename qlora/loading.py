@@ -22,7 +22,10 @@ from qlora.units import GIB
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# With fp8 only matrix products of training have 8-bit operands, see qlora/layers/fp8.py.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
+FP8_MULTIPLE = 16  # of which the widths of matrices of 8-bit operands are multiples
 WORKING_MEMORY = 1.5 * GIB  # bytes that loading needs in addition to the loaded model
 LARGEST_CPU_MODEL = 1e9  # parameters; larger models need a GPU
 BITS_PER_QUANTIZED_WEIGHT = 4.127  # 4 bits, 8 per block of 64 for its scale, 32 per 256 blocks for their second scale
@@ -30,7 +33,7 @@ COPY_SOURCE = "quantized_from.json"  # in a 4-bit copy: which files it was made 
 
 
 def choose_compute_dtype(name: str | None) -> torch.dtype:
-    """The dtype of a name (fp32, fp16, bf16); for None bf16 if the GPU supports it, else fp16, or fp32 on a CPU."""
+    """The dtype of a name in `DTYPES`; for None bf16 if the GPU supports it, else fp16, or fp32 on a CPU."""
     if name:
         return DTYPES[name]
     if not torch.cuda.is_available():
@@ -237,6 +240,23 @@ def name_what_older_gpus_lack(compute_dtype: torch.dtype):
     if compute_dtype == torch.bfloat16:
         logger.warning("%s, has no bf16 and emulates it: choose fp16, its default, with --compute_dtype.", gpu)
     logger.info("%s: PyTorch's operations take the place of the kernels that are made for 8.0 and newer.", gpu)
+
+
+def check_fp8(config: ModelDescription):
+    """ValueError unless the GPU can multiply matrices of 8-bit operands, and those of the model."""
+    if not torch.cuda.is_available():
+        raise ValueError("--compute_dtype fp8 needs a GPU of compute capability 8.9 (Ada) or newer; there is none.")
+    capability = torch.cuda.get_device_capability()
+    if capability < FP8_CAPABILITY:
+        gpu = "{} has compute capability {}.{}".format(torch.cuda.get_device_name(), *capability)
+        raise ValueError(f"{gpu}; --compute_dtype fp8 needs 8.9 (Ada) or newer. Leave it out.")
+    shapes = config.attention_shapes | config.mlp_shapes
+    odd = [name for name, shape in shapes.items() if any(width % FP8_MULTIPLE for width in shape)]
+    if odd:
+        raise ValueError(
+            f"--compute_dtype fp8 needs layers whose widths are multiples of {FP8_MULTIPLE}; those of "
+            f"{', '.join(odd)} are not. Leave it out."
+        )
 
 
 def check_compiler():

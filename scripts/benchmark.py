@@ -3,6 +3,7 @@
     python scripts/benchmark.py --what train  --model_name_or_path THUDM/chatglm-6b --data_path data/train.jsonl
     python scripts/benchmark.py --what train  ... --memory_budget 4.6GiB          # the memory plan of a smaller GPU
     python scripts/benchmark.py --what train  ... --samples_per_step 128
+    python scripts/benchmark.py --what train  ... --compute_dtype fp8
     python scripts/benchmark.py --what train  ... --compare_plain                 # the plain path, too
     python scripts/benchmark.py --what decode ... --data_path data/dev.jsonl
     python scripts/benchmark.py --what load   ...
@@ -28,7 +29,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import DEFAULT_MODEL, DownloadArguments, in_repository
+from qlora.arguments import DEFAULT_MODEL, TRAINING_DTYPE, DownloadArguments, in_repository
 from qlora.benchmark.api_client import ask_all, running_server
 from qlora.benchmark.host import BusyShare, throttled_host
 from qlora.command_line import parse_command_line
@@ -69,6 +70,7 @@ class BenchmarkArguments(DownloadArguments):
     steps: int = field(default=60, metadata={"help": "Training steps to count, after the warm-up."})
     samples_per_step: int = field(default=32, metadata={"help": "Effective batch; 32 is that of the shipped JSON."})
     memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})
+    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE | {"expert": False})
     compare_plain: bool = field(default=False, metadata={"help": "Train the plain way too, for a few steps."})
     batch_size: int = field(default=256, metadata={"help": "Prompts answered at once."})
     requests_per_client: int = field(default=4, metadata={"help": "Requests of each client of the server."})
@@ -90,6 +92,8 @@ class BenchmarkArguments(DownloadArguments):
             name += f" --memory_budget {self.memory_budget}"
         if self.samples_per_step != 32:
             name += f" --samples_per_step {self.samples_per_step}"
+        if self.compute_dtype:
+            name += f" --compute_dtype {self.compute_dtype}"
         return name + " --throttle_host" * self.throttle_host
 
 
@@ -150,6 +154,8 @@ def train(args: BenchmarkArguments, steps: int, flags: list[str], warm_up: int =
         command += ["--model_name_or_path", args.model_name_or_path, "--train_data_path", args.data_path, *flags]
         if args.memory_budget and "--plain" not in flags:
             command += ["--memory_budget", args.memory_budget]
+        if args.compute_dtype and "--plain" not in flags:
+            command += ["--compute_dtype", args.compute_dtype]
         with BusyShare() if torch.cuda.is_available() else contextlib.nullcontext() as busy:
             started = time.monotonic()
             output, logged = run_training(command)

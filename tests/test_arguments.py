@@ -299,10 +299,18 @@ def test_inference_value_out_of_range(name, value):
         parse(f"--{name}", value, kind=InferenceArguments)
 
 
-@pytest.mark.parametrize(("name", "value"), [("compute_dtype", "fp8"), ("lora_rank", "four"), ("max_tokens", "1.5")])
+@pytest.mark.parametrize(("name", "value"), [("compute_dtype", "fp4"), ("lora_rank", "four"), ("max_tokens", "1.5")])
 def test_value_of_another_type_is_reported_in_one_line(name, value):
     with pytest.raises(ValueError, match=rf"^argument --{name}: [^\n]*'{value}'[^\n]*\.$"):
         parse(f"--{name}", value)
+
+
+def test_8_bit_products_are_for_training_without_plain():
+    assert parse("--compute_dtype", "fp8").compute_dtype == "fp8"
+    with pytest.raises(ValueError, match="--plain has no --compute_dtype fp8; choose fp32, fp16 or bf16"):
+        parse("--compute_dtype", "fp8", "--plain")
+    with pytest.raises(ValueError, match="'fp8'"):
+        parse("--compute_dtype", "fp8", kind=InferenceArguments)
 
 
 def test_sampling_is_the_official_one_by_default():
@@ -360,6 +368,7 @@ def test_every_flag_has_a_help_text(kind, capsys):
         ("fp32", {}, torch.float32),
         ("bf16", {"fp16": False}, torch.bfloat16),
         ("fp16", {}, torch.float16),
+        ("fp8", {}, torch.bfloat16),
     ],
 )
 def test_compute_dtype_on_a_cpu(monkeypatch, name, values, expected):

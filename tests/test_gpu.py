@@ -19,10 +19,12 @@ import train_qlora
 from chatglm import ChatGLMConfig, PackedSequences
 from chatglm.packed_attention import attention_by_sample, packed_attention
 from chatglm.rotary import ChatGLMRotaryEmbedding, split_and_rotate
+from glm_kernels import fp8_reference
 from glm_shared.loss import linear_cross_entropy
 from qlora.data.collator import PaddingFreeCollator
+from qlora.layers.fp8 import scaled_product
 from qlora.layers.replacement import replace_layers
-from qlora.loading import load_quantized_model
+from qlora.loading import FP8_CAPABILITY, load_quantized_model
 from qlora.training import memory_plan
 from qlora.training.graphs import GraphedPasses
 from qlora.training.memory_plan import MemoryPlan, apply_plan
@@ -160,6 +162,51 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(dtype, shape):
     assert torch.equal(nf4.dequantize(packed, state), bitsandbytes.functional.dequantize_4bit(packed, state))
 
 
+HAS_FP8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < FP8_CAPABILITY, reason="no 8-bit products"
+)
+
+
+@HAS_FP8
+@pytest.mark.parametrize("features", [64, 4096, 27392])
+def test_rows_in_8_bits_equal_those_of_pytorch(features):
+    from glm_kernels import fp8
+
+    x = randn(300, features, dtype=torch.bfloat16) * torch.exp(5 * randn(300, 1)).bfloat16()
+    x[7] = 0
+    (found, scales), (expected, expected_scales) = fp8.quantize_rows(x), fp8_reference.quantize_rows(x)
+    torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
+    # The quotients may differ in their last bit, and then round to neighbours if they are in the middle.
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-3, atol=2**-9)
+    assert (found.float() != expected.float()).float().mean() < 0.005
+
+
+@HAS_FP8
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(12288, 4096), (4096, 16384), (208, 1088)])
+def test_weights_in_8_bits_equal_those_of_pytorch(shape, transposed):
+    from glm_kernels import fp8
+
+    packed, state = bitsandbytes.functional.quantize_4bit(randn(*shape), quant_type="nf4", compress_statistics=True)
+    weight = bitsandbytes.functional.dequantize_4bit(packed, state)
+    scales = fp8_reference.row_scales(weight.T if transposed else weight)
+    found, expected = (module.quantize_weight(packed, state, scales, transposed) for module in (fp8, fp8_reference))
+    assert torch.equal(found.float(), expected.float())
+
+
+@HAS_FP8
+@pytest.mark.parametrize("tokens", [1, 12, 216, 3207, 4096])  # positions with a label are no multiple of 16
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_of_8_bit_operands(tokens, has_bias):
+    x, bias = randn(tokens, 4096, dtype=torch.bfloat16), randn(12288, dtype=torch.bfloat16) if has_bias else None
+    weight, scales = fp8_reference.quantize_rows(randn(12288, 4096))
+    found = scaled_product(x, weight, scales, bias)
+    quantized, x_scales = fp8_reference.quantize_rows(x)
+    expected = (quantized.float() * x_scales) @ (weight.float() * scales).T + (0 if bias is None else bias.float())
+    assert relative_error(found, expected) < ROUNDING[torch.bfloat16]
+    assert relative_error(found, expected) > 0
+
+
 @DTYPES
 @pytest.mark.parametrize("past", [0, 1, 300, 2000, [2000, 0, 65]])  # for all rows, or one a row
 def test_decoding_step_of_attention(dtype, past):
@@ -241,11 +288,14 @@ def test_offloading_and_recomputing_give_the_same_gradients_while_memory_is_reus
             assert relative_error(grad, expected) < 1e-2
 
 
-@pytest.mark.parametrize(("recomputed", "offload"), [(0, False), (5, False), (8, True)])
-def test_graphs_give_the_losses_and_gradients_of_plain_passes(checkpoint, recomputed, offload):
+@pytest.mark.parametrize(
+    ("recomputed", "offload", "fp8"),
+    [(0, False, False), (5, False, False), (8, True, False), pytest.param(5, False, True, marks=HAS_FP8)],
+)
+def test_graphs_give_the_losses_and_gradients_of_plain_passes(checkpoint, recomputed, offload, fp8):
     model = add_random_lora(load_quantized_model(str(checkpoint), torch.bfloat16), dropout=0.1).train()
-    replace_layers(model, for_training=True)
-    apply_plan(model, MemoryPlan(4096, recomputed, recomputed, offload=offload))
+    replace_layers(model, for_training=True, fp8=fp8)
+    apply_plan(model, MemoryPlan(4096, recomputed, recomputed, dequantized_layers=4, offload=offload))
     graphs = GraphedPasses(model, PaddingFreeCollator(model.config), most_samples=8)
     sizes = [[(100, 400), (300, 20), (2, 900)], [(30, 40)], [(50, 1000), (3, 30)], [(200, 1500), (10, 2)]]
     for number in range(10):  # each size several times, with other tokens
@@ -336,8 +386,14 @@ def trained(checkpoint, train_file, folder, *flags: str) -> dict[str, list[float
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--recompute_mlp", "8", "--recompute_attention", "8", "--offload", "true"), ("--max_tokens", "1000")],
-    ids=["planned", "offloaded", "split"],
+    [
+        (),
+        pytest.param(("--compute_dtype", "fp8"), marks=HAS_FP8),
+        pytest.param(("--compute_dtype", "fp8", "--dequantized_layers", "0", "--recompute_mlp", "8"), marks=HAS_FP8),
+        ("--recompute_mlp", "8", "--recompute_attention", "8", "--offload", "true"),
+        ("--max_tokens", "1000"),
+    ],
+    ids=["planned", "fp8", "fp8-recomputed", "offloaded", "split"],
 )
 def test_training_steps_and_their_memory(checkpoint, train_file, plain_losses, tmp_path, monkeypatch, flags):
     plans = []

@@ -13,7 +13,7 @@ from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
 from qlora.layers.linear import lora_operations
 from qlora.layers.replacement import replace_layers
-from qlora.loading import choose_compute_dtype, load_quantized_model, name_what_older_gpus_lack
+from qlora.loading import check_fp8, choose_compute_dtype, load_quantized_model, name_what_older_gpus_lack
 from qlora.training.memory_plan import Sizes
 from qlora.training.training_args import set_precision
 
@@ -58,6 +58,19 @@ def test_ampere_computes_in_bf16_with_all_kernels(gpu, caplog):
     assert kernels_supported(gpu) and lora_operations(gpu).__name__ == "glm_kernels.lora"
     name_what_older_gpus_lack(torch.bfloat16)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("gpu", [(7, 5), (8, 0), (8, 6)], indirect=True)
+def test_gpus_without_8_bit_products_are_refused(gpu):
+    with pytest.raises(ValueError, match=r"^A Test GPU has compute capability \d\.\d; .* fp8 needs 8\.9 \(Ada\)"):
+        check_fp8(ChatGLMConfig())
+
+
+@pytest.mark.parametrize("gpu", [(8, 9), (9, 0), (12, 0)], indirect=True)
+def test_gpus_with_8_bit_products(gpu):
+    check_fp8(ChatGLMConfig())
+    with pytest.raises(ValueError, match="multiples of 16; those of dense_h_to_4h, dense_4h_to_h are not"):
+        check_fp8(ChatGLMConfig(inner_hidden_size=1000))
 
 
 @pytest.mark.parametrize(

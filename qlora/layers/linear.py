@@ -53,6 +53,14 @@ class NF4Linear(nn.Module):
         """Dequantizes the weight once: 2 bytes a weight in 16-bit types instead of half a byte."""
         self.cached_weight = self.dequantized_weight()
 
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ W.T + bias, without autograd; [..., C_in] -> [..., C_out]."""
+        return F.linear(x, self.dequantized_weight(), self.bias)
+
+    def multiply_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """G @ W, the gradient of x; [..., C_out] -> [..., C_in]."""
+        return grad @ self.dequantized_weight()
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., C_in] -> [..., C_out]."""
         if torch.is_grad_enabled():
@@ -161,11 +169,11 @@ class FrozenLinearFunction(torch.autograd.Function):
     def forward(ctx, hidden_states: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
         # A plain attribute, not a saved tensor: recomputation stops once all saved tensors of a block are there.
         ctx.layer = layer
-        return F.linear(hidden_states, layer.dequantized_weight(), layer.bias)
+        return layer.multiply(hidden_states)
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output @ ctx.layer.dequantized_weight(), None
+        return ctx.layer.multiply_gradient(grad_output), None
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -189,7 +197,7 @@ class LoRALinearFunction(torch.autograd.Function):
         x = hidden_states.flatten(0, -2)  # [T, C_in]
         operations = lora_operations(x)
         low_rank = operations.lora_down(x, lora_A, 1.0, dropout)  # [T, r]
-        output = F.linear(x, layer.dequantized_weight(), layer.bias)  # [T, C_out]
+        output = layer.multiply(x)  # [T, C_out]
         operations.lora_up_add(output, low_rank, lora_B.T, scaling, None)
         ctx.save_for_backward(x, low_rank, lora_A, lora_B)
         ctx.layer, ctx.scaling, ctx.dropout = layer, scaling, dropout
@@ -205,7 +213,7 @@ class LoRALinearFunction(torch.autograd.Function):
         grad_B = operations.lora_weight_grad(low_rank, grad, ctx.scaling, None).T  # [C_out, r]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ ctx.layer.dequantized_weight()  # [T, C_in]
+            grad_x = ctx.layer.multiply_gradient(grad)  # [T, C_in]
             operations.lora_up_add(grad_x, low_rank_grad, lora_A, 1.0, ctx.dropout)
             grad_x = grad_x.view(*grad_output.shape[:-1], -1)
         return grad_x, grad_A, grad_B, None, None, None

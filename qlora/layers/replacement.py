@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from glm_shared.modeling import SublayerBlock
 from glm_shared.registration import architecture_of
+from qlora.layers.fp8 import FP8Linear
 from qlora.layers.linear import InferenceLoRANF4Linear, LoRANF4Linear, NF4Linear
 
 
-def replace_layers(model: PeftModel | PreTrainedModel, for_training: bool):
+def replace_layers(model: PeftModel | PreTrainedModel, for_training: bool, fp8: bool = False):
     """Replaces linear layers, and the modules for which the model has faster ones, in place.
 
     Parameters are taken over, not copied, and keep their names: a state dict and an adapter stay the same.
@@ -23,23 +24,24 @@ def replace_layers(model: PeftModel | PreTrainedModel, for_training: bool):
         model: with one LoRA adapter, or for inference with any number (see `InferenceLoRANF4Linear`); its linear
             layers are bitsandbytes' `Linear4bit`.
         for_training: whether gradients are needed. If not, the adapter's weights are read now and must not change.
+        fp8: whether the products with the frozen weights take 8-bit operands in training.
     """
     adapters = list(model.peft_config) if isinstance(model, PeftModel) else []
     fast_layer = architecture_of(model.config).fast_layer
     for name, module in list(model.named_modules()):
-        replacement = linear_layer(module, for_training, adapters) or fast_layer(module, for_training)
+        replacement = linear_layer(module, for_training, adapters, fp8) or fast_layer(module, for_training)
         if replacement is not None:
             model.set_submodule(name, replacement.train(module.training))
     if for_training:
         share_dropout_seed(model)
 
 
-def linear_layer(module: nn.Module, for_training: bool, adapters: list[str]) -> nn.Module | None:
+def linear_layer(module: nn.Module, for_training: bool, adapters: list[str], fp8: bool) -> nn.Module | None:
     """The layer of this package for a linear layer; None for another module."""
     if isinstance(module, LoraLayer):
         return LoRANF4Linear(module) if for_training else InferenceLoRANF4Linear(module, adapters)
     if isinstance(module, Linear4bit):
-        return NF4Linear(module)
+        return FP8Linear(module) if fp8 else NF4Linear(module)
     return None
 
 

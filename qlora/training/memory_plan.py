@@ -50,6 +50,8 @@ class Sizes:
         processes: that train together, each with a copy of the gradients in the buckets of DDP.
         has_kernels: whether the kernels of attention and adapter run; otherwise queries and keys are saved before and
             after the rotation, and the gradients of A and B are computed from copies in fp32.
+        fp8: whether the products with the frozen weights take 8-bit operands; the dequantized weights are then W and
+            W.T in e4m3, together as large as W in a 16-bit type.
     """
 
     config: ModelDescription
@@ -60,6 +62,7 @@ class Sizes:
     rank: int = 0
     processes: int = 1
     has_kernels: bool = True
+    fp8: bool = False
 
     @property
     def has_graphs(self) -> bool:
@@ -111,10 +114,13 @@ class Sizes:
 
         The gradients of the activation function's input and output, and four of the hidden width, the gradients of the
         sub-layer's output, of its norm, of the residual and of its input. Without kernels also the copies from which
-        the widest adapter's gradients are computed: `dropout(x)`, and x or the output's gradient in fp32.
+        the widest adapter's gradients are computed: `dropout(x)`, and x or the output's gradient in fp32. With fp8 the
+        widest operand in e4m3.
         """
         (activation_input, _), (_, activation_output) = self.config.mlp_shapes.values()
         working = self.bytes_per_number * (activation_input + activation_output) + 4 * self.input_bytes
+        if self.fp8:
+            working += max(activation_input, activation_output)
         if self.has_kernels or self.bytes_per_number == 4:
             return working
         shapes = self.config.attention_shapes | self.config.mlp_shapes
@@ -125,8 +131,22 @@ class Sizes:
     @property
     def largest_weight(self) -> int:
         """Bytes of the largest weight of a block, dequantized."""
-        shapes = (self.config.attention_shapes | self.config.mlp_shapes).values()
-        return self.bytes_per_number * max(outputs * inputs for outputs, inputs in shapes)
+        return self.bytes_per_weight * max(map(math.prod, self.shapes))
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Output and input features of the linear layers of a block."""
+        return list((self.config.attention_shapes | self.config.mlp_shapes).values())
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Bytes of a dequantized weight where it is used."""
+        return 1 if self.fp8 else self.bytes_per_number
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of all weights in e4m3, for the rows of W and of W.T, in fp32."""
+        return 4 * self.layers * sum(map(sum, self.shapes)) if self.fp8 else 0
 
 
 @dataclass(frozen=True)
@@ -187,7 +207,7 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
     )
     weight = sizes.largest_weight if plan.dequantized_layers < layers else 0
     sublayer = T * (sizes.working_bytes + recomputed) + weight
-    return sizes.resident + optimizer + dequantized + T * saved + max(loss, sublayer)
+    return sizes.resident + sizes.scale_bytes + optimizer + dequantized + T * saved + max(loss, sublayer)
 
 
 def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
@@ -201,11 +221,12 @@ def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:
     first_mlp, *_ = map(math.prod, config.mlp_shapes.values())  # recomputing needs no product with the second matrix
     first_attention, *_ = map(math.prod, config.attention_shapes.values())
     recomputed_weights = plan.recompute_mlp * first_mlp + plan.recompute_attention * first_attention
-    arithmetic = step_tokens * (4 * config.multiplied_weights + 2 * recomputed_weights)
+    products = 4 * layers * weights + 2 * recomputed_weights
+    arithmetic = step_tokens * (4 * config.head_weights + products / (2 if sizes.fp8 else 1))
     reads = (layers - plan.dequantized_layers) * weights * 2 + recomputed_weights * (
         1 - plan.dequantized_layers / layers
     )
-    dequantizing = micro_batches * reads * (sizes.bytes_per_number + 0.5) * FLOPS_PER_BYTE
+    dequantizing = micro_batches * reads * (sizes.bytes_per_weight + 0.5) * FLOPS_PER_BYTE
     launching = micro_batches * MICRO_BATCH_TOKENS * 4 * weights * layers
     recomputed_share = (plan.recompute_mlp + plan.recompute_attention) / (2 * layers)
     host = 0.0 if sizes.has_graphs else micro_batches * HOST_TOKENS * (1 + recomputed_share) * 4 * weights * layers

@@ -225,7 +225,7 @@ def describe_settings(flags: FinetuneArguments, setup: TrainingSetup, lora: Lora
     """The adapter's settings, flags and TrainingArguments not at their defaults, and those that everyone asks for."""
     training_args = setup.training_args
     usual = TrainingArguments(output_dir=training_args.output_dir)
-    shown: dict[str, object] = {"compute_dtype": str(setup.compute_dtype).removeprefix("torch.")}
+    shown: dict[str, object] = {"compute_dtype": setup.arithmetic}
     shown |= {f"lora_{name}": readable(value) for name, value in lora._asdict().items()}
     if source := model_source(flags.model_name_or_path):
         shown["base_model"] = "{repository}, revision {revision} ({hub})".format(**source)

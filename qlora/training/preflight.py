@@ -44,6 +44,7 @@ from qlora.loading import (
     check_bitsandbytes,
     check_compiler,
     check_device,
+    check_fp8,
     choose_compute_dtype,
     copy_source,
     is_copy_of,
@@ -237,6 +238,9 @@ def check_gpu(preflight: Preflight):
     if preflight.config:
         with preflight.collect_problems():
             check_device(preflight.config, preflight.compute_dtype)
+        if preflight.args.compute_dtype == "fp8":
+            with preflight.collect_problems():
+                check_fp8(preflight.config)
     if torch.cuda.is_available():
         with preflight.collect_problems():
             check_compiler()
@@ -329,6 +333,7 @@ def model_sizes(preflight: Preflight, config: ModelDescription, lora: LoraSettin
         lora.rank,
         preflight.setup.training_args.world_size if preflight.setup else 1,
         gpu_has_kernels(dtype),
+        preflight.args.compute_dtype == "fp8",
     )
 
 

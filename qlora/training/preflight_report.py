@@ -62,7 +62,7 @@ def run_table(preflight: Preflight) -> list[tuple[str, str | None]]:
         ("GPU", describe_gpu(preflight)),
         ("model", f"{args.model_name_or_path}, {weights}, architecture of {config.display_name}" if config else None),
         ("adapter", describe_adapter(preflight)),
-        ("arithmetic", str(preflight.compute_dtype).removeprefix("torch.")),
+        ("arithmetic", preflight.setup and preflight.setup.arithmetic),
         ("resumes", preflight.resume_from and f"from {preflight.resume_from}"),
         ("steps", steps and f"{steps.steps:,}, evaluations {steps.evaluations:,}, checkpoints {steps.saves:,}"),
         ("disk", disk and f"at most {disk.needed / 1e6:,.1f} MB for output_dir, of {disk.free / 1e6:,.0f} MB free"),

@@ -77,7 +77,7 @@ def describe_run(
     values |= {
         "per_device_train_batch_size x gradient_accumulation_steps": samples_per_step(training_args),
         "--train_data_path": f"{num_samples} samples, sha256 {digest(args.train_files())}",
-        "--compute_dtype": str(setup.compute_dtype).removeprefix("torch."),
+        "--compute_dtype": setup.arithmetic,
         **{f"--{name}": getattr(args, name) for name in SAMPLE_FLAGS},
         "--lora_dropout": args.lora_settings().dropout,
     }

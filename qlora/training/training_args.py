@@ -86,11 +86,18 @@ class TrainingSetup(NamedTuple):
         training_args: as the Trainer takes them.
         compute_dtype: of the arithmetic.
         recompute: the JSON's `gradient_checkpointing` or `activation_checkpointing`; None if it has neither.
+        fp8: whether the products with the frozen weights take 8-bit operands in training.
     """
 
     training_args: TrainingArguments
     compute_dtype: torch.dtype
     recompute: bool | None
+    fp8: bool = False
+
+    @property
+    def arithmetic(self) -> str:
+        """The type of the arithmetic, to be shown."""
+        return "fp8" if self.fp8 else str(self.compute_dtype).removeprefix("torch.")
 
 
 def read_training_args(
@@ -103,7 +110,7 @@ def read_training_args(
     Args:
         path: of the JSON file.
         flags: settings of the command line and their words, which take the place of the JSON's.
-        compute_dtype: fp32, fp16 or bf16; None for that of the JSON (`fp16`, `bf16`), or else the best for the
+        compute_dtype: fp32, fp16, bf16 or fp8; None for that of the JSON (`fp16`, `bf16`), or else the best for the
             hardware.
         evaluate: whether there are data rows to evaluate on.
     Returns:
@@ -148,7 +155,7 @@ def read_training_args(
         names = f"report_to names {', '.join(missing)}, which is not installed"
         install = f"run `pip install {' '.join(missing)}`"
         raise ValueError(with_sources([f"{names}: {install}"], path, values, given))
-    return TrainingSetup(training_args, dtype, recompute[0] if recompute else None)
+    return TrainingSetup(training_args, dtype, recompute[0] if recompute else None, compute_dtype == "fp8")
 
 
 def flag_value(name: str, words: list[str]) -> object:
@@ -212,7 +219,7 @@ def set_precision(values: dict, name: str | None) -> torch.dtype:
     Args:
         values: the JSON's. `fp16` is set to whether the Trainer must scale the loss, and `bf16` to False: the model is
             in its compute dtype, so that autocast is not needed.
-        name: fp32, fp16 or bf16; None for that of the JSON, or else the best for the hardware.
+        name: fp32, fp16, bf16 or fp8; None for that of the JSON, or else the best for the hardware.
     """
     if name is None:
         name = next((key for key in PRECISION_KEYS if values.get(key)), None)

@@ -3,7 +3,8 @@
 Without TRITON_INTERPRET:
     python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, some for the others
 
-For the others, these are the LoRA kernels; for GPUs older than Ampere, the kernels without matrix products.
+For the others, these are the LoRA kernels, and the kernels for 8-bit operands where the GPU has these; for GPUs older
+than Ampere, the kernels without matrix products.
 """
 
 import json
@@ -16,7 +17,19 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4, rms_norm, rotary, swiglu
+from glm_kernels import (
+    attention,
+    cross_entropy,
+    decode_attention,
+    fp8,
+    fp8_reference,
+    layer_norm,
+    lora,
+    nf4,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 
 HEAD = {"HEADS": 32, "HEAD_DIM": 128}
 BY_HEAD = HEAD | {"GROUPS": 32, "BY_HEAD": 1}  # ChatGLM-6B
@@ -24,7 +37,8 @@ BY_KIND = HEAD | {"GROUPS": 2, "BY_HEAD": 0}  # ChatGLM2-6B
 TYPES = {
     "*bf16": "projected cos sin output output_grad projected_grad keys values x weight low_rank logits bias x_grad"
     " branch_grad sum_grad y y_grad key_value_grad",
-    "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad",
+    "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad row_scales scales",
+    "*fp8e4nv": "quantized e4m3_weight",
     "*i32": "tiles seed",
     "*i64": "labels cache_position",
     "*u8": "packed scale_codes",
@@ -115,9 +129,24 @@ def lora_kernels(capability: int) -> dict[str, int]:
     return found
 
 
+def fp8_kernels(capability: int) -> dict[str, int]:
+    """The same for the kernels that make 8-bit operands."""
+    limits = {"LARGEST": fp8_reference.LARGEST, "SMALLEST": fp8_reference.SMALLEST}
+    found = {"rows": shared_memory(fp8.quantize_rows_kernel, capability, limits | {"BLOCK": 32768})}
+    for name, constants in {
+        "weight": {"TRANSPOSED": False, "column_stride": 1},
+        "transposed weight": {"TRANSPOSED": True, "row_stride": 1},
+    }.items():
+        constants["ROWS"] = fp8.ROWS
+        found[name] = shared_memory(fp8.quantize_weight_kernel, capability, constants)
+    return found
+
+
 if __name__ == "__main__":
     first, *others = map(int, sys.argv[1:])
     found = {first: all_kernels(first)}
     for capability in others:
         found[capability] = lora_kernels(capability) if capability >= 80 else kernels_of_older_gpus(capability)
+        if capability >= 89:
+            found[capability] |= fp8_kernels(capability)
     print(json.dumps(found, indent=2))

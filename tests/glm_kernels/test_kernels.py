@@ -1,5 +1,7 @@
 """Each Triton kernel, compared with the PyTorch reference that its file names; in fp32, by Triton's interpreter."""
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("triton", reason="no Triton here: the kernels are not tested")
@@ -18,7 +20,7 @@ from chatglm2 import rotary as pair_rotary
 from chatglm2.activation import gated_activation
 from chatglm2.fused_norm import FusedRMSNorm, FusedSublayerNorm
 from chatglm2.modeling_chatglm2 import SublayerNorm
-from glm_kernels import lora, lora_reference, nf4
+from glm_kernels import fp8, fp8_reference, lora, lora_reference, nf4
 from glm_kernels.attention import GroupedPackedAttention, PackedAttention
 from glm_kernels.cross_entropy import cross_entropy_in_place
 from glm_kernels.decode_attention import decode_attention
@@ -137,6 +139,41 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(shape):
     )
     expected = bitsandbytes.functional.dequantize_4bit(packed, state)
     assert torch.equal(nf4.dequantize(packed, state), expected)
+
+
+# Triton's interpreter does not round to 8 bits as a GPU does: these numbers need no rounding.
+
+
+def test_quantized_rows():
+    x = (torch.rand(5, 100) * 400 + 0.02).to(torch.float8_e4m3fn).float()
+    x[:, 7] = -448
+    x[3] = 0
+    powers = 2.0 ** torch.tensor([0, -20, 40, 3, -3])[:, None]
+    quantized, scales = fp8.quantize_rows(x * powers)
+    assert torch.equal(quantized.float(), x)
+    assert torch.equal(scales[x.any(1)], powers[x.any(1)])
+    assert torch.equal(scales, fp8_reference.row_scales(x * powers))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(200, 192), (16, 64)])
+def test_weights_in_8_bits(shape, transposed):
+    rows, columns = shape
+    blocks = rows * columns // 64
+    packed = torch.randint(256, (rows * columns // 2, 1), dtype=torch.uint8)
+    table = torch.arange(256, dtype=torch.float32).remainder(3).exp2()
+    nested = SimpleNamespace(code=table, absmax=torch.tensor([1.0, 2.0, 4.0]))
+    codes = torch.cat((torch.arange(8.0, 16), -torch.arange(8.0, 16)))
+    scale_codes = torch.randint(256, (blocks,), dtype=torch.uint8)
+    state = SimpleNamespace(shape=shape, code=codes, absmax=scale_codes, state2=nested, offset=torch.zeros(()))
+
+    pairs = torch.stack((packed >> 4, packed & 15), dim=-1).view(blocks, 64).long()
+    scales = table[scale_codes.long()] * nested.absmax[torch.arange(blocks) // 256]
+    weight = (codes[pairs] * scales[:, None]).view(shape)
+    powers = 2.0 ** torch.randint(0, 5, (columns if transposed else rows, 1))
+    found = fp8.quantize_weight(packed, state, powers, transposed)
+    assert found.is_contiguous()
+    assert torch.equal(found.float() * powers, weight.T if transposed else weight)
 
 
 def test_layer_norm_and_its_gradient_with_the_residual():

@@ -11,6 +11,7 @@ from chatglm import fast_layers
 from chatglm.fast_layers import DecodingAttention
 from chatglm.fused_residual import FusedResidualNorm
 from chatglm.modeling_chatglm import ChatGLMAttention, ResidualNorm
+from qlora.layers.fp8 import FP8Linear
 from qlora.layers.linear import InferenceLoRANF4Linear, LoRANF4Linear, NF4Linear
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
@@ -46,6 +47,12 @@ def test_parameters_and_the_adapter_keep_their_names(model, for_training):
     assert all(after[name] is parameter for name, parameter in before.items())
     found = get_peft_model_state_dict(model)
     assert list(found) == list(adapter) and all(torch.equal(found[name], adapter[name]) for name in found)
+
+
+def test_frozen_layers_of_8_bit_products(model):
+    replace_layers(model, for_training=True, fp8=True)
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    assert len(layers) == 8 and {type(layer) for layer in layers} == {FP8Linear}
 
 
 def test_replaced_modules_have_the_mode_of_the_model(model):

@@ -142,6 +142,25 @@ def test_peak_counts_temporary_tensors_of_a_sublayer_or_of_the_logits():
     assert predict_peak(sizes, many) == weights + 100_352 * (saved + 2 * 2 * 16384 + 4 * 2 * 4096)
 
 
+def test_peak_of_8_bit_products():
+    eight = dataclasses.replace(SIZES, fp8=True)
+    # In each layer, for the rows of W and of W.T: query_key_value, dense, and the two of the MLP.
+    scales = 4 * 28 * (4 * 4096 + 2 * 4096 + 5 * 4096 + 5 * 4096)
+    for T, dequantized in ((3072, 0), (3072, 28), (13_312, 28)):
+        plan = MemoryPlan(T, 0, 0, dequantized_layers=dequantized)
+        # The widest operand in e4m3; the weight that is made where it is used has half the bytes.
+        more = T * 16384 + scales - (0 if dequantized else 4096 * 16384)
+        assert predict_peak(eight, plan) - predict_peak(SIZES, plan) == more
+
+
+def test_cost_of_8_bit_products():
+    eight = dataclasses.replace(SIZES, fp8=True)
+    kept, recomputed = MemoryPlan(3072, 0, 0, dequantized_layers=28), MemoryPlan(3072, 28, 0, dequantized_layers=28)
+    costs = [[relative_cost(sizes, plan, 3072) for plan in (kept, recomputed)] for sizes in (SIZES, eight)]
+    assert 1.6 < costs[0][0] / costs[1][0] < 2  # the head has 16-bit operands, and launches take as long
+    assert costs[1][1] - costs[1][0] == (costs[0][1] - costs[0][0]) / 2
+
+
 def test_last_layers_are_recomputed(tiny_model):
     model = add_lora(tiny_model, rank=4, alpha=32, dropout=0.0, target_modules=["query_key_value"])
     apply_plan(model, MemoryPlan(512, recompute_mlp=1, recompute_attention=2))

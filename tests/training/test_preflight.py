@@ -341,6 +341,10 @@ def test_large_model_needs_a_gpu(flags, monkeypatch):
     assert "no CUDA GPU was found" in problem_of(flags)
 
 
+def test_8_bit_products_need_a_gpu(flags):
+    assert "--compute_dtype fp8 needs a GPU of compute capability 8.9" in problem_of(flags | {"compute_dtype": "fp8"})
+
+
 # The memory plan, for the 6B model on a simulated GPU.
 
 
@@ -363,6 +367,14 @@ def test_predicted_memory_is_that_of_the_run(full_size, monkeypatch, budget, pre
     assert full_size.trainable == 1_835_008
     shown = re.search(r"predicted peak memory +([\d.]+) GiB", full_size.plan_table())
     assert float(shown[1]) == pytest.approx(predicted, abs=0.05)
+
+
+@pytest.mark.parametrize(("name", "fp8"), [("bf16", False), ("fp8", True)])
+def test_8_bit_products_are_planned(monkeypatch, name, fp8):
+    monkeypatch.setattr(preflight, "gpu_has_kernels", lambda dtype: True)
+    found = Preflight(FinetuneArguments(compute_dtype=name), config=ChatGLMConfig())
+    sizes = preflight.model_sizes(found, found.config, LoraSettings(), unquantized=0)
+    assert (sizes.bytes_per_number, sizes.fp8) == (2, fp8)
 
 
 def test_too_little_memory(full_size, monkeypatch):

@@ -456,6 +456,13 @@ def test_flag_replaces_the_keys_that_say_the_same_otherwise(write_json):
     assert setup.compute_dtype == torch.float16 and setup.recompute is False
 
 
+def test_8_bit_products_have_bf16_around_them(write_json):
+    eight, half = (read_training_args(write_json(fp16=True), compute_dtype=name) for name in ("fp8", "bf16"))
+    assert (eight.compute_dtype, eight.fp8, eight.arithmetic) == (torch.bfloat16, True, "fp8")
+    assert (half.compute_dtype, half.fp8, half.arithmetic) == (torch.bfloat16, False, "bfloat16")
+    assert not eight.training_args.fp16
+
+
 @pytest.mark.parametrize("name", ["lora_rank", "train_data_path", "dry_run", "resume_from_checkpoint"])
 def test_flag_in_the_json_is_told_where_it_belongs(write_json, name):
     with pytest.raises(ValueError, match=rf": {name} is a flag: --{name}\.$"):
