@@ -2,18 +2,22 @@
 
     python scripts/check_memory_plan.py --model_name_or_path THUDM/chatglm-6b
 
-The model is loaded once, in bf16; a case is an adapter, a plan, and two optimizer steps of one micro-batch. The last
-column is the prediction divided by the measured peak.
+The model is loaded once, in bf16. A case is an adapter, a plan, and an optimizer step of one micro-batch after a small
+one. Measured is the peak of the memory that PyTorch reserved, in which that of CUDA graphs counts all the time, and that
+of the tensors that it allocated. The last column is the prediction divided by the first of them.
 """
 
 import gc
 import itertools
+import os
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from qlora.arguments import DEFAULT_MODEL, DownloadArguments, LoraSettings, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train_qlora.py
 
 with one_line_on_interrupt():  # these imports take seconds
     import bitsandbytes
@@ -53,18 +57,18 @@ def main():
     model = load_quantized_model(args.model_name_or_path, torch.bfloat16)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
     names = [*model.config.attention_shapes, *model.config.mlp_shapes]
-    print("rank layers tokens  recomputed MLP/attention  cached  offloaded  predicted  measured GiB  ratio")
+    print("rank layers tokens  recomputed MLP/attention  cached  offloaded  predicted  reserved  allocated GiB  ratio")
     for number, (rank, layers) in enumerate(ADAPTERS):
         lora = LoraSettings(rank, 32, 0.05, names[:layers])
         sizes = sizes_of(model, lora)
         adapted = add_lora(model, *lora)
         replace_layers(adapted.train(), for_training=True)
         for plan in plans(model.config.num_hidden_layers, number):
-            predicted, measured = predict_peak(sizes, plan) / GIB, measure(adapted, plan) / GIB
+            predicted, (reserved, allocated) = predict_peak(sizes, plan), measure(adapted, plan)
             print(
                 f"{rank:4} {layers:6} {plan.max_tokens:6}  {plan.recompute_mlp:14}/{plan.recompute_attention:<9}  "
-                f"{plan.dequantized_layers:6}  {plan.offload!s:9}  {predicted:9.2f}  {measured:12.2f}  "
-                f"{predicted / measured:5.3f}",
+                f"{plan.dequantized_layers:6}  {plan.offload!s:9}  {predicted / GIB:9.2f}  {reserved / GIB:8.2f}  "
+                f"{allocated / GIB:13.2f}  {predicted / reserved:5.3f}",
                 flush=True,
             )
         for name, module in linear.items():
@@ -95,24 +99,24 @@ def sizes_of(model: PreTrainedModel, lora: LoraSettings) -> Sizes:
     return model_sizes(run, model.config, lora, unquantized)
 
 
-def measure(model: PeftModel, plan: MemoryPlan) -> int:
-    """The peak of allocated memory, in bytes, of two optimizer steps of one micro-batch."""
+def measure(model: PeftModel, plan: MemoryPlan) -> tuple[int, int]:
+    """The peaks of reserved and of allocated memory, in bytes."""
     for module in model.modules():
         if hasattr(module, "cached_weight"):
             module.cached_weight = None
     model.zero_grad()
     gc.collect()
     torch.cuda.empty_cache()
-    apply_plan(model, plan)
+    apply_plan(model, plan)  # forgets earlier peaks
     samples = random_samples(model, plan.max_tokens)
     passes = GraphedPasses(model, PaddingFreeCollator(model.config), len(samples))
     optimizer = torch.optim.AdamW(passes.parameters, lr=1e-5)
-    for _ in range(2):
-        passes.forward_backward([samples], divisor=plan.max_tokens)
+    for micro_batch in (samples[:1], samples):  # the optimizer's moments are there when the larger graph is recorded
+        passes.forward_backward([micro_batch], divisor=plan.max_tokens)
         torch.nn.utils.clip_grad_norm_(passes.parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
 
 
 def random_samples(model: PeftModel, tokens: int) -> list[Sample]:
