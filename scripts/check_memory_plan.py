@@ -3,8 +3,8 @@
     python scripts/check_memory_plan.py --model_name_or_path THUDM/chatglm-6b
 
 The model is loaded once, in bf16. A case is an adapter, a plan, and an optimizer step of one micro-batch after a small
-one. Measured is the peak of the memory that PyTorch reserved, in which that of CUDA graphs counts all the time, and that
-of the tensors that it allocated. The last column is the prediction divided by the first of them.
+one. Measured are the peak of the memory that PyTorch reserved, in which the memory of CUDA graphs counts all the time,
+and that of the tensors that it allocated. The last column is the prediction divided by the former.
 """
 
 import gc
