@@ -183,7 +183,10 @@ def query_grad_kernel(
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ in projected_grad, laid out as `projected`, and delta [H, T], for one head of one tile of queries."""
+    """dQ in projected_grad, laid out as `projected`, and delta [H, T], for one head of one tile of queries.
+
+    By head, dQ is rotated back.
+    """
     head = tl.program_id(1)
     group = head // (HEADS // GROUPS)
     sample_start, sample_length, context_length, first_query = load_tile(tiles, tl.program_id(0))
@@ -230,7 +233,8 @@ def key_value_grad_kernel(
 ):  # fmt: skip
     """dK and dV for one group of one tile of keys, summed over a part of its heads; delta is from query_grad_kernel.
 
-    key_value_grad is the gradient of `projected` by head, which has one head a group, or [SPLITS, T, 2, G, D] fp32.
+    key_value_grad is the gradient of `projected` by head, which has one head a group, with dK rotated back; or
+    [SPLITS, T, 2, G, D] fp32.
     """
     group, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
     sample_start, sample_length, context_length, first_key = load_tile(tiles, tl.program_id(0))
@@ -299,11 +303,11 @@ def attend_grad(
     output: torch.Tensor,
     lse: torch.Tensor,
     output_grad: torch.Tensor,
-    rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Gradient of a rotated projection, laid out as it; `output` and `lse` are those of `attend`.
 
-    With a rotation, cos and sin [T, D], the gradient is that of the projection before it; by head only.
+    By head the gradient is that of the projection before its rotation, cos and sin [T, D].
     """
     output_grad = output_grad.contiguous()
     grad, delta = torch.empty_like(projected), torch.empty_like(lse)
@@ -312,7 +316,7 @@ def attend_grad(
     if not layout.by_head:
         width = 2 * layout.groups * layout.head_dim
         key_value_grad = torch.empty(splits, T, width, dtype=torch.float32, device=grad.device)
-    cos, sin = rotation or (lse, lse)  # not read without one
+    cos, sin = rotation or (lse, lse)  # not read by kind
     values = (tiles, cos, sin, layout.head_dim**-0.5, layout.head_dim**-0.5 * LOG2_E, T)
     # In this order: the first kernel stores delta, the second loads it.
     query_grad_kernel[(len(tiles), layout.heads)](
@@ -386,6 +390,6 @@ class GroupedPackedAttention(torch.autograd.Function):
     def backward(ctx, output_grad):
         """[T, H * D] -> [T, (H + 2G) * D], the gradient of the fused projection before its rotation."""
         projected, cos, sin, tiles, output, lse = ctx.saved_tensors
-        grad = attend_grad(projected, tiles, ctx.layout, output, lse, output_grad, rotation=None)
+        grad = attend_grad(projected, tiles, ctx.layout, output, lse, output_grad)
         rotate_pairs_in_place(grad, cos, sin, ctx.layout.heads, ctx.layout.groups, inverse=True)
         return grad, None, None, None, None, None
