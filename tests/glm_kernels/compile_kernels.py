@@ -113,7 +113,8 @@ def lora_kernels(capability: int) -> dict[str, int]:
         up = constants | {"TILES_R": rank // R, "FEATURES": lora.UP_FEATURES}
         found[f"up, rank {rank}"] = shared_memory(lora.lora_up_add_kernel, capability, up, weight="*fp32")
         if rank == R:  # with a larger rank only the grid of these two grows
-            down = constants | {"FEATURES": lora.DOWN_TILE // R, "SPLITS": lora.MOST_SPLITS}
+            features = min(lora.DOWN_FEATURES, lora.DOWN_TILE // R)
+            down = constants | {"FEATURES": features, "SPLITS": lora.MOST_SPLITS}
             grad = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.MOST_SPLITS}
             found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4, weight="*fp32")
             found[f"weight gradient, rank {rank}"] = shared_memory(lora.lora_weight_grad_kernel, capability, grad, 4)
