@@ -69,6 +69,7 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
 
 def all_kernels(capability: int) -> dict[str, int]:
     """Name of each kernel -> shared memory in bytes, with the constants of a launch for the 6B model."""
+    forward = {"TILE": attention.TILE, "BLOCK_N": attention.FORWARD_BLOCK_N}
     over_keys = {"TILE": attention.TILE, "BLOCK_N": attention.BLOCK_N}
     over_queries = {"TILE": attention.TILE, "BLOCK_M": attention.BLOCK_M}
     decode = {"PER_ROW": 1, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
@@ -86,9 +87,9 @@ def all_kernels(capability: int) -> dict[str, int]:
     for layout, heads, splits in (("by head", BY_HEAD, 1), ("by kind", BY_KIND, 4)):
         summed = heads | over_queries | {"SPLITS": splits}
         launches |= {
-            f"attention {layout}": (attention.forward_kernel, heads | over_keys, 3),
-            f"query gradient {layout}": (attention.query_grad_kernel, heads | over_keys, 2),
-            f"key and value gradient {layout}": (attention.key_value_grad_kernel, summed, 2),
+            f"attention {layout}": (attention.forward_kernel, heads | forward, attention.STAGES),
+            f"query gradient {layout}": (attention.query_grad_kernel, heads | over_keys, attention.STAGES),
+            f"key and value gradient {layout}": (attention.key_value_grad_kernel, summed, attention.STAGES),
             f"decoding step {layout}": (decode_attention.decode_attention_kernel, heads | decode, 3),
         }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
@@ -116,7 +117,7 @@ def lora_kernels(capability: int) -> dict[str, int]:
             features = min(lora.DOWN_FEATURES, lora.DOWN_TILE // R)
             down = constants | {"FEATURES": features, "SPLITS": lora.MOST_SPLITS}
             grad = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.MOST_SPLITS}
-            found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4, weight="*fp32")
+            found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4)
             found[f"weight gradient, rank {rank}"] = shared_memory(lora.lora_weight_grad_kernel, capability, grad, 4)
     total = {"SPLITS": lora.MOST_SPLITS, "BLOCK": lora.SUM_BLOCK}
     found["sum of parts"] = shared_memory(lora.sum_kernel, capability, total)
