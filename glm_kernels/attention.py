@@ -36,9 +36,8 @@ import triton.language as tl
 from glm_kernels import TILE
 from glm_kernels.rotary import rotate_in_place, rotate_pairs_in_place
 
-FORWARD_BLOCK_N, BLOCK_N = 64, 32  # keys per iteration, in the kernels of the output and of the query gradient
+BLOCK_N = 32  # keys per iteration, in the kernels of the output and of the query gradient
 BLOCK_M = 64  # queries per iteration, in the kernel of the key and value gradients
-STAGES = 1  # of the pipeline of loads: most samples are so short that there is an iteration or two
 LOG2_E = math.log2(math.e)
 MOST_SPLITS = 4  # programs that share the heads of a group in the kernel of the key and value gradients
 
@@ -292,7 +291,7 @@ def attend(projected: torch.Tensor, tiles: torch.Tensor, layout: HeadLayout) -> 
     lse = torch.empty(heads, len(projected), dtype=torch.float32, device=projected.device)
     forward_kernel[(len(tiles), heads)](
         projected, output, lse, tiles, head_dim**-0.5 * LOG2_E,
-        len(projected), **layout.constants, BLOCK_N=FORWARD_BLOCK_N, num_stages=STAGES,
+        len(projected), **layout.constants, BLOCK_N=BLOCK_N, num_stages=3,
     )  # fmt: skip
     return output, lse
 
@@ -322,11 +321,11 @@ def attend_grad(
     # In this order: the first kernel stores delta, the second loads it.
     query_grad_kernel[(len(tiles), layout.heads)](
         projected, output, output_grad, lse, delta, grad,
-        *values, **layout.constants, BLOCK_N=BLOCK_N, num_stages=STAGES,
+        *values, **layout.constants, BLOCK_N=BLOCK_N, num_stages=2,
     )  # fmt: skip
     key_value_grad_kernel[(len(tiles), layout.groups * splits)](
         projected, output_grad, lse, delta,
-        key_value_grad, *values, **layout.constants, SPLITS=splits, BLOCK_M=BLOCK_M, num_stages=STAGES,
+        key_value_grad, *values, **layout.constants, SPLITS=splits, BLOCK_M=BLOCK_M, num_stages=2,
     )  # fmt: skip
     if not layout.by_head:
         grad[:, layout.heads * layout.head_dim :] = key_value_grad.sum(0)

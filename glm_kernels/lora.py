@@ -26,7 +26,7 @@ from glm_kernels.lora_reference import Dropout
 TOKENS = 32  # tokens of a tile, in every kernel
 MOST_SPLITS = 8  # programs that share a sum, in lora_down and lora_weight_grad; fewer where a rank takes several tiles
 SUM_BLOCK = 1024  # elements of a program that adds the parts of a sum
-UP_FEATURES, GRAD_FEATURES, DOWN_FEATURES = 128, 64, 128  # features of a tile, by the names of the functions
+UP_FEATURES, GRAD_FEATURES = 128, 64  # features of a tile, in lora_up_add and in lora_weight_grad
 DOWN_TILE = 4096  # elements of a tile of the weight in lora_down: more exceed the shared memory of consumer GPUs
 MOST_R = 64  # rows of a tile of the weight, for the same reason
 
@@ -183,7 +183,7 @@ def lora_down(x: torch.Tensor, weight: torch.Tensor, scale: float, dropout: Drop
     tiles = triton.cdiv(rank, constants["R"])
     splits = max(MOST_SPLITS // tiles, 1)
     parts = torch.empty(splits, len(x), rank, dtype=torch.float32, device=x.device)
-    constants |= {"FEATURES": min(DOWN_FEATURES, DOWN_TILE // constants["R"]), "SPLITS": splits, "num_stages": 4}
+    constants |= {"FEATURES": DOWN_TILE // constants["R"], "SPLITS": splits, "num_stages": 3}
     grid = (triton.cdiv(len(x), TOKENS), tiles, splits)
     lora_down_kernel[grid](x, weight, parts, *values, **constants)
     return sum_parts(parts, scale, x.dtype)

@@ -69,7 +69,6 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
 
 def all_kernels(capability: int) -> dict[str, int]:
     """Name of each kernel -> shared memory in bytes, with the constants of a launch for the 6B model."""
-    forward = {"TILE": attention.TILE, "BLOCK_N": attention.FORWARD_BLOCK_N}
     over_keys = {"TILE": attention.TILE, "BLOCK_N": attention.BLOCK_N}
     over_queries = {"TILE": attention.TILE, "BLOCK_M": attention.BLOCK_M}
     decode = {"PER_ROW": 1, "BLOCK": decode_attention.BLOCK, "STAGES": decode_attention.STAGES}
@@ -87,9 +86,9 @@ def all_kernels(capability: int) -> dict[str, int]:
     for layout, heads, splits in (("by head", BY_HEAD, 1), ("by kind", BY_KIND, 4)):
         summed = heads | over_queries | {"SPLITS": splits}
         launches |= {
-            f"attention {layout}": (attention.forward_kernel, heads | forward, attention.STAGES),
-            f"query gradient {layout}": (attention.query_grad_kernel, heads | over_keys, attention.STAGES),
-            f"key and value gradient {layout}": (attention.key_value_grad_kernel, summed, attention.STAGES),
+            f"attention {layout}": (attention.forward_kernel, heads | over_keys, 3),
+            f"query gradient {layout}": (attention.query_grad_kernel, heads | over_keys, 2),
+            f"key and value gradient {layout}": (attention.key_value_grad_kernel, summed, 2),
             f"decoding step {layout}": (decode_attention.decode_attention_kernel, heads | decode, 3),
         }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
@@ -114,10 +113,9 @@ def lora_kernels(capability: int) -> dict[str, int]:
         up = constants | {"TILES_R": rank // R, "FEATURES": lora.UP_FEATURES}
         found[f"up, rank {rank}"] = shared_memory(lora.lora_up_add_kernel, capability, up, weight="*fp32")
         if rank == R:  # with a larger rank only the grid of these two grows
-            features = min(lora.DOWN_FEATURES, lora.DOWN_TILE // R)
-            down = constants | {"FEATURES": features, "SPLITS": lora.MOST_SPLITS}
+            down = constants | {"FEATURES": lora.DOWN_TILE // R, "SPLITS": lora.MOST_SPLITS}
             grad = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.MOST_SPLITS}
-            found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4)
+            found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down)
             found[f"weight gradient, rank {rank}"] = shared_memory(lora.lora_weight_grad_kernel, capability, grad, 4)
     total = {"SPLITS": lora.MOST_SPLITS, "BLOCK": lora.SUM_BLOCK}
     found["sum of parts"] = shared_memory(lora.sum_kernel, capability, total)
