@@ -94,6 +94,8 @@ def test_gradients_in_other_tensors_are_added_to(model, passes):
     for parameter in passes.parameters:
         parameter.grad = torch.ones_like(parameter)
     passes.forward_backward([samples], divisor=3)
+    # A graph has their addresses.
+    assert all(p.grad is gradient for p, gradient in zip(passes.parameters, passes.gradients, strict=True))
     found = [parameter.grad.clone() for parameter in passes.parameters]
     _, gradients = plain_passes(model, samples, divisor=3)
     torch.testing.assert_close(found, [1 + gradient for gradient in gradients], atol=1e-6, rtol=1e-5)
