@@ -102,6 +102,22 @@ def store_tokens(base, vectors, sample_start, index, sample_length, stride, HEAD
 
 
 @triton.jit
+def rotate_back(vectors, cos, sin, sample_start, index, sample_length, N: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The inverse rotation of ChatGLM-6B for vectors [N, D] of tokens `index` [N]; see `glm_kernels.rotary`."""
+    quarter: tl.constexpr = HEAD_DIM // 4
+    # Numbered by half, first or second, frequency.
+    pairs = tl.permute(tl.reshape(vectors, (N, 2, 2, quarter)), (0, 1, 3, 2))  # [N, 2, D / 4, 2]
+    first, second = tl.split(pairs)  # [N, 2, D / 4] each
+    features = tl.arange(0, 2)[:, None] * (HEAD_DIM // 2) + tl.arange(0, quarter)[None, :]  # [2, D / 4]
+    offsets = (sample_start + index)[:, None, None] * HEAD_DIM + features[None, :, :]
+    in_range = (index < sample_length)[:, None, None]
+    c = tl.load(cos + offsets, mask=in_range, other=0.0).to(tl.float32)  # [N, 2, D / 4]
+    s = tl.load(sin + offsets, mask=in_range, other=0.0).to(tl.float32)  # [N, 2, D / 4]
+    rotated = tl.join(first * c + second * s, second * c - first * s)  # [N, 2, D / 4, 2]
+    return tl.reshape(tl.permute(rotated, (0, 1, 3, 2)), (N, HEAD_DIM))  # [N, D]
+
+
+@triton.jit
 def load_tile(tiles, tile):
     """sample_start, sample_length, context_length and the tile's first token in the sample: one row of `tiles`."""
     columns = tiles + tile * 4
@@ -163,11 +179,14 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def query_grad_kernel(
-    projected, output, output_grad, lse, delta, projected_grad, tiles, scale, log2_scale, tokens,
+    projected, output, output_grad, lse, delta, projected_grad, tiles, cos, sin, scale, log2_scale, tokens,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr, TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dQ in projected_grad, laid out as `projected`, and delta [H, T], for one head of one tile of queries."""
+    """dQ in projected_grad, laid out as `projected`, and delta [H, T], for one head of one tile of queries.
+
+    By head, dQ is rotated back.
+    """
     head = tl.program_id(1)
     group = head // (HEADS // GROUPS)
     sample_start, sample_length, context_length, first_query = load_tile(tiles, tl.program_id(0))
@@ -199,19 +218,23 @@ def query_grad_kernel(
         probabilities_grad = tl.dot(out_grad, tl.trans(value))  # [TILE, BLOCK_N]
         scores_grad = probabilities * (probabilities_grad - delta_of_query[:, None])
         acc += tl.dot(scores_grad.to(key.dtype), key)  # [TILE, D]
+    acc *= scale
+    if BY_HEAD:
+        acc = rotate_back(acc, cos, sin, sample_start, query_index, sample_length, TILE, HEAD_DIM)  # [TILE, D]
     query_grad_base = projected_grad + query_offset(head, HEAD_DIM, BY_HEAD)
-    store_tokens(query_grad_base, acc * scale, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
+    store_tokens(query_grad_base, acc, sample_start, query_index, sample_length, stride, HEAD_DIM)  # [TILE, D]
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def key_value_grad_kernel(
-    projected, output_grad, lse, delta, key_value_grad, tiles, scale, log2_scale, tokens, HEADS: tl.constexpr,
-    GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    projected, output_grad, lse, delta, key_value_grad, tiles, cos, sin, scale, log2_scale, tokens,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, BY_HEAD: tl.constexpr, TILE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dK and dV for one group of one tile of keys, summed over a part of its heads; delta is from query_grad_kernel.
 
-    key_value_grad is the gradient of `projected` by head, which has one head a group, or [SPLITS, T, 2, G, D] fp32.
+    key_value_grad is the gradient of `projected` by head, which has one head a group, with dK rotated back; or
+    [SPLITS, T, 2, G, D] fp32.
     """
     group, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
     sample_start, sample_length, context_length, first_key = load_tile(tiles, tl.program_id(0))
@@ -247,14 +270,15 @@ def key_value_grad_kernel(
             probabilities_grad = tl.dot(out_grad, tl.trans(value))  # [BLOCK_M, TILE]
             scores_grad = probabilities * (probabilities_grad - delta_of_query[:, None])
             key_grad += tl.dot(tl.trans(scores_grad.to(query.dtype)), query)  # [TILE, D]
+    key_grad *= scale
     grad_stride: tl.constexpr = stride if BY_HEAD else 2 * GROUPS * HEAD_DIM
     if BY_HEAD:
+        key_grad = rotate_back(key_grad, cos, sin, sample_start, key_index, sample_length, TILE, HEAD_DIM)  # [TILE, D]
         key_grad_base = key_value_grad + key_offset(group, HEADS, HEAD_DIM, BY_HEAD)
         value_grad_base = key_value_grad + value_offset(group, HEADS, GROUPS, HEAD_DIM, BY_HEAD)
     else:
         key_grad_base = key_value_grad + split.to(tl.int64) * tokens * grad_stride + group * HEAD_DIM
         value_grad_base = key_grad_base + GROUPS * HEAD_DIM
-    key_grad *= scale
     store_tokens(key_grad_base, key_grad, sample_start, key_index, sample_length, grad_stride, HEAD_DIM)  # [TILE, D]
     # [TILE, D]
     store_tokens(value_grad_base, value_grad, sample_start, key_index, sample_length, grad_stride, HEAD_DIM)
@@ -279,8 +303,12 @@ def attend_grad(
     output: torch.Tensor,
     lse: torch.Tensor,
     output_grad: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Gradient of a rotated projection, laid out as it; `output` and `lse` are those of `attend`."""
+    """Gradient of a rotated projection, laid out as it; `output` and `lse` are those of `attend`.
+
+    By head the gradient is that of the projection before its rotation, cos and sin [T, D].
+    """
     output_grad = output_grad.contiguous()
     grad, delta = torch.empty_like(projected), torch.empty_like(lse)
     T, splits = len(projected), layout.splits
@@ -288,15 +316,16 @@ def attend_grad(
     if not layout.by_head:
         width = 2 * layout.groups * layout.head_dim
         key_value_grad = torch.empty(splits, T, width, dtype=torch.float32, device=grad.device)
-    scales = (layout.head_dim**-0.5, layout.head_dim**-0.5 * LOG2_E, T)
+    cos, sin = rotation or (lse, lse)  # not read by kind
+    values = (tiles, cos, sin, layout.head_dim**-0.5, layout.head_dim**-0.5 * LOG2_E, T)
     # In this order: the first kernel stores delta, the second loads it.
     query_grad_kernel[(len(tiles), layout.heads)](
-        projected, output, output_grad, lse, delta, grad, tiles,
-        *scales, **layout.constants, BLOCK_N=BLOCK_N, num_stages=2,
+        projected, output, output_grad, lse, delta, grad,
+        *values, **layout.constants, BLOCK_N=BLOCK_N, num_stages=2,
     )  # fmt: skip
     key_value_grad_kernel[(len(tiles), layout.groups * splits)](
         projected, output_grad, lse, delta,
-        key_value_grad, tiles, *scales, **layout.constants, SPLITS=splits, BLOCK_M=BLOCK_M, num_stages=2,
+        key_value_grad, *values, **layout.constants, SPLITS=splits, BLOCK_M=BLOCK_M, num_stages=2,
     )  # fmt: skip
     if not layout.by_head:
         grad[:, layout.heads * layout.head_dim :] = key_value_grad.sum(0)
@@ -331,9 +360,7 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx, output_grad):
         """[T, C] -> [T, 3C], the gradient of the fused projection before its rotation."""
         projected, cos, sin, tiles, output, lse = ctx.saved_tensors
-        grad = attend_grad(projected, tiles, ctx.layout, output, lse, output_grad)
-        rotate_in_place(grad, cos, sin, ctx.layout.head_dim, inverse=True)
-        return grad, None, None, None, None
+        return attend_grad(projected, tiles, ctx.layout, output, lse, output_grad, (cos, sin)), None, None, None, None
 
 
 class GroupedPackedAttention(torch.autograd.Function):

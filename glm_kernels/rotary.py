@@ -3,14 +3,15 @@
 Formula of ChatGLM-6B, for each query and each key x [D] of a token. Half h of x is rotated by the position (h = 0) or
 the block position (h = 1); i < D/4 is the frequency:
     first  = x[h * D/2 + i]             c = cos[h * D/2 + i]
-    second = x[h * D/2 + D/4 + i]       s = sin[h * D/2 + i] * sign
+    second = x[h * D/2 + D/4 + i]       s = sin[h * D/2 + i]
     x[h * D/2 + i]       = first * c - second * s
     x[h * D/2 + D/4 + i] = second * c + first * s
 Formula of ChatGLM2-6B, in which the second half of x stays as it is; i < D/4:
     first  = x[2 * i]           second = x[2 * i + 1]           c = cos[i]          s = sin[i] * sign
     x[2 * i]     = first * c - second * s
     x[2 * i + 1] = second * c + first * s
-sign is 1, or -1 for the inverse rotation. Computed in fp32.
+sign is 1, or -1 for the inverse rotation; that of ChatGLM-6B is `rotate_back` in glm_kernels/attention.py. Computed in
+fp32.
 
 Shapes: T tokens, H heads of queries, G heads of keys and values, D head dimension, C = H * D, PAIRS = pairs (first,
 second) of a token, rounded up to a power of 2. In ChatGLM-6B the fused projection is [T, H, 3, D], query, key and
@@ -26,7 +27,7 @@ import triton.language as tl
 
 
 @triton.jit
-def rotate_kernel(projected, cos, sin, sign, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
+def rotate_kernel(projected, cos, sin, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
     """Rotates the query and the key of every head of one token of projected [T, H, 3, D]; cos and sin are [T, D]."""
     token = tl.program_id(0).to(tl.int64)  # int64, because token * 3C may pass 2**31
     pair = tl.arange(0, PAIRS)  # [PAIRS]
@@ -40,7 +41,7 @@ def rotate_kernel(projected, cos, sin, sign, HEADS: tl.constexpr, HEAD_DIM: tl.c
     first_pointers += half * (HEAD_DIM // 2) + frequency
     table_offsets = token * HEAD_DIM + half * (HEAD_DIM // 2) + frequency
     c = tl.load(cos + table_offsets, mask=in_range, other=0.0).to(tl.float32)  # [PAIRS]
-    s = tl.load(sin + table_offsets, mask=in_range, other=0.0).to(tl.float32) * sign  # [PAIRS]
+    s = tl.load(sin + table_offsets, mask=in_range, other=0.0).to(tl.float32)  # [PAIRS]
     first = tl.load(first_pointers, mask=in_range, other=0.0).to(tl.float32)  # [PAIRS]
     second = tl.load(first_pointers + HEAD_DIM // 4, mask=in_range, other=0.0).to(tl.float32)  # [PAIRS]
     dtype: tl.constexpr = projected.dtype.element_ty
@@ -48,9 +49,7 @@ def rotate_kernel(projected, cos, sin, sign, HEADS: tl.constexpr, HEAD_DIM: tl.c
     tl.store(first_pointers + HEAD_DIM // 4, (second * c + first * s).to(dtype), mask=in_range)  # [PAIRS]
 
 
-def rotate_in_place(
-    projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int, inverse: bool = False
-):
+def rotate_in_place(projected: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int):
     """Rotates the queries and keys of a fused projection, in place.
 
     Args:
@@ -58,13 +57,11 @@ def rotate_in_place(
         cos: [T, D], contiguous; `chatglm.rotary.ChatGLMRotaryEmbedding` makes it.
         sin: [T, D], contiguous.
         head_dim: D.
-        inverse: rotate by the negative angles, which undoes the rotation and also is its gradient.
     """
     heads = projected.shape[-1] // (3 * head_dim)
     pairs = triton.next_power_of_2(heads * head_dim)
-    sign = -1.0 if inverse else 1.0
     constants = {"HEADS": heads, "HEAD_DIM": head_dim, "PAIRS": pairs}
-    rotate_kernel[(len(projected),)](projected, cos, sin, sign, **constants, num_warps=8)
+    rotate_kernel[(len(projected),)](projected, cos, sin, **constants, num_warps=8)
 
 
 @triton.jit

@@ -43,11 +43,12 @@ class PackedSequences:
         return PackedSequences(self.lengths, self.tiles.pin_memory())
 
     def clone(self) -> "PackedSequences":
-        """The same layout with tiles of its own."""
-        return PackedSequences(self.lengths, self.tiles.clone())
+        """The same layout with lengths and tiles of its own."""
+        return PackedSequences([*self.lengths], self.tiles.clone())
 
     def copy_(self, other: "PackedSequences", non_blocking: bool = False) -> "PackedSequences":
-        """Takes over the tiles of a layout with as many tiles, in place; `lengths` are not taken over."""
+        """Takes over a layout with as many tiles, in place."""
+        self.lengths[:] = other.lengths
         self.tiles.copy_(other.tiles, non_blocking=non_blocking)
         return self
 
@@ -67,6 +68,8 @@ def attention_by_sample(
     Returns:
         [1, T, H * D].
     """
+    capturing = query.is_cuda and torch.cuda.is_current_stream_capturing()
+    assert not capturing, "a CUDA graph would keep the lengths of these samples"
     states = (state.transpose(1, 2) for state in (query, key, value))
     samples = (state.split([sum(lengths) for lengths in packed_sequences.lengths], dim=2) for state in states)
     outputs = []

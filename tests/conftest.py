@@ -376,6 +376,16 @@ def error_of(module, *flags: object) -> str:
     return message
 
 
+class StandInRecorder:
+    """A recorder of graphs without a GPU: what is recorded is done again, with or without gradients as then."""
+
+    def warm_up(self, work: Callable[[], None]):
+        work()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return torch.set_grad_enabled(torch.is_grad_enabled())(work)
+
+
 def history(output_dir: Path, key: str) -> list[float]:
     """The values that a run logged under a key."""
     state = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))

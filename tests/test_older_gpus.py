@@ -75,15 +75,17 @@ def test_gpus_with_8_bit_products(gpu):
 
 @pytest.mark.parametrize(
     ("targets", "width"),
-    # Bytes a token. query_key_value: its output's gradient [3C] in fp32. dense_4h_to_h: its input [4C] after dropout,
-    # in fp16 and in fp32.
+    # Bytes a token, beside two gradients of the hidden width. query_key_value: its output's gradient [3C] in fp32.
+    # dense_4h_to_h: its input [4C] after dropout, in fp16 and in fp32.
     [([], 0), (["query_key_value"], 3 * 4096 * 4), (["query_key_value", "dense_4h_to_h"], 16384 * 6)],
 )
 def test_memory_plan_counts_copies_of_the_operations_without_kernels(targets, width):
     with_kernels, without = (
         Sizes(ChatGLMConfig(), 2, 0, 0, frozenset(targets), rank=4, has_kernels=kernels) for kernels in (True, False)
     )
-    assert without.working_bytes - with_kernels.working_bytes == width
+    assert (with_kernels.copied_bytes, without.copied_bytes) == (0, 2 * 2 * 4096 + width)
+    for working in (Sizes.mlp_working_bytes, Sizes.attention_working_bytes):
+        assert working(without, 1000, False) - working(with_kernels, 1000, False) == 1000 * without.copied_bytes
 
 
 def test_gradients_in_fp16_without_kernels_are_close_to_fp32(golden_folder):

@@ -47,14 +47,20 @@ class GraphRecorder:
         Raises:
             torch.OutOfMemoryError: there is too little memory for it.
         """
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads may use the GPU meanwhile.
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+        graph, reason = torch.cuda.CUDAGraph(), None
+        # Other threads may use the GPU meanwhile.
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+            try:
                 work()
-        except RuntimeError as error:
-            # After an error the end of the recording fails too, and hides it.
-            raise (error.__context__ if isinstance(error.__context__, torch.OutOfMemoryError) else error) from None
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            if reason is not None:
+                # What the work left is freed within the recording. Tensors on their way to the host then make this
+                # stream wait for their copies; without that the recording cannot end, and no random number can be
+                # drawn any more.
+                gc.collect()
+        if reason is not None:
+            raise torch.OutOfMemoryError(reason)
         return graph.replay
 
 
@@ -106,8 +112,8 @@ class GraphedPasses:
             The loss, a scalar in fp32.
         """
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            if parameter.grad is None:
-                gradient.zero_()
+            if parameter.grad is not gradient:  # the graphs add to these tensors, wherever the gradients are
+                gradient.zero_() if parameter.grad is None else gradient.copy_(parameter.grad)
                 parameter.grad = gradient
         self.loss_scale.fill_(1.0 if loss_scale is None else loss_scale)
         return self.loss(micro_batches, divisor)

@@ -32,6 +32,8 @@ FLOPS_PER_BYTE = 250  # operations in the time of one byte of memory traffic; on
 MICRO_BATCH_TOKENS = 300  # launching the kernels of a micro-batch takes the GPU as long as this many tokens
 HOST_TOKENS = 2000  # tokens that an H100 computes while its host launches the kernels of one micro-batch without a
 # CUDA graph; twice that if recomputed
+WORKSPACES = 64 * 2**20  # bytes of cuBLAS, on two streams
+MOST_PARTS, MOST_ROWS = 8, 64  # of the sums for the gradients of A and B: MOST_SPLITS and MOST_R of glm_kernels.lora
 MARGIN = 0.03  # share of the budget that fragmentation may waste
 MOST_MICRO_BATCHES = 64  # that a step is split into
 
@@ -109,29 +111,19 @@ class Sizes:
         return self.bytes_per_number * self.rank * len(self.targets & {*names})
 
     @property
-    def working_bytes(self) -> int:
-        """Bytes a token of the temporary tensors in the backward pass of a sub-layer: an upper bound.
+    def copied_bytes(self) -> int:
+        """Bytes a token of what only GPUs without the kernels have in a backward pass.
 
-        The gradients of the activation function's input and output, and four of the hidden width, the gradients of the
-        sub-layer's output, of its norm, of the residual and of its input. Without kernels also the copies from which
-        the widest adapter's gradients are computed: `dropout(x)`, and x or the output's gradient in fp32. With fp8 the
-        widest operand in e4m3.
+        Two gradients of the hidden width more, since norm and residual are computed one after the other; and the
+        copies from which the widest adapter's gradients are computed: `dropout(x)`, and x or the output's gradient in
+        fp32.
         """
-        (activation_input, _), (_, activation_output) = self.config.mlp_shapes.values()
-        working = self.bytes_per_number * (activation_input + activation_output) + 4 * self.input_bytes
-        if self.fp8:
-            working += max(activation_input, activation_output)
-        if self.has_kernels or self.bytes_per_number == 4:
-            return working
+        if self.has_kernels:
+            return 0
         shapes = self.config.attention_shapes | self.config.mlp_shapes
-        adapted = [shape for name, shape in shapes.items() if name in self.targets]
+        adapted = [shape for name, shape in shapes.items() if name in self.targets and self.bytes_per_number < 4]
         copies = [max((self.bytes_per_number + 4) * inputs, 4 * outputs) for outputs, inputs in adapted]
-        return working + max(copies, default=0)
-
-    @property
-    def largest_weight(self) -> int:
-        """Bytes of the largest weight of a block, dequantized."""
-        return self.bytes_per_weight * max(map(math.prod, self.shapes))
+        return 2 * self.input_bytes + max(copies, default=0)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -147,6 +139,37 @@ class Sizes:
     def scale_bytes(self) -> int:
         """Bytes of the scales of all weights in e4m3, for the rows of W and of W.T, in fp32."""
         return 4 * self.layers * sum(map(sum, self.shapes)) if self.fp8 else 0
+
+    @property
+    def adapter_gradient_bytes(self) -> int:
+        """Bytes of the gradients of the largest adapter, fp32, and of the parts that the larger one is a sum of."""
+        shapes = self.config.attention_shapes | self.config.mlp_shapes
+        adapted = [shapes[name] for name in self.targets]
+        parts = max(MOST_PARTS // max(math.ceil(self.rank / MOST_ROWS), 1), 1)
+        return 4 * self.rank * max((sum(shape) + parts * max(shape) for shape in adapted), default=0)
+
+    def mlp_working_bytes(self, T: int, dequantizes: bool) -> int:
+        """Bytes of the temporary tensors in the backward pass of an MLP sub-layer of T tokens.
+
+        The gradients of its output and of its norm; the wider one of the gradients of the activation function's output
+        and input; and beside it the other one, or a dequantized weight. With fp8 the wider one in e4m3, too.
+        """
+        shapes = list(self.config.mlp_shapes.values())
+        (activation_input, _), (_, activation_output) = shapes
+        narrow, wide = sorted((self.bytes_per_number * activation_input, self.bytes_per_number * activation_output))
+        weight = self.bytes_per_weight * max(map(math.prod, shapes)) if dequantizes else 0
+        operand = max(activation_input, activation_output) if self.fp8 else 0  # a number in e4m3 has one byte
+        return T * (2 * self.input_bytes + wide + operand + self.copied_bytes) + max(T * narrow, weight)
+
+    def attention_working_bytes(self, T: int, dequantizes: bool) -> int:
+        """The same of an attention sub-layer.
+
+        The gradients of its output, its norm and its projection, and that of the attention's output or a weight.
+        """
+        (projection, hidden), (_, output) = self.config.attention_shapes.values()
+        wide, weight = self.bytes_per_number * projection, self.bytes_per_weight * projection * hidden * dequantizes
+        wide += projection if self.fp8 else 0  # the same in e4m3
+        return T * (2 * self.input_bytes + wide + self.copied_bytes) + max(T * self.bytes_per_number * output, weight)
 
 
 @dataclass(frozen=True)
@@ -193,6 +216,7 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
     T, layers = filled_tokens(plan.max_tokens), sizes.layers
     copies = 3 if sizes.processes == 1 else 4  # gradient, two moments, and the buckets in which DDP sums gradients
     optimizer = 4 * copies * sizes.trainable  # all of them fp32
+    update = 4 * sizes.trainable  # AdamW's temporary tensors, fp32
     dequantized = plan.dequantized_layers * sizes.config.weights_per_layer * sizes.bytes_per_number
     saved = (layers - plan.recompute_mlp) * sizes.mlp_bytes + (
         layers - plan.recompute_attention
@@ -202,12 +226,15 @@ def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
     saved += (2 * layers - offloaded_inputs) * sizes.input_bytes
     # A slice of logits; the last hidden states, their norm, and its gradient.
     loss = ROWS_AT_ONCE * sizes.config.vocab_size * sizes.bytes_per_number + 3 * T * sizes.input_bytes
-    recomputed = max(
-        sizes.mlp_bytes if plan.recompute_mlp else 0, sizes.attention_bytes if plan.recompute_attention else 0
+    dequantizes = plan.dequantized_layers < layers
+    mlp = sizes.mlp_working_bytes(T, dequantizes) + T * sizes.mlp_bytes * (plan.recompute_mlp > 0)
+    attention = sizes.attention_working_bytes(T, dequantizes) + T * sizes.attention_bytes * (
+        plan.recompute_attention > 0
     )
-    weight = sizes.largest_weight if plan.dequantized_layers < layers else 0
-    sublayer = T * (sizes.working_bytes + recomputed) + weight
-    return sizes.resident + sizes.scale_bytes + optimizer + dequantized + T * saved + max(loss, sublayer)
+    passes = T * saved + max(loss, max(mlp, attention) + sizes.adapter_gradient_bytes)
+    # The memory of graphs is theirs alone; what passes without graphs freed serves the optimizer.
+    most = passes + update if sizes.has_graphs else max(passes, update)
+    return sizes.resident + sizes.scale_bytes + optimizer + dequantized + WORKSPACES + most
 
 
 def relative_cost(sizes: Sizes, plan: MemoryPlan, step_tokens: int) -> float:

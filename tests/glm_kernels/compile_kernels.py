@@ -36,8 +36,8 @@ BY_HEAD = HEAD | {"GROUPS": 32, "BY_HEAD": 1}  # ChatGLM-6B
 BY_KIND = HEAD | {"GROUPS": 2, "BY_HEAD": 0}  # ChatGLM2-6B
 TYPES = {
     "*bf16": "projected cos sin output output_grad projected_grad keys values x weight low_rank logits bias x_grad"
-    " branch_grad sum_grad y y_grad key_value_grad",
-    "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad row_scales scales",
+    " branch_grad sum_grad y y_grad key_value_grad total",
+    "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset parts row_scales scales",
     "*fp8e4nv": "quantized e4m3_weight",
     "*i32": "tiles seed",
     "*i64": "labels cache_position",
@@ -46,7 +46,12 @@ TYPES = {
     "fp32": "scale log2_scale eps residual_scale sign",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-VARYING = {"tokens", "layer", "capacity"}  # integers that change between launches: kernels must not specialize on them
+VARYING = {
+    "tokens",
+    "layer",
+    "capacity",
+    "numbers",
+}  # integers that change between launches: kernels must not specialize on them
 
 
 def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, **types) -> int:
@@ -122,10 +127,12 @@ def lora_kernels(capability: int) -> dict[str, int]:
         up = constants | {"TILES_R": rank // R, "FEATURES": lora.UP_FEATURES}
         found[f"up, rank {rank}"] = shared_memory(lora.lora_up_add_kernel, capability, up, weight="*fp32")
         if rank == R:  # with a larger rank only the grid of these two grows
-            down = constants | {"FEATURES": lora.DOWN_TILE // R}
-            grad = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.SPLITS}
-            found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down, 4, weight="*fp32")
+            down = constants | {"FEATURES": lora.DOWN_TILE // R, "SPLITS": lora.MOST_SPLITS}
+            grad = constants | {"FEATURES": lora.GRAD_FEATURES, "SPLITS": lora.MOST_SPLITS}
+            found[f"down, rank {rank}"] = shared_memory(lora.lora_down_kernel, capability, down)
             found[f"weight gradient, rank {rank}"] = shared_memory(lora.lora_weight_grad_kernel, capability, grad, 4)
+    total = {"SPLITS": lora.MOST_SPLITS, "BLOCK": lora.SUM_BLOCK}
+    found["sum of parts"] = shared_memory(lora.sum_kernel, capability, total)
     return found
 
 

@@ -57,7 +57,7 @@ def test_attention_kernel(head_dim, heads, lengths):
     torch.testing.assert_close(grad, expected_grad, atol=2e-5, rtol=1e-5)
 
 
-def test_rotation_of_queries_and_keys_and_its_inverse():
+def test_rotation_of_queries_and_keys():
     head_dim, heads, tokens = 32, 3, 7
     rotary = ChatGLMRotaryEmbedding(ChatGLMConfig(hidden_size=96, num_attention_heads=heads))
     tables = rotary(torch.randint(0, 2000, (1, 2, tokens)), torch.float32)
@@ -69,8 +69,6 @@ def test_rotation_of_queries_and_keys_and_its_inverse():
     query, key, value = projected[None].unflatten(-1, (heads, 3 * head_dim)).chunk(3, dim=-1)
     expected = torch.cat((apply_rotary(query, *tables), apply_rotary(key, *tables), value), dim=-1).flatten(2)[0]
     torch.testing.assert_close(rotated, expected, atol=1e-6, rtol=1e-5)
-    rotate_in_place(rotated, *flat, head_dim, inverse=True)
-    torch.testing.assert_close(rotated, projected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("vocabulary", [100, 8192, 20000])

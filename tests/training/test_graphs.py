@@ -5,23 +5,13 @@ That a graph does the same is tested on a GPU, in tests/test_gpu.py.
 
 import pytest
 import torch
-from conftest import add_random_lora
+from conftest import StandInRecorder, add_random_lora
 
 from qlora.data.batching import LARGE_ROW, count_labels, count_tokens, filled_tokens, size_of_row
 from qlora.data.collator import PaddingFreeCollator
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 from qlora.training.graphs import GraphedPasses
-
-
-class StandIn:
-    """A recorder whose graphs are the work itself, with or without gradients as it was recorded."""
-
-    def warm_up(self, work):
-        work()
-
-    def record(self, work):
-        return torch.set_grad_enabled(torch.is_grad_enabled())(work)
 
 
 def random_samples(config, *lengths: tuple[int, int]) -> list[dict]:
@@ -43,7 +33,7 @@ def model(golden_folder):
 
 @pytest.fixture
 def passes(model) -> GraphedPasses:
-    return GraphedPasses(model, PaddingFreeCollator(model.config), most_samples=4, recorder=StandIn)
+    return GraphedPasses(model, PaddingFreeCollator(model.config), most_samples=4, recorder=StandInRecorder)
 
 
 def plain_passes(model, samples: list[dict], divisor: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -83,6 +73,32 @@ def test_micro_batches_and_steps_add_up_until_gradients_are_dropped(model, passe
     passes.forward_backward([first], divisor=5, loss_scale=torch.tensor(2.0))
     gradients = [total + 2 * one for total, one in zip(gradients, expected[0][1], strict=True)]
     torch.testing.assert_close([p.grad for p in passes.parameters], gradients, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_step_that_loss_scaling_skips_leaves_nothing_behind(model, passes, set_to_none):
+    samples = random_samples(model.config, (5, 9))
+    passes.forward_backward([samples], divisor=3, loss_scale=torch.tensor(float("inf")))
+    assert not any(parameter.grad.isfinite().all() for parameter in passes.parameters)
+    model.zero_grad(set_to_none)
+    loss = passes.forward_backward([samples], divisor=3)
+    found = [parameter.grad.clone() for parameter in passes.parameters]
+    expected, gradients = plain_passes(model, samples, divisor=3)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_in_other_tensors_are_added_to(model, passes):
+    samples = random_samples(model.config, (5, 9))
+    passes.forward_backward([samples], divisor=3)
+    for parameter in passes.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    passes.forward_backward([samples], divisor=3)
+    # A graph has their addresses.
+    assert all(p.grad is gradient for p, gradient in zip(passes.parameters, passes.gradients, strict=True))
+    found = [parameter.grad.clone() for parameter in passes.parameters]
+    _, gradients = plain_passes(model, samples, divisor=3)
+    torch.testing.assert_close(found, [1 + gradient for gradient in gradients], atol=1e-6, rtol=1e-5)
 
 
 def test_loss_without_gradients_leaves_them_alone(model, passes):

@@ -9,6 +9,9 @@ from chatglm2 import ChatGLM2Config
 from glm_shared.loss import ROWS_AT_ONCE
 from qlora.adapter import add_lora
 from qlora.training.memory_plan import (
+    MOST_PARTS,
+    MOST_ROWS,
+    WORKSPACES,
     MemoryPlan,
     Sizes,
     apply_plan,
@@ -79,10 +82,13 @@ def test_peak_counts_the_row_that_is_filled_up():
 def test_peak_counts_the_optimizer_and_everything_resident():
     plan = MemoryPlan(3000, 28, 28)
     more = dataclasses.replace(SIZES, trainable=SIZES.trainable + 1000, resident=SIZES.resident + 7)
-    # Gradient and two moments of Adam, fp32; with several processes the gradient's copy in the buckets of DDP, too.
-    assert predict_peak(more, plan) - predict_peak(SIZES, plan) == 12 * 1000 + 7
+    # Gradient, two moments of Adam and the temporary tensors of its step, fp32.
+    assert predict_peak(more, plan) - predict_peak(SIZES, plan) == 16 * 1000 + 7
+    # With several processes the gradient's copy in the buckets of DDP. Without graphs, the step has what passes freed.
     two_processes = dataclasses.replace(SIZES, processes=2)
-    assert predict_peak(two_processes, plan) - predict_peak(SIZES, plan) == 4 * SIZES.trainable
+    assert predict_peak(two_processes, plan) == predict_peak(SIZES, plan)
+    many = dataclasses.replace(two_processes, trainable=GIB)
+    assert predict_peak(many, plan) == many.resident + WORKSPACES + 4 * 5 * GIB
 
 
 def test_peak_counts_what_a_layer_saves():
@@ -115,8 +121,11 @@ def test_peak_of_grouped_queries_and_gated_activations():
     assert predict_peak(sizes, less_attention) - predict_peak(sizes, plan) == T * (
         2 * (4096 + projected + 4096) + 4 * 32 + 16
     )
-    assert sizes.working_bytes == 2 * 3 * 13696 + 4 * 2 * 4096
-    assert sizes.largest_weight == 2 * 4096 * 2 * 13696
+    # Gradients of the sub-layer's output and of its norm, of gate and other factor; a weight or their product's.
+    wide = T * (2 * 2 * 4096 + 2 * 2 * 13696)
+    assert sizes.mlp_working_bytes(T, dequantizes=True) == wide + 2 * 4096 * 2 * 13696
+    assert sizes.mlp_working_bytes(T, dequantizes=False) == wide + T * 2 * 13696
+    assert sizes.attention_working_bytes(T, dequantizes=True) == T * 2 * (2 * 4096 + projected) + 2 * 4096 * projected
     # Embedding and head are two tensors, of which only the head is in the arithmetic.
     assert sizes.config.embedding_weights == 2 * sizes.config.head_weights
 
@@ -138,8 +147,28 @@ def test_peak_counts_temporary_tensors_of_a_sublayer_or_of_the_logits():
     weights = 2 * one_layer.weights_per_layer
     # Few tokens: a slice of logits, and three times the hidden states. Many: the temporary tensors of a sub-layer.
     logits = ROWS_AT_ONCE * one_layer.vocab_size * 2 + 3 * 64 * sizes.input_bytes
-    assert predict_peak(sizes, few) == weights + 64 * saved + logits
-    assert predict_peak(sizes, many) == weights + 100_352 * (saved + 2 * 2 * 16384 + 4 * 2 * 4096)
+    assert predict_peak(sizes, few) == weights + 64 * saved + logits + WORKSPACES
+    working = 100_352 * (2 * 2 * 4096 + 2 * 2 * 16384)
+    assert predict_peak(sizes, many) == weights + 100_352 * saved + working + WORKSPACES
+    # What is recomputed is there then, too.
+    recomputed = dataclasses.replace(many, recompute_mlp=1)
+    assert predict_peak(sizes, recomputed) == predict_peak(sizes, many)
+
+
+def test_peak_counts_the_gradients_of_the_largest_adapter():
+    plan, targets = MemoryPlan(3072, 28, 28), frozenset(["query_key_value", "dense"])
+    sizes = dataclasses.replace(SIZES, targets=targets, rank=256)
+    # Of A and B in fp32, 256 x 4096 and 12288 x 256; the larger one is the sum of two parts, each as large.
+    assert sizes.adapter_gradient_bytes == 4 * 256 * (4096 + 12288 + 2 * 12288)
+    assert dataclasses.replace(sizes, rank=4).adapter_gradient_bytes == 4 * 4 * (4096 + 12288 + 8 * 12288)
+    assert SIZES.adapter_gradient_bytes == 0
+    without = dataclasses.replace(sizes, targets=frozenset())
+    assert predict_peak(sizes, plan) - predict_peak(without, plan) == sizes.adapter_gradient_bytes
+
+
+def test_parts_of_a_sum_are_those_of_the_kernels():
+    lora = pytest.importorskip("glm_kernels.lora", reason="no Triton here")
+    assert (MOST_PARTS, MOST_ROWS) == (lora.MOST_SPLITS, lora.MOST_R)
 
 
 def test_peak_of_8_bit_products():
@@ -148,8 +177,9 @@ def test_peak_of_8_bit_products():
     scales = 4 * 28 * (4 * 4096 + 2 * 4096 + 5 * 4096 + 5 * 4096)
     for T, dequantized in ((3072, 0), (3072, 28), (13_312, 28)):
         plan = MemoryPlan(T, 0, 0, dequantized_layers=dequantized)
-        # The widest operand in e4m3; the weight that is made where it is used has half the bytes.
-        more = T * 16384 + scales - (0 if dequantized else 4096 * 16384)
+        # The widest operand in e4m3. A weight that is made where it is used has half the bytes, and is then smaller than
+        # the gradient that shares its memory.
+        more = T * 16384 + scales - (0 if dequantized else 2 * 4096 * 16384 - 2 * T * 16384)
         assert predict_peak(eight, plan) - predict_peak(SIZES, plan) == more
 
 
