@@ -1,4 +1,4 @@
-"""NF4 weights with doubly quantized scales, dequantized by a Triton kernel where it can run.
+"""NF4 weights with doubly quantized scales, dequantized or multiplied by a Triton kernel where it can run.
 
 A block of 64 weights shares a scale; 256 scales share a second scale:
     weight = NF4[4-bit code] * (code[8-bit scale code] * second scale + offset)
@@ -9,11 +9,14 @@ import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState
 
+from glm_kernels import kernels_supported
+
 BLOCK = 64  # weights that share a scale
+MOST_TOKENS = 64  # with more of them, a product with the dequantized weight is faster than one with the packed weight
 
 
 def kernel_supports(packed: torch.Tensor, state: QuantState) -> bool:
-    """Whether the kernel can read this layout: on a GPU, scales doubly quantized, rows of whole blocks."""
+    """Whether the kernels can read this layout: on a GPU, scales doubly quantized, rows of whole blocks."""
     return packed.is_cuda and state.nested and state.blocksize == BLOCK and state.shape[1] % BLOCK == 0
 
 
@@ -32,3 +35,26 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     from glm_kernels import nf4
 
     return nf4.dequantize(packed, state)
+
+
+def packed_linear(
+    hidden_states: torch.Tensor, packed: torch.Tensor, state: QuantState, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """hidden_states @ weight.T + bias for a few tokens, with the packed weight, without gradients.
+
+    Args:
+        hidden_states: [..., in_features].
+        packed, state: as for `dequantize`.
+        bias: [out_features], or None.
+    Returns:
+        [..., out_features]; None where dequantizing the weight and multiplying with it is faster.
+    """
+    tokens = hidden_states.numel() // state.shape[1]
+    if tokens <= MOST_TOKENS and kernels_supported(hidden_states) and kernel_supports(packed, state):
+        from glm_kernels.nf4_linear import nf4_linear
+
+        output = nf4_linear(hidden_states.reshape(tokens, -1), packed.data, state, bias)
+        return output.view(*hidden_states.shape[:-1], -1)
+    if tokens == 1:
+        return bitsandbytes.matmul_4bit(hidden_states, packed.t(), bias=bias, quant_state=state)
+    return None
