@@ -3,20 +3,33 @@
 Without TRITON_INTERPRET:
     python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, some for the others
 
-For the others, these are the LoRA kernels; for GPUs older than Ampere, the kernels without matrix products.
+For the others, these are the LoRA kernels and the products with packed weights; for GPUs older than Ampere, the
+kernels without matrix products.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from glm_kernels import attention, cross_entropy, decode_attention, layer_norm, lora, nf4, rms_norm, rotary, swiglu
+from glm_kernels import (
+    attention,
+    cross_entropy,
+    decode_attention,
+    layer_norm,
+    lora,
+    nf4,
+    nf4_linear,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 
 HEAD = {"HEADS": 32, "HEAD_DIM": 128}
 BY_HEAD = HEAD | {"GROUPS": 32, "BY_HEAD": 1}  # ChatGLM-6B
@@ -25,17 +38,22 @@ TYPES = {
     "*bf16": "projected cos sin output output_grad projected_grad keys values x weight low_rank logits bias x_grad"
     " branch_grad sum_grad y y_grad key_value_grad",
     "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad",
-    "*i32": "tiles seed",
+    "*i32": "tiles seed x_pairs",
     "*i64": "labels cache_position",
     "*u8": "packed scale_codes",
     "*i1": "visible",
     "fp32": "scale log2_scale eps residual_scale sign",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-VARYING = {"tokens", "layer", "capacity"}  # integers that change between launches: kernels must not specialize on them
+VARYING = {
+    "tokens",
+    "layer",
+    "capacity",
+    "blocks_of_row",
+}  # integers that change between launches: kernels must not specialize on them
 
 
-def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, **types) -> int:
+def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, num_warps: int = 4, **types) -> int:
     """Compiles a kernel and returns the shared memory of a program in bytes.
 
     Args:
@@ -43,6 +61,7 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
         capability: compute capability of the GPU, as an integer: 86 for 8.6.
         constants: name of a constexpr parameter -> value.
         num_stages: of the pipeline of loads.
+        num_warps: of a program.
         types: Triton types of parameters that differ from `TYPES`.
     Raises:
         ValueError: a parameter in `VARYING` is specialized.
@@ -59,7 +78,9 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_stages": num_stages}).metadata.shared
+    return triton.compile(
+        source, target=target, options={"num_stages": num_stages, "num_warps": num_warps}
+    ).metadata.shared
 
 
 def all_kernels(capability: int) -> dict[str, int]:
@@ -87,7 +108,7 @@ def all_kernels(capability: int) -> dict[str, int]:
             f"decoding step {layout}": (decode_attention.decode_attention_kernel, heads | decode, 3),
         }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
-    return found | kernels_of_older_gpus(capability) | lora_kernels(capability)
+    return found | kernels_of_older_gpus(capability) | lora_kernels(capability) | packed_products(capability)
 
 
 def kernels_of_older_gpus(capability: int) -> dict[str, int]:
@@ -115,9 +136,23 @@ def lora_kernels(capability: int) -> dict[str, int]:
     return found
 
 
+def packed_products(capability: int) -> dict[str, int]:
+    """The same for the products with a packed weight, by the number of tokens of a tile."""
+    found = {}
+    for tokens in nf4_linear.TILES:
+        constants = nf4_linear.constants_of(tokens, torch.bfloat16) | {"BIAS": True}
+        name = f"product of {tokens} tokens with a packed weight"
+        warps = constants.pop("num_warps")
+        found[name] = shared_memory(nf4_linear.nf4_linear_kernel, capability, constants, num_warps=warps)
+    return found
+
+
 if __name__ == "__main__":
     first, *others = map(int, sys.argv[1:])
     found = {first: all_kernels(first)}
     for capability in others:
-        found[capability] = lora_kernels(capability) if capability >= 80 else kernels_of_older_gpus(capability)
+        if capability >= 80:
+            found[capability] = lora_kernels(capability) | packed_products(capability)
+        else:
+            found[capability] = kernels_of_older_gpus(capability)
     print(json.dumps(found, indent=2))
