@@ -3,7 +3,7 @@
 Without TRITON_INTERPRET:
     python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, some for the others
 
-For the others, these are the LoRA kernels and the products with packed weights; for GPUs older than Ampere, the
+For the others, these are the LoRA kernels and the products of a few tokens; for GPUs older than Ampere, the
 kernels without matrix products.
 """
 
@@ -24,6 +24,7 @@ from glm_kernels import (
     decode_attention,
     layer_norm,
     lora,
+    lora_decode,
     nf4,
     nf4_linear,
     rms_norm,
@@ -36,10 +37,10 @@ BY_HEAD = HEAD | {"GROUPS": 32, "BY_HEAD": 1}  # ChatGLM-6B
 BY_KIND = HEAD | {"GROUPS": 2, "BY_HEAD": 0}  # ChatGLM2-6B
 TYPES = {
     "*bf16": "projected cos sin output output_grad projected_grad keys values x weight low_rank logits bias x_grad"
-    " branch_grad sum_grad y y_grad key_value_grad",
+    " down up branch_grad sum_grad y y_grad key_value_grad",
     "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad",
     "*i32": "tiles seed x_pairs",
-    "*i64": "labels cache_position",
+    "*i64": "labels cache_position adapter_of_row adapter_of_column",
     "*u8": "packed scale_codes",
     "*i1": "visible",
     "fp32": "scale log2_scale eps residual_scale sign",
@@ -51,6 +52,7 @@ VARYING = {
     "capacity",
     "blocks_of_row",
 }  # integers that change between launches: kernels must not specialize on them
+MULTIPLES_OF_16 = {"in_features", "out_features"}  # of the 6B models
 
 
 def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, num_warps: int = 4, **types) -> int:
@@ -74,7 +76,11 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
         types = {name: kind.replace("bf16", "fp16") for name, kind in types.items()}
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in MULTIPLES_OF_16
+    }
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
@@ -108,7 +114,7 @@ def all_kernels(capability: int) -> dict[str, int]:
             f"decoding step {layout}": (decode_attention.decode_attention_kernel, heads | decode, 3),
         }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
-    return found | kernels_of_older_gpus(capability) | lora_kernels(capability) | packed_products(capability)
+    return found | kernels_of_older_gpus(capability) | lora_kernels(capability) | decoding_products(capability)
 
 
 def kernels_of_older_gpus(capability: int) -> dict[str, int]:
@@ -136,14 +142,19 @@ def lora_kernels(capability: int) -> dict[str, int]:
     return found
 
 
-def packed_products(capability: int) -> dict[str, int]:
-    """The same for the products with a packed weight, by the number of tokens of a tile."""
+def decoding_products(capability: int) -> dict[str, int]:
+    """The same for the products of a few tokens, by the number of tokens of a tile."""
     found = {}
     for tokens in nf4_linear.TILES:
         constants = nf4_linear.constants_of(tokens, torch.bfloat16) | {"BIAS": True}
-        name = f"product of {tokens} tokens with a packed weight"
         warps = constants.pop("num_warps")
+        name = f"product of {tokens} tokens with a packed weight"
         found[name] = shared_memory(nf4_linear.nf4_linear_kernel, capability, constants, num_warps=warps)
+    for tokens, rank in ((16, 16), (32, 16), (32, 64)):
+        constants = lora_decode.constants_of(tokens, rank) | {"SELECT": True}
+        warps = constants.pop("num_warps")
+        name = f"adapters of rank {rank} of {tokens} tokens"
+        found[name] = shared_memory(lora_decode.lora_add_kernel, capability, constants, num_warps=warps)
     return found
 
 
@@ -152,7 +163,7 @@ if __name__ == "__main__":
     found = {first: all_kernels(first)}
     for capability in others:
         if capability >= 80:
-            found[capability] = lora_kernels(capability) | packed_products(capability)
+            found[capability] = lora_kernels(capability) | decoding_products(capability)
         else:
             found[capability] = kernels_of_older_gpus(capability)
     print(json.dumps(found, indent=2))

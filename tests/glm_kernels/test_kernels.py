@@ -18,7 +18,7 @@ from chatglm2 import rotary as pair_rotary
 from chatglm2.activation import gated_activation
 from chatglm2.fused_norm import FusedRMSNorm, FusedSublayerNorm
 from chatglm2.modeling_chatglm2 import SublayerNorm
-from glm_kernels import lora, lora_reference, nf4, nf4_linear
+from glm_kernels import lora, lora_decode, lora_reference, nf4, nf4_linear
 from glm_kernels.attention import GroupedPackedAttention, PackedAttention
 from glm_kernels.cross_entropy import cross_entropy_in_place
 from glm_kernels.decode_attention import decode_attention
@@ -153,6 +153,20 @@ def test_product_with_a_packed_weight(tokens, shape, has_bias):
     expected = x.float() @ weight.T + (bias if has_bias else 0)
     found = nf4_linear.nf4_linear(x, packed, state, bias if has_bias else None)
     assert (found.float() - expected).norm() < 2**-11 * expected.norm()  # table and output are rounded to fp16
+
+
+@pytest.mark.parametrize(("rows", "tokens_of_row", "rank"), [(1, 1, 4), (5, 1, 20), (3, 30, 64)])
+@pytest.mark.parametrize("select", [False, True])
+def test_adapters_of_a_few_tokens(rows, tokens_of_row, rank, select):
+    x, down, up = torch.randn(rows * tokens_of_row, 300), torch.randn(rank, 300), torch.randn(rank, 150)
+    output = torch.randn(len(x), 150)
+    adapter_of_row, adapter_of_column = torch.randint(-1, 2, (rows,)), torch.arange(rank) % 2
+    low_rank = x @ down.T
+    if select:
+        low_rank *= adapter_of_row.repeat_interleave(tokens_of_row)[:, None] == adapter_of_column
+    expected = output + low_rank @ up
+    lora_decode.lora_add(output, x, down, up, adapter_of_row if select else None, adapter_of_column)
+    torch.testing.assert_close(output, expected, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
