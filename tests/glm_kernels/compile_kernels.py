@@ -143,18 +143,17 @@ def lora_kernels(capability: int) -> dict[str, int]:
 
 
 def decoding_products(capability: int) -> dict[str, int]:
-    """The same for the products of a few tokens, by the number of tokens of a tile."""
+    """The same for the products of a few tokens, with the tiles that take the most shared memory."""
+    product = nf4_linear.constants_of(32, torch.bfloat16) | {"BIAS": True}
+    adapters = lora_decode.constants_of(32, 64) | {"SELECT": True}
+    launches = {
+        "product of tokens with a packed weight": (nf4_linear.nf4_linear_kernel, product),
+        "adapters of tokens": (lora_decode.lora_add_kernel, adapters),
+    }
     found = {}
-    for tokens in nf4_linear.TILES:
-        constants = nf4_linear.constants_of(tokens, torch.bfloat16) | {"BIAS": True}
+    for name, (kernel, constants) in launches.items():
         warps = constants.pop("num_warps")
-        name = f"product of {tokens} tokens with a packed weight"
-        found[name] = shared_memory(nf4_linear.nf4_linear_kernel, capability, constants, num_warps=warps)
-    for tokens, rank in ((16, 16), (32, 16), (32, 64)):
-        constants = lora_decode.constants_of(tokens, rank) | {"SELECT": True}
-        warps = constants.pop("num_warps")
-        name = f"adapters of rank {rank} of {tokens} tokens"
-        found[name] = shared_memory(lora_decode.lora_add_kernel, capability, constants, num_warps=warps)
+        found[name] = shared_memory(kernel, capability, constants, num_warps=warps)
     return found
 
 
