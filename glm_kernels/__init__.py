@@ -5,7 +5,6 @@
     decode_attention.py  attention of one new token, with rotary positions and cache update
     layer_norm.py        layer norm, and its gradient joined with that of the residual
     lora.py              products with the LoRA matrices, with dropout; lora_reference.py in plain PyTorch
-    lora_decode.py       products with the LoRA matrices for a few tokens, without dropout
     nf4.py               dequantization of NF4 weights
     nf4_linear.py        product of a few tokens with a packed NF4 weight
     rms_norm.py          RMS norm, and its gradient joined with that of the residual

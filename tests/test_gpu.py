@@ -180,20 +180,6 @@ def test_product_with_a_packed_weight(dtype, instructions, tokens, monkeypatch):
 
 
 @DTYPES
-@pytest.mark.parametrize(("tokens", "rank"), [(1, 4), (16, 16), (64, 64)])
-def test_adapters_of_a_few_tokens(dtype, tokens, rank):
-    from glm_kernels import lora_decode
-
-    x, down, up = randn(tokens, 4096, dtype=dtype), randn(rank, 4096, dtype=dtype), randn(rank, 12288, dtype=dtype)
-    output, adapter_of_row = randn(tokens, 12288, dtype=dtype), torch.arange(tokens, device="cuda") % 3 - 1
-    adapter_of_column = torch.arange(rank, device="cuda") % 2
-    low_rank = x.float() @ down.float().T * (adapter_of_row[:, None] == adapter_of_column)
-    expected = output.float() + low_rank @ up.float()
-    lora_decode.lora_add(output, x, down, up, adapter_of_row, adapter_of_column)
-    assert relative_error(output, expected) < 2 * ROUNDING[dtype]
-
-
-@DTYPES
 @pytest.mark.parametrize("past", [0, 1, 300, 2000, [2000, 0, 65]])  # for all rows, or one a row
 def test_decoding_step_of_attention(dtype, past):
     from glm_kernels.decode_attention import decode_attention

@@ -23,9 +23,8 @@ from torch.nn import functional as F
 
 from glm_kernels import kernels_supported
 from glm_kernels.lora_reference import Dropout
-from qlora.layers.nf4 import MOST_TOKENS, dequantize, packed_linear
+from qlora.layers.nf4 import dequantize, packed_linear
 
-MOST_RANK = 64  # of all adapters of a layer together, for the kernel that adds the products of a few tokens
 MOST_SEED = 2**30  # of dropout; with the number of a layer it stays within 31 bits
 
 
@@ -134,7 +133,7 @@ class InferenceLoRANF4Linear(LoRANF4Linear):
         lora_A, lora_B = ([cast(nn.Linear, m[name]).weight for name in own] for m in (layer.lora_A, layer.lora_B))
         lora_B = [weight * self.scaling[name] for name, weight in zip(own, lora_B, strict=True)]
         self.down = torch.cat(lora_A).to(dtype)  # [r, C_in], r of all adapters together
-        self.up = torch.cat(lora_B, dim=1).to(dtype).T.contiguous()  # [r, C_out]
+        self.up = torch.cat(lora_B, dim=1).to(dtype).T  # [r, C_out]
         ranks = torch.tensor([len(weight) for weight in lora_A])
         places = torch.tensor([adapters.index(name) for name in own])
         self.adapter_of_column = places.repeat_interleave(ranks).to(self.down.device)  # [r], places in `adapters`
@@ -144,19 +143,11 @@ class InferenceLoRANF4Linear(LoRANF4Linear):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., C_in] -> [..., C_out]; [B, T, C_in] where rows have adapters of their own."""
         output = self.base_layer(hidden_states)
-        if self.disable_adapters:
-            return output
-        flat_output = output.view(-1, output.shape[-1])  # [T, C_out]
-        if len(flat_output) <= MOST_TOKENS and len(self.down) <= MOST_RANK and kernels_supported(hidden_states):
-            from glm_kernels.lora_decode import lora_add
-
-            x = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, C_in]
-            lora_add(flat_output, x, self.down, self.up, self.adapter_of_row, self.adapter_of_column)
-            return output
-        low_rank = F.linear(hidden_states, self.down)  # [..., r]
-        if self.adapter_of_row is not None:
-            low_rank *= self.adapter_of_row[:, None, None] == self.adapter_of_column
-        flat_output.addmm_(low_rank.view(-1, low_rank.shape[-1]), self.up)
+        if not self.disable_adapters:
+            low_rank = F.linear(hidden_states, self.down)  # [..., r]
+            if self.adapter_of_row is not None:
+                low_rank *= self.adapter_of_row[:, None, None] == self.adapter_of_column
+            output.view(-1, output.shape[-1]).addmm_(low_rank.view(-1, low_rank.shape[-1]), self.up)
         return output
 
 

@@ -3,7 +3,7 @@
 Without TRITON_INTERPRET:
     python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, some for the others
 
-For the others, these are the LoRA kernels and the products of a few tokens; for GPUs older than Ampere, the
+For the others, these are the LoRA kernels and the product with a packed weight; for GPUs older than Ampere, the
 kernels without matrix products.
 """
 
@@ -24,7 +24,6 @@ from glm_kernels import (
     decode_attention,
     layer_norm,
     lora,
-    lora_decode,
     nf4,
     nf4_linear,
     rms_norm,
@@ -37,10 +36,10 @@ BY_HEAD = HEAD | {"GROUPS": 32, "BY_HEAD": 1}  # ChatGLM-6B
 BY_KIND = HEAD | {"GROUPS": 2, "BY_HEAD": 0}  # ChatGLM2-6B
 TYPES = {
     "*bf16": "projected cos sin output output_grad projected_grad keys values x weight low_rank logits bias x_grad"
-    " down up branch_grad sum_grad y y_grad key_value_grad",
+    " branch_grad sum_grad y y_grad key_value_grad",
     "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset weight_grad",
     "*i32": "tiles seed x_pairs",
-    "*i64": "labels cache_position adapter_of_row adapter_of_column",
+    "*i64": "labels cache_position",
     "*u8": "packed scale_codes",
     "*i1": "visible",
     "fp32": "scale log2_scale eps residual_scale sign",
@@ -52,7 +51,6 @@ VARYING = {
     "capacity",
     "blocks_of_row",
 }  # integers that change between launches: kernels must not specialize on them
-MULTIPLES_OF_16 = {"in_features", "out_features"}  # of the 6B models
 
 
 def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, num_warps: int = 4, **types) -> int:
@@ -76,11 +74,7 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
         types = {name: kind.replace("bf16", "fp16") for name, kind in types.items()}
     names = [name for name in kernel.arg_names if name not in constants]
     signature = {name: types.get(name, "i32") for name in names} | dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in MULTIPLES_OF_16
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
@@ -114,7 +108,7 @@ def all_kernels(capability: int) -> dict[str, int]:
             f"decoding step {layout}": (decode_attention.decode_attention_kernel, heads | decode, 3),
         }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
-    return found | kernels_of_older_gpus(capability) | lora_kernels(capability) | decoding_products(capability)
+    return found | kernels_of_older_gpus(capability) | lora_kernels(capability) | packed_product(capability)
 
 
 def kernels_of_older_gpus(capability: int) -> dict[str, int]:
@@ -142,19 +136,11 @@ def lora_kernels(capability: int) -> dict[str, int]:
     return found
 
 
-def decoding_products(capability: int) -> dict[str, int]:
-    """The same for the products of a few tokens, with the tiles that take the most shared memory."""
-    product = nf4_linear.constants_of(32, torch.bfloat16) | {"BIAS": True}
-    adapters = lora_decode.constants_of(32, 64) | {"SELECT": True}
-    launches = {
-        "product of tokens with a packed weight": (nf4_linear.nf4_linear_kernel, product),
-        "adapters of tokens": (lora_decode.lora_add_kernel, adapters),
-    }
-    found = {}
-    for name, (kernel, constants) in launches.items():
-        warps = constants.pop("num_warps")
-        found[name] = shared_memory(kernel, capability, constants, num_warps=warps)
-    return found
+def packed_product(capability: int) -> dict[str, int]:
+    """The same for the product with a packed weight, with the tile that takes the most shared memory."""
+    constants = nf4_linear.constants_of(64, torch.bfloat16) | {"BIAS": True}
+    warps = constants.pop("num_warps")
+    return {"packed product": shared_memory(nf4_linear.nf4_linear_kernel, capability, constants, num_warps=warps)}
 
 
 if __name__ == "__main__":
@@ -162,7 +148,7 @@ if __name__ == "__main__":
     found = {first: all_kernels(first)}
     for capability in others:
         if capability >= 80:
-            found[capability] = lora_kernels(capability) | decoding_products(capability)
+            found[capability] = lora_kernels(capability) | packed_product(capability)
         else:
             found[capability] = kernels_of_older_gpus(capability)
     print(json.dumps(found, indent=2))

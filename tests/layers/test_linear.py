@@ -96,26 +96,6 @@ def test_few_tokens_are_multiplied_with_the_packed_weight(golden_folder, monkeyp
     torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-3)
 
 
-@pytest.mark.parametrize("adapter_of_row", [None, [0, -1, 0]])
-@pytest.mark.parametrize("tokens_of_row", [1, 40])
-def test_adapter_of_a_few_tokens_is_added_by_a_kernel(golden_folder, monkeypatch, adapter_of_row, tokens_of_row):
-    kernel = pytest.importorskip("glm_kernels.lora_decode")
-    model = make_model(golden_folder, torch.float16)
-    replace_layers(model, for_training=False)
-    layer = model.get_base_model().transformer.layers[0].attention.query_key_value
-    layer.adapter_of_row = None if adapter_of_row is None else torch.tensor(adapter_of_row)
-    hidden_states = torch.randn(3, tokens_of_row, 64, dtype=torch.float16)
-    with torch.no_grad():
-        expected = layer(hidden_states)
-        calls = []
-        lora_add = kernel.lora_add
-        monkeypatch.setattr(linear, "kernels_supported", lambda tensor: True)
-        monkeypatch.setattr(kernel, "lora_add", lambda *args: calls.append(1) or lora_add(*args))
-        found = layer(hidden_states)
-    assert len(calls) == (3 * tokens_of_row <= nf4.MOST_TOKENS)
-    torch.testing.assert_close(found, expected, atol=1e-2, rtol=2e-3)
-
-
 def test_dropout_is_the_same_when_activations_are_recomputed(golden_folder, batch):
     model = make_model(golden_folder, dropout=0.5).train()
     replace_layers(model, for_training=True)
