@@ -4,8 +4,7 @@ Formula, for token t and row n of the weight; block b of a row is its columns 64
     scale[n, b]  = scale_table[scale_codes[n, b]] * scales_of_scales[(n * K + b) // 256] + offset
     output[t, n] = sum over b of scale[n, b] * (sum over k in b of x[t, k] * nf4[code of weight n, k]) + bias[n]
 The table `nf4` is rounded to the dtype of x, as tensor cores need it; products are added in fp32, and the scale is
-applied to the sum of a block. Nothing but the packed weight is read, a quarter of what a 16-bit weight takes: with few
-tokens that is all the time there is.
+applied to the sum of a block. The packed weight is read once, and no dequantized copy of it is written and read.
 
 A byte holds the codes of two neighbouring columns. The even columns and the odd ones are two products, each with the
 elements of x in these columns, which an int32 of x holds side by side. Each warp adds up blocks of its own, and the
