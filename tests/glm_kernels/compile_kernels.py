@@ -45,12 +45,8 @@ TYPES = {
     "fp32": "scale log2_scale eps residual_scale sign",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-VARYING = {
-    "tokens",
-    "layer",
-    "capacity",
-    "blocks_of_row",
-}  # integers that change between launches: kernels must not specialize on them
+# Integers that change between launches: kernels must not specialize on them.
+VARYING = {"tokens", "layer", "capacity", "blocks_of_row"}
 
 
 def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, num_warps: int = 4, **types) -> int:
@@ -78,9 +74,8 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(
-        source, target=target, options={"num_stages": num_stages, "num_warps": num_warps}
-    ).metadata.shared
+    options = {"num_stages": num_stages, "num_warps": num_warps}
+    return triton.compile(source, target=target, options=options).metadata.shared
 
 
 def all_kernels(capability: int) -> dict[str, int]:
