@@ -7,6 +7,7 @@
     layer_norm.py        layer norm, and its gradient joined with that of the residual
     lora.py              products with the LoRA matrices, with dropout; lora_reference.py in plain PyTorch
     nf4.py               dequantization of NF4 weights
+    nf4_linear.py        product of a few tokens with a packed NF4 weight
     rms_norm.py          RMS norm, and its gradient joined with that of the residual
     rotary.py            rotary positions of queries and keys, in place
     swiglu.py            gated activation, and its gradient

@@ -53,6 +53,7 @@ with one_line_on_interrupt():  # these imports take seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 40  # training steps that are not measured: in these, rows of nearly all sizes have been seen
+BATCHES = (1, 32)  # prompts that are answered at a time
 CLIENTS = (1, 8, 32, 128)  # of the server, at a time
 
 
@@ -190,7 +191,7 @@ def run_training(command: list) -> tuple[str, list[float]]:
 
 
 def measure_decoding(args: BenchmarkArguments) -> dict:
-    """Tokens per second of greedy answers with an adapter, for one prompt and for all prompts in batches."""
+    """Tokens per second of greedy answers with an adapter, for 1 and 32 prompts and for all prompts in batches."""
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_quantized_model(args.model_name_or_path, choose_compute_dtype(None))
     model = add_lora(model, 4, 32, 0.0, ["query_key_value"]).eval()
@@ -199,13 +200,12 @@ def measure_decoding(args: BenchmarkArguments) -> dict:
     answer_tokens = round(sum(len(tokenizer.build_answer_ids(row["answer"])) for row in rows) / len(rows))
     transformers_rate = generate_rate(model, tokenizer, prompts[len(prompts) // 2], 64)
     replace_layers(model, for_training=False)
-    answer(model, tokenizer, prompts[:1], 32)
-    single_seconds = timed(lambda: answer(model, tokenizer, prompts[len(prompts) // 2 :][:1], 512))
+    rates = {f"tokens_per_second_batch_{n}": answer_rate(model, tokenizer, prompts, n, 512) for n in BATCHES}
     answer(model, tokenizer, prompts[: args.batch_size], 32)
     batches = [prompts[i : i + args.batch_size] for i in range(0, len(prompts), args.batch_size)]
     batches_seconds = timed(lambda: [answer(model, tokenizer, batch, answer_tokens) for batch in batches])
     return {
-        "tokens_per_second_batch_1": round(512 / single_seconds),
+        **rates,
         "tokens_per_second_batch_1_transformers": round(transformers_rate, 1),
         "prompts": len(prompts),
         "tokens_per_answer": answer_tokens,
@@ -233,6 +233,13 @@ def answer(model, tokenizer: ChatTokenizer, prompts: list[Prompt], tokens: int):
 
     for _ in decode(model.get_base_model(), **batch, max_new_tokens=tokens, sampler=sampler):
         pass
+
+
+def answer_rate(model, tokenizer: ChatTokenizer, prompts: list[Prompt], most_prompts: int, tokens: int) -> int:
+    """Tokens per second of answers of `tokens` tokens to prompts of medium length, all at a time."""
+    batch = prompts[len(prompts) // 2 :][:most_prompts]
+    answer(model, tokenizer, batch, 32)  # warms up
+    return round(len(batch) * tokens / timed(lambda: answer(model, tokenizer, batch, tokens)))
 
 
 def generate_rate(model, tokenizer: ChatTokenizer, prompt: Prompt, tokens: int) -> float:

@@ -208,6 +208,25 @@ def test_products_of_8_bit_operands(tokens, has_bias):
 
 
 @DTYPES
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("tokens", [1, 7, 16, 32, 33, 64, 100])
+def test_product_with_a_packed_weight(dtype, instructions, tokens, monkeypatch):
+    from glm_kernels import nf4_linear
+
+    if not instructions:  # the codes are looked up in memory
+        monkeypatch.setattr(nf4_linear, "lookup_ptx", lambda dtype: "")
+    for out_features, in_features in ((12288, 4096), (4096, 13696), (100, 64)):
+        weight, x = randn(out_features, in_features, dtype=dtype), randn(tokens, in_features, dtype=dtype)
+        bias = randn(out_features, dtype=dtype)
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        state.dtype = torch.float32
+        expected = F.linear(x.float(), bitsandbytes.functional.dequantize_4bit(packed, state), bias.float())
+        found = nf4_linear.nf4_linear(x, packed, state, bias)
+        assert relative_error(found, expected) < ROUNDING[dtype]
+        assert torch.equal(found, nf4_linear.nf4_linear(x, packed, state, bias))
+
+
+@DTYPES
 @pytest.mark.parametrize("past", [0, 1, 300, 2000, [2000, 0, 65]])  # for all rows, or one a row
 def test_decoding_step_of_attention(dtype, past):
     from glm_kernels.decode_attention import decode_attention

@@ -9,6 +9,7 @@ Shapes: B prompts, T prompt tokens, N new tokens, V vocabulary size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -133,15 +134,20 @@ def last_logits(
     return outputs.logits[:, -1].float()
 
 
-def record_step(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as the replay of a CUDA graph; takes one step itself."""
+def record_step(step: Callable[[], None], pool: Any = None) -> Callable[[], None]:
+    """A step as the replay of a CUDA graph; takes one step itself.
+
+    Args:
+        step: what to record.
+        pool: a `torch.cuda.graph_pool_handle`, the memory that graphs share; None for memory of its own.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()  # compiles and loads kernels, which must not happen while a graph is recorded
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         step()
     return graph.replay
 

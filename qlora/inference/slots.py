@@ -2,14 +2,14 @@
 
 A slot has its own cache position, adapter, decoding settings and random numbers, so that an answer begins when a slot
 is free and ends when it is finished, whatever the other slots do (continuous batching). A step is recorded as a CUDA
-graph, once for all slots and once for the first one, since a single row multiplies with the packed weights directly.
+graph for a few numbers of slots, since a step of fewer slots takes less time; answers begin in the first free slots.
 
 Shapes: N slots, K of them, S positions in the cache, L layers, G heads of keys and values, D head dimension, V
 vocabulary size.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from qlora.units import GIB
 WORKING_MEMORY = 1.5 * GIB  # bytes that generation needs in addition to the model, the keys and values, and the logits
 LOGITS = 6  # copies of a row of logits in fp32 that drawing a token takes
 USABLE = 0.97  # share of the free memory; gaps between allocations take the rest
+SIZES = (1, 8, 16, 32, 64)  # numbers of slots for which a step is recorded, beside that of all slots
 STEPS = 2  # between two synchronizations with the host, as for `stream_answer`
 
 
@@ -105,11 +106,13 @@ class Slots:
         self.temperature, self.top_p = torch.ones(2, count, 1, device=weight.device)
         self.random_numbers = torch.zeros(count, self.capacity, device=weight.device)  # at the position of their token
         self.key_index = torch.arange(self.capacity, device=weight.device)
-        sizes = sorted({1, count})
+        sizes = [n for n in SIZES if n < count] + [count]
         self.caches = {n: SlotCache(keys[:, :n], values[:, :n], self.positions[:, :n]) for n in sizes}
-        steps = {n: functools.partial(self.step, n) for n in sizes}
-        # All slots are free, where the step that recording takes has no effect.
-        self.steps = {n: record_step(step) if weight.is_cuda else step for n, step in steps.items()}
+        self.steps: dict[int, Callable[[], None]] = {n: functools.partial(self.step, n) for n in sizes}
+        if weight.is_cuda:
+            pool = torch.cuda.graph_pool_handle()  # nothing in it outlasts a step, so that the graphs can share it
+            # All slots are free, where the step that recording takes has no effect.
+            self.steps = {n: record_step(step, pool) for n, step in self.steps.items()}
 
     @torch.no_grad()
     def begin(self, tasks: dict[int, Task]) -> list[int]:
@@ -155,7 +158,7 @@ class Slots:
     @torch.no_grad()
     def generate(self, highest_slot: int) -> list[list[int]]:
         """Generates the next `STEPS` tokens of each answer; `highest_slot` is the last one in use."""
-        step = self.steps[1 if highest_slot == 0 else self.count]
+        step = self.steps[min(n for n in self.steps if n > highest_slot)]
         for _ in range(STEPS):
             step()
         return self.recent.tolist()

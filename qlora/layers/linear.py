@@ -15,7 +15,6 @@ Shapes: T tokens (all leading dimensions together), C_in and C_out features, r r
 from types import ModuleType
 from typing import cast
 
-import bitsandbytes
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 from glm_kernels import kernels_supported
 from glm_kernels.lora_reference import Dropout
-from qlora.layers.nf4 import dequantize
+from qlora.layers.nf4 import dequantize, packed_linear
 
 MOST_SEED = 2**30  # of dropout; with the number of a layer it stays within 31 bits
 
@@ -65,10 +64,8 @@ class NF4Linear(nn.Module):
         """[..., C_in] -> [..., C_out]."""
         if torch.is_grad_enabled():
             return FrozenLinearFunction.apply(hidden_states, self)
-        if hidden_states.numel() == self.in_features:  # one token: a product with the packed weight reads least memory
-            quant_state = self.weight.quant_state
-            return bitsandbytes.matmul_4bit(hidden_states, self.weight.t(), bias=self.bias, quant_state=quant_state)
-        return F.linear(hidden_states, self.dequantized_weight(), self.bias)
+        output = packed_linear(hidden_states, self.weight, self.weight.quant_state, self.bias)
+        return F.linear(hidden_states, self.dequantized_weight(), self.bias) if output is None else output
 
 
 class LoRANF4Linear(nn.Module, LoraLayer):

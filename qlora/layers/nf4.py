@@ -1,4 +1,4 @@
-"""NF4 weights with doubly quantized scales, dequantized by a Triton kernel where it can run.
+"""NF4 weights with doubly quantized scales, dequantized or multiplied by a Triton kernel where it can run.
 
 A block of 64 weights shares a scale; 256 scales share a second scale:
     weight = NF4[4-bit code] * (code[8-bit scale code] * second scale + offset)
@@ -9,12 +9,17 @@ import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState
 
+from glm_kernels import kernels_supported
+
 BLOCK = 64  # weights that share a scale
+MOST_TOKENS = 64  # with more of them, a product with the dequantized weight is faster than one with the packed weight
+WIDE = 12288  # features of an output for which the kernel is faster than that of bitsandbytes with a single token, too
 
 
 def kernel_supports(packed: torch.Tensor, state: QuantState) -> bool:
-    """Whether the kernel can read this layout: on a GPU, scales doubly quantized, rows of whole blocks."""
-    return packed.is_cuda and state.nested and state.blocksize == BLOCK and state.shape[1] % BLOCK == 0
+    """Whether the kernels can read this layout: on a GPU, NF4, scales doubly quantized, rows of whole blocks."""
+    is_nf4 = state.quant_type == "nf4" and state.nested and state.blocksize == BLOCK
+    return packed.is_cuda and is_nf4 and state.shape[1] % BLOCK == 0
 
 
 def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
@@ -32,3 +37,28 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
     from glm_kernels import nf4
 
     return nf4.dequantize(packed, state)
+
+
+def packed_linear(
+    hidden_states: torch.Tensor, packed: torch.Tensor, state: QuantState, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """hidden_states @ weight.T + bias for a few tokens, with the packed weight, without gradients.
+
+    Args:
+        hidden_states: [..., in_features].
+        packed, state: as for `dequantize`.
+        bias: [out_features], or None.
+    Returns:
+        [..., out_features]; None where dequantizing the weight and multiplying with it is faster.
+    """
+    out_features, in_features = state.shape
+    tokens = hidden_states.numel() // in_features
+    is_faster = 1 < tokens <= MOST_TOKENS or (tokens == 1 and out_features >= WIDE)
+    if is_faster and kernels_supported(hidden_states) and kernel_supports(packed, state):
+        from glm_kernels.nf4_linear import nf4_linear
+
+        output = nf4_linear(hidden_states.reshape(tokens, in_features), packed.data, state, bias)
+        return output.view(*hidden_states.shape[:-1], -1)
+    if tokens == 1:
+        return bitsandbytes.matmul_4bit(hidden_states, packed.t(), bias=bias, quant_state=state)
+    return None

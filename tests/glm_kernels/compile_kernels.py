@@ -3,14 +3,15 @@
 Without TRITON_INTERPRET:
     python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, some for the others
 
-For the others, these are the LoRA kernels, and the kernels for 8-bit operands where the GPU has these; for GPUs older
-than Ampere, the kernels without matrix products.
+For the others, these are the LoRA kernels, the product with a packed weight, and the kernels for 8-bit operands where
+the GPU has these; for GPUs older than Ampere, the kernels without matrix products.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -26,6 +27,7 @@ from glm_kernels import (
     layer_norm,
     lora,
     nf4,
+    nf4_linear,
     rms_norm,
     rotary,
     swiglu,
@@ -39,22 +41,18 @@ TYPES = {
     " branch_grad sum_grad y y_grad key_value_grad total",
     "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset parts row_scales scales",
     "*fp8e4nv": "quantized e4m3_weight",
-    "*i32": "tiles seed",
+    "*i32": "tiles seed x_pairs",
     "*i64": "labels cache_position",
     "*u8": "packed scale_codes",
     "*i1": "visible",
     "fp32": "scale log2_scale eps residual_scale sign",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-VARYING = {
-    "tokens",
-    "layer",
-    "capacity",
-    "numbers",
-}  # integers that change between launches: kernels must not specialize on them
+# Integers that change between launches: kernels must not specialize on them.
+VARYING = {"tokens", "layer", "capacity", "numbers", "blocks_of_row"}
 
 
-def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, **types) -> int:
+def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, num_warps: int = 4, **types) -> int:
     """Compiles a kernel and returns the shared memory of a program in bytes.
 
     Args:
@@ -62,6 +60,7 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
         capability: compute capability of the GPU, as an integer: 86 for 8.6.
         constants: name of a constexpr parameter -> value.
         num_stages: of the pipeline of loads.
+        num_warps: of a program.
         types: Triton types of parameters that differ from `TYPES`.
     Raises:
         ValueError: a parameter in `VARYING` is specialized.
@@ -78,7 +77,8 @@ def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3,
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_stages": num_stages}).metadata.shared
+    options = {"num_stages": num_stages, "num_warps": num_warps}
+    return triton.compile(source, target=target, options=options).metadata.shared
 
 
 def all_kernels(capability: int) -> dict[str, int]:
@@ -106,7 +106,7 @@ def all_kernels(capability: int) -> dict[str, int]:
             f"decoding step {layout}": (decode_attention.decode_attention_kernel, heads | decode, 3),
         }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
-    return found | kernels_of_older_gpus(capability) | lora_kernels(capability)
+    return found | kernels_of_older_gpus(capability) | lora_kernels(capability) | packed_product(capability)
 
 
 def kernels_of_older_gpus(capability: int) -> dict[str, int]:
@@ -149,11 +149,21 @@ def fp8_kernels(capability: int) -> dict[str, int]:
     return found
 
 
+def packed_product(capability: int) -> dict[str, int]:
+    """The same for the product with a packed weight, with the tile that takes the most shared memory."""
+    constants = nf4_linear.constants_of(64, torch.bfloat16) | {"BIAS": True}
+    warps = constants.pop("num_warps")
+    return {"packed product": shared_memory(nf4_linear.nf4_linear_kernel, capability, constants, num_warps=warps)}
+
+
 if __name__ == "__main__":
     first, *others = map(int, sys.argv[1:])
     found = {first: all_kernels(first)}
     for capability in others:
-        found[capability] = lora_kernels(capability) if capability >= 80 else kernels_of_older_gpus(capability)
+        if capability >= 80:
+            found[capability] = lora_kernels(capability) | packed_product(capability)
+        else:
+            found[capability] = kernels_of_older_gpus(capability)
         if capability >= 89:
             found[capability] |= fp8_kernels(capability)
     print(json.dumps(found, indent=2))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from peft import PeftModel
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, fast_layers
 from qlora.inference.batching import Answer, Batcher
 from qlora.inference.decoding import decode, draw_tokens, make_sampler
-from qlora.inference.slots import Slots, Task, affordable_slots, left_padded
+from qlora.inference.slots import STEPS, Slots, Task, affordable_slots, left_padded
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 from qlora.units import GIB
@@ -127,6 +128,15 @@ def test_tokens_in_slots_are_those_of_each_alone(model, monkeypatch, kernel):
         rows = slots.generate(highest_slot=1)
         found[1], found[2] = found[1] + rows[1], found[2] + rows[0]
     assert [tokens[:most] for tokens in found] == expected
+
+
+def test_step_is_the_smallest_that_has_all_answers(tiny_model: ChatGLMForConditionalGeneration):
+    slots, steps = Slots(tiny_model, count=20, top_k=0), []
+    assert [n for n in slots.steps if len(slots.caches[n].layers[0].keys) == n] == [1, 8, 16, 20]
+    slots.steps = {n: functools.partial(steps.append, n) for n in slots.steps}
+    for highest_slot in (0, 1, 7, 8, 15, 16, 19):
+        slots.generate(highest_slot)
+    assert steps[::STEPS] == [1, 8, 8, 16, 16, 20, 20]
 
 
 def test_slot_whose_end_is_reached_stays_there_until_it_is_free(

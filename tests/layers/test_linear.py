@@ -13,7 +13,7 @@ from peft import PeftModel
 from chatglm import fast_layers
 from glm_kernels import lora_reference
 from glm_kernels.lora_reference import Dropout
-from qlora.layers import linear
+from qlora.layers import linear, nf4
 from qlora.layers.linear import LoRALinearFunction, NF4Linear
 from qlora.layers.replacement import dropout_seed, replace_layers
 from qlora.loading import load_quantized_model
@@ -74,6 +74,36 @@ def test_half_precision_gives_gradients_in_fp32(golden_folder, batch):
     exact, _ = loss_and_gradients(make_model(golden_folder).train(), batch)
     assert loss.item() == pytest.approx(exact.item(), abs=0.1)
     assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wide", "expected_product"),
+    [
+        (1, 192, "nf4_linear"),
+        (1, 193, "matmul_4bit"),
+        (2, 193, "nf4_linear"),
+        (nf4.MOST_TOKENS, 193, "nf4_linear"),
+        (nf4.MOST_TOKENS + 1, 1, "linear"),
+    ],
+)
+def test_few_tokens_are_multiplied_with_the_packed_weight(golden_folder, monkeypatch, tokens, wide, expected_product):
+    kernel = pytest.importorskip("glm_kernels.nf4_linear")
+    model = make_model(golden_folder, torch.float16).get_base_model()
+    layer = NF4Linear(model.transformer.layers[0].attention.query_key_value.base_layer)
+    products = []
+    monkeypatch.setattr(nf4, "kernels_supported", lambda tensor: True)
+    monkeypatch.setattr(nf4, "kernel_supports", lambda packed, state: True)
+    monkeypatch.setattr(nf4, "WIDE", wide)  # the layer has 192 output features
+    for module, name in ((kernel, "nf4_linear"), (linear.F, "linear"), (nf4.bitsandbytes, "matmul_4bit")):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=function, n=name, **kw: products.append(n) or f(*args, **kw))
+    hidden_states = torch.randn(1, tokens, 64, dtype=torch.float16)
+    with torch.no_grad():
+        found = layer(hidden_states)
+    assert products[0] == expected_product  # bitsandbytes may use another one itself
+    layer.weight.quant_state.dtype = torch.float32
+    expected = hidden_states.float() @ layer.dequantized_weight().T + layer.bias.float()
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-3)
 
 
 def test_dropout_is_the_same_when_activations_are_recomputed(golden_folder, batch):
