@@ -95,7 +95,8 @@ def sizes_of(model: PreTrainedModel, lora: LoraSettings) -> Sizes:
         empty = add_lora(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype), *lora)
     trainable = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
     unquantized = sum(parameter.nbytes for parameter in empty.parameters())
-    run = SimpleNamespace(compute_dtype=model.dtype, trainable=trainable, setup=None)
+    args = SimpleNamespace(compute_dtype="bf16")
+    run = SimpleNamespace(args=args, compute_dtype=model.dtype, trainable=trainable, setup=None)
     return model_sizes(run, model.config, lora, unquantized)
 
 

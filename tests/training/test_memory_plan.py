@@ -177,8 +177,8 @@ def test_peak_of_8_bit_products():
     scales = 4 * 28 * (4 * 4096 + 2 * 4096 + 5 * 4096 + 5 * 4096)
     for T, dequantized in ((3072, 0), (3072, 28), (13_312, 28)):
         plan = MemoryPlan(T, 0, 0, dequantized_layers=dequantized)
-        # The widest operand in e4m3. A weight that is made where it is used has half the bytes, fewer than the gradient
-        # that shares its memory.
+        # The widest operand in e4m3. A weight that is made where it is used has half the bytes, fewer than the
+        # gradient that shares its memory.
         more = T * 16384 + scales - (0 if dequantized else 2 * 4096 * 16384 - 2 * T * 16384)
         assert predict_peak(eight, plan) - predict_peak(SIZES, plan) == more
 
