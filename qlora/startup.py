@@ -25,7 +25,7 @@ def quick_imports() -> Iterator[None]:
     - torch.compile is switched off, as PyTorch documents it: bitsandbytes calls it when it is imported, for kernels
       that neither a GPU nor a CPU runs here, and PyTorch then imports its compiler, with 500 modules.
     - The garbage collector is off: nearly all that imports make stays, and it would look through all of it again and
-      again. Afterwards it leaves out what is there.
+      again.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     collects = gc.isenabled()
@@ -35,7 +35,6 @@ def quick_imports() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
-            gc.freeze()
     advise_bytecode()
 
 

@@ -32,20 +32,18 @@ print("imported", [name for name in {NOT_NEEDED!r} if name in sys.modules])
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert run.stdout.endswith("imported []\n"), run.stdout[-300:] + run.stderr
+    assert "leaked" not in run.stderr  # as Triton would report at the end what can no longer be collected
 
 
 @pytest.mark.parametrize("collects", [True, False])
 def test_garbage_is_not_collected_meanwhile(collects):
-    frozen = gc.get_freeze_count()
     (gc.enable if collects else gc.disable)()
     try:
         with quick_imports():
             with quick_imports():
                 assert not gc.isenabled()
             assert not gc.isenabled()
-            made_by_an_import = [[] for _ in range(1000)]
         assert gc.isenabled() == collects
-        assert (gc.get_freeze_count() - frozen >= len(made_by_an_import)) == collects
     finally:
         gc.enable()
 
