@@ -47,6 +47,7 @@ from qlora.training.training_args import samples_per_step
 from qlora.units import GIB
 
 logger = logging.getLogger(__name__)
+STEPS_TO_RECORD_ANEW = 50  # at least, between two times; recording takes about 0.1 s for each of a dozen sizes
 
 Result = TypeVar("Result")
 
@@ -126,6 +127,7 @@ class QLoRATrainer(Trainer):
         self.collate = (PaddingFreeCollator if max_tokens else PaddingCollator)(self.model.config)
         self.dropout_seed = dropout_seed(self.model)
         self.graphs: GraphedPasses | None = None
+        self.forgot_graphs_at = -math.inf  # the training step at which there was too little memory for more of them
         if isinstance(self.collate, PaddingFreeCollator) and self.args.world_size == 1:
             most_samples = max(step_args.per_device_train_batch_size, step_args.per_device_eval_batch_size)
             if kernels_supported(self.model.get_input_embeddings().weight):
@@ -218,7 +220,10 @@ class QLoRATrainer(Trainer):
         run: Callable[[list[list[Sample]]], Result],
         undo: Callable[[], None] = lambda: None,
     ) -> Result:
-        """The result of `run` on micro-batches; after an out-of-memory error on smaller ones, which later steps keep.
+        """The result of `run` on micro-batches.
+
+        After an out-of-memory error graphs are recorded anew: those of earlier steps may hold the memory that is
+        missing. If there are none, or it does not help for long, micro-batches become smaller, and stay so.
 
         Args:
             samples: to be split into micro-batches.
@@ -227,13 +232,28 @@ class QLoRATrainer(Trainer):
         """
         while True:
             micro_batches = self.split(samples)
+            since = self.state.global_step - self.forgot_graphs_at
+            has_old_graphs = self.graphs is not None and bool(self.graphs.graphs)
             try:
                 return run(micro_batches)
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
             # Outside the handler, in which the error's traceback still refers to the tensors of the attempt.
-            self.shrink_micro_batches(micro_batches, reason)
+            self.free_memory()
+            if has_old_graphs and since >= STEPS_TO_RECORD_ANEW:
+                self.forgot_graphs_at = self.state.global_step
+                logger.info("%s after %d steps: recording CUDA graphs anew", reason, self.state.global_step)
+            else:
+                self.shrink_micro_batches(micro_batches, reason)
             undo()
+
+    def free_memory(self):
+        """Drops the graphs, and gives the GPU what PyTorch holds without need."""
+        gc.collect()
+        if self.graphs:
+            self.graphs.forget()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def shrink_micro_batches(self, micro_batches: list[list[Sample]], reason: str):
         """Halves the most tokens of a micro-batch.
@@ -244,11 +264,6 @@ class QLoRATrainer(Trainer):
         Raises:
             TrainingStopped: the micro-batches are single samples, or other processes wait for this one's gradients.
         """
-        gc.collect()
-        if self.graphs:
-            self.graphs.forget()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         divisible = (micro_batch for micro_batch in micro_batches if len(micro_batch) > 1)
         largest = max(divisible, key=count_tokens, default=None)
         if largest is None or (self.model.training and self.args.world_size > 1):

@@ -106,3 +106,29 @@ def test_out_of_memory_while_a_graph_is_recorded(unbroken, run, made, monkeypatc
     monkeypatch.setattr(GraphedPasses, "passes", run_out_of_memory)
     assert_same_bits(run("larger", "--max_tokens", "300", evaluate=False), unbroken)
     assert max(recorded) > 200 >= max(size.tokens for size, _ in made[-1].graphs)
+
+
+@pytest.mark.parametrize(
+    ("failing", "max_tokens"),
+    [({2}, "150"), ({2, 3}, "300"), ({2, 4}, "300")],
+    ids=["once", "again at once", "again in the next step"],
+)
+def test_out_of_memory_beside_the_graphs_of_other_steps(unbroken, run, monkeypatch, caplog, failing, max_tokens):
+    passes, attempts, failures = GraphedPasses.passes, [], []
+
+    def run_out_of_memory(self, inputs):
+        passes(self, inputs)  # leaves gradients and a loss behind
+        if len(attempts) in failing and len(attempts) not in failures:
+            failures.append(len(attempts))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    forward_backward = GraphedPasses.forward_backward
+    monkeypatch.setattr(GraphedPasses, "passes", run_out_of_memory)
+    monkeypatch.setattr(GraphedPasses, "forward_backward", lambda *args: attempts.append(1) or forward_backward(*args))
+    caplog.set_level("INFO")
+    output = run(f"failed_{max(failing)}", "--max_tokens", max_tokens, evaluate=False)
+    assert {*failures} == failing
+    assert caplog.text.count("CUDA out of memory after 1 steps: recording CUDA graphs anew") == 1
+    assert ("going on with at most" in caplog.text) == (len(failing) == 2)
+    if len(failing) == 1:
+        assert_same_bits(output, unbroken)

@@ -273,7 +273,6 @@ def test_out_of_memory_with_single_samples_ends_with_advice(flags, change_output
 def test_out_of_memory_in_a_step_of_several_processes_ends_with_advice():
     # The other processes wait for the gradients of one backward pass, so that it cannot be repeated.
     trainer = SimpleNamespace(model=SimpleNamespace(training=True), args=SimpleNamespace(world_size=2), max_tokens=100)
-    trainer.graphs = None
     trainer.state = SimpleNamespace(global_step=3)
     micro_batches = [[{"input_ids": [1] * 40}, {"input_ids": [1] * 50}]]
     with pytest.raises(TrainingStopped, match="CUDA out of memory after 3 steps, with 90 tokens at once"):
