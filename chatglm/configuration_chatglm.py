@@ -66,9 +66,9 @@ class ChatGLMConfig(ModelDescription, PreTrainedConfig):
             )
         if self.quantization_bit:
             raise ValueError(
-                f"config.json has quantization_bit={self.quantization_bit}: these weights are already quantised, in "
+                f"config.json has quantization_bit={self.quantization_bit}: these weights are already quantized, in "
                 f"the format of THUDM/chatglm-6b-int{self.quantization_bit} for the official code. Use the 16-bit "
-                "files of THUDM/chatglm-6b; they are quantised to 4 bits while loading."
+                "files of THUDM/chatglm-6b; they are quantized to 4 bits while loading."
             )
         if self.pre_seq_len:
             raise ValueError(

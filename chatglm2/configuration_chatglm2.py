@@ -124,8 +124,8 @@ class ChatGLM2Config(ModelDescription, PreTrainedConfig):
             )
         if self.quantization_bit:
             raise ValueError(
-                f"config.json has quantization_bit={self.quantization_bit}: these weights are already quantised. "
-                "Use the 16-bit files of THUDM/chatglm2-6b or chatglm3-6b; they are quantised to 4 bits while loading."
+                f"config.json has quantization_bit={self.quantization_bit}: these weights are already quantized. "
+                "Use the 16-bit files of THUDM/chatglm2-6b or chatglm3-6b; they are quantized to 4 bits while loading."
             )
         if self.pre_seq_len:
             raise ValueError(

@@ -106,7 +106,7 @@ def read_config(folder: Path) -> ModelDescription:
     if quantization is not None and not (isinstance(quantization, dict) and NF4.items() <= quantization.items()):
         raise ValueError(
             f"{folder}/config.json has a quantization_config that is not bitsandbytes' NF4 with double quantisation: "
-            "these weights are already quantised, in another way. Use the model's 16-bit files."
+            "these weights are already quantized, in another way. Use the model's 16-bit files."
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -23,7 +23,7 @@ LICENCE = "*LICENSE*"
 COPIED = {"official": ("generation_config.json", "*.py", LICENCE), "chatglm.cpp": (LICENCE,)}
 DTYPES_OF = {"official": ("fp16", "bf16", "int8", "int4"), "chatglm.cpp": ("fp16", "q8_0", "q4_0")}
 WEIGHTS = {
-    "nf4": "the 4-bit weights that training sees, dequantised",
+    "nf4": "the 4-bit weights that training sees, dequantized",
     "original": "the original 16-bit weights",
 }
 
@@ -46,7 +46,7 @@ class MergeArguments(DownloadArguments):
     onto: str | None = field(
         default=None,
         metadata={
-            "help": "nf4: the weights as training saw them, in 4 bits, dequantised, the default with an adapter; "
+            "help": "nf4: the weights as training saw them, in 4 bits, dequantized, the default with an adapter; "
             "original: the 16-bit weights.",
             "choices": list(WEIGHTS),
         },

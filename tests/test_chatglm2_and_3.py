@@ -262,7 +262,7 @@ def edit(path: Path, **changes):
         ({"multi_query_group_num": 3}, "num_attention_heads is 4, expected a multiple of 3 multi_query_group_num"),
         ({"kv_channels": 0}, "kv_channels is 0, expected 1 or more"),
         ({"pad_token_id": 5000}, "pad_token_id is 5000, expected a token id below vocab_size, 1152"),
-        ({"quantization_bit": 8}, "already quantised"),
+        ({"quantization_bit": 8}, "already quantized"),
         ({"model_type": "glm4"}, "a model of type 'glm4', expected 'chatglm'"),
     ],
 )

@@ -110,7 +110,7 @@ def test_version(tmp_path, values, version):
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"quantization_bit": 4}, "quantization_bit=4: these weights are already quantised"),
+        ({"quantization_bit": 4}, "quantization_bit=4: these weights are already quantized"),
         ({"pre_seq_len": 128}, "P-tuning"),
         ({"rope_ratio": 50}, "rope_ratio=50"),
         ({"padded_vocab_size": 151552, "eos_token_id": [151329, 151336, 151338]}, "describes GLM-4"),
