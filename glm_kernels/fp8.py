@@ -95,7 +95,8 @@ def quantize_weight(packed: torch.Tensor, state: QuantState, scales: torch.Tenso
     strides = (1, outputs) if transposed else (inputs, 1)
     nested = (state.absmax, state.state2.code, state.state2.absmax, state.offset)
     grid = (inputs // 64, triton.cdiv(outputs, ROWS))
-    constants = {"TRANSPOSED": transposed, "ROWS": ROWS}
+    # As for `glm_kernels.nf4.dequantize`: with a fused multiply-add scales would differ from those of bitsandbytes.
+    constants = {"TRANSPOSED": transposed, "ROWS": ROWS, "enable_fp_fusion": False}
     quantize_weight_kernel[grid](
         packed, weight, state.code, *nested, scales, outputs, inputs // 64, *strides, **constants
     )

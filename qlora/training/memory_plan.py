@@ -26,13 +26,13 @@ from qlora.layers.activation_offload import ActivationOffload
 from qlora.layers.linear import NF4Linear
 from qlora.units import GIB, parse_size
 
-RESERVE = GIB // 2  # bytes of the free memory, for the workspaces of libraries
+RESERVE = GIB // 2  # bytes of the free memory, for what is not PyTorch's: the CUDA context, and other libraries
 CPU_TOKENS = 1024  # tokens of a micro-batch without a GPU
 FLOPS_PER_BYTE = 250  # operations in the time of one byte of memory traffic; only relative costs matter here
 MICRO_BATCH_TOKENS = 300  # launching the kernels of a micro-batch takes the GPU as long as this many tokens
 HOST_TOKENS = 2000  # tokens that an H100 computes while its host launches the kernels of one micro-batch without a
 # CUDA graph; twice that if recomputed
-WORKSPACES = 64 * 2**20  # bytes of cuBLAS, on two streams
+WORKSPACES = 64 * 2**20  # bytes of cuBLAS, for two threads, on Hopper; less on other GPUs
 MOST_PARTS, MOST_ROWS = 8, 64  # of the sums for the gradients of A and B: MOST_SPLITS and MOST_R of glm_kernels.lora
 MARGIN = 0.06  # share of the budget for what PyTorch reserves beyond the prediction; up to 0.05 was measured
 MOST_MICRO_BATCHES = 64  # that a step is split into
@@ -212,7 +212,7 @@ class MemoryPlan:
 
 
 def predict_peak(sizes: Sizes, plan: MemoryPlan) -> int:
-    """Bytes allocated at the worst moment of a step."""
+    """Bytes that are allocated at the worst moment of a step; with CUDA graphs, those that PyTorch reserves."""
     T, layers = filled_tokens(plan.max_tokens), sizes.layers
     copies = 3 if sizes.processes == 1 else 4  # gradient, two moments, and the buckets in which DDP sums gradients
     optimizer = 4 * copies * sizes.trainable  # all of them fp32
