@@ -1,6 +1,6 @@
 """CUDA graphs of training where something comes between: memory that runs out, skipped steps, evaluations, a break.
 
-    pytest -m gpu -n 0
+pytest -m gpu -n 0
 """
 
 import shutil
