@@ -69,7 +69,7 @@ TEMPLATE = """---
 
 A LoRA adapter for {{ base }}, trained with QLoRA (4-bit NF4) by chatglm-6b-qlora.
 
-这是 {{ base }} 的 LoRA 适配器，由 chatglm-6b-qlora 以 QLoRA（4 位 NF4）训练。
+这是 {{ base }} 的 LoRA 适配器，由 chatglm-6b-qlora 以 QLoRA（4bit NF4）训练。
 
 ## Use / 使用
 
