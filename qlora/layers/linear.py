@@ -65,7 +65,7 @@ class NF4Linear(nn.Module):
         if torch.is_grad_enabled():
             return FrozenLinearFunction.apply(hidden_states, self)
         output = packed_linear(hidden_states, self.weight, self.weight.quant_state, self.bias)
-        return F.linear(hidden_states, self.dequantized_weight(), self.bias) if output is None else output
+        return self.multiply(hidden_states) if output is None else output
 
 
 class LoRANF4Linear(nn.Module, LoraLayer):
