@@ -246,6 +246,16 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def random_samples(config, *lengths: tuple[int, int]) -> list[dict]:
+    """Random tokens of samples of (prompt, answer) tokens; the answer with <sop> and the prompt with [gMASK]."""
+    samples = []
+    for prompt, answer in lengths:
+        ids = torch.randint(10, 400, (prompt + answer,))
+        ids[prompt - 1], ids[prompt] = config.gmask_token_id, config.bos_token_id
+        samples.append({"input_ids": ids, "labels": ids.where(torch.arange(len(ids)) > prompt, -100)})
+    return samples
+
+
 def random_checkpoint(
     folder: Path,
     config: ChatGLMConfig,

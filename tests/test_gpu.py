@@ -12,7 +12,7 @@ import gc
 import bitsandbytes
 import pytest
 import torch
-from conftest import add_random_lora, flags_of, history, random_checkpoint, run_main, write_json
+from conftest import add_random_lora, flags_of, history, random_checkpoint, random_samples, run_main, write_json
 from torch.nn import functional as F
 
 import train_qlora
@@ -265,17 +265,6 @@ def model(checkpoint):
     return add_random_lora(load_quantized_model(str(checkpoint), torch.bfloat16))
 
 
-def random_samples(config: ChatGLMConfig, lengths: list[tuple[int, int]]) -> list[dict]:
-    """Random tokens of samples of (prompt, answer) tokens."""
-    samples = []
-    for prompt, answer in lengths:
-        ids = torch.randint(10, 500, (prompt + answer,))
-        ids[prompt - 1] = config.gmask_token_id
-        ids[prompt] = config.bos_token_id
-        samples.append({"input_ids": ids, "labels": ids.where(torch.arange(len(ids)) > prompt, -100)})
-    return samples
-
-
 def packed_batch(config: ChatGLMConfig, samples: list[dict]) -> dict:
     """The samples in one row."""
     return {name: value.to("cuda") for name, value in PaddingFreeCollator(config)(samples).items()}
@@ -290,7 +279,7 @@ def gradients(model, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def test_offloading_and_recomputing_give_the_same_gradients_while_memory_is_reused(model):
     replace_layers(model.train(), for_training=True)
-    batch = packed_batch(model.config, random_samples(model.config, [(100, 400), (300, 20), (2, 900)]))
+    batch = packed_batch(model.config, random_samples(model.config, (100, 400), (300, 20), (2, 900)))
     found = {}
     for name, layers, offload in (("kept", 0, False), ("recomputed", 8, False), ("offloaded", 8, True)):
         apply_plan(model, MemoryPlan(4096, layers, layers, offload=offload))
@@ -318,7 +307,7 @@ def test_graphs_give_the_losses_and_gradients_of_plain_passes(checkpoint, recomp
     graphs = GraphedPasses(model, PaddingFreeCollator(model.config), most_samples=8)
     sizes = [[(100, 400), (300, 20), (2, 900)], [(30, 40)], [(50, 1000), (3, 30)], [(200, 1500), (10, 2)]]
     for number in range(10):  # each size several times, with other tokens
-        samples = random_samples(model.config, sizes[number % 4])
+        samples = random_samples(model.config, *sizes[number % 4])
         model.zero_grad()
         loss = graphs.forward_backward([samples], 100, None if number % 2 else torch.tensor(8.0, device="cuda"))
         found = [p.grad / (1 if number % 2 else 8) for p in graphs.parameters]
@@ -336,7 +325,7 @@ def test_graphs_give_the_losses_and_gradients_of_plain_passes(checkpoint, recomp
 def test_graphs_of_several_micro_batches_add_up(model):
     replace_layers(model.train(), for_training=True)
     graphs = GraphedPasses(model, PaddingFreeCollator(model.config), most_samples=8)
-    micro_batches = [random_samples(model.config, lengths) for lengths in ([(50, 60), (7, 8)], [(100, 200)])]
+    micro_batches = [random_samples(model.config, *lengths) for lengths in ([(50, 60), (7, 8)], [(100, 200)])]
     loss = graphs.forward_backward(micro_batches, 50, None)
     found = [parameter.grad.clone() for parameter in graphs.parameters]
     losses, grads = zip(

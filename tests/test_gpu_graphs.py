@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_random_lora, flags_of, history, random_checkpoint, run_main, write_json
+from conftest import add_random_lora, flags_of, history, random_checkpoint, random_samples, run_main, write_json
 
 import train_qlora
 from chatglm import ChatGLMConfig
@@ -41,16 +41,6 @@ def make_model(checkpoint: Path, dtype: torch.dtype):
     model = add_random_lora(load_quantized_model(str(checkpoint), dtype), dropout=0.1).train()
     replace_layers(model, for_training=True)
     return model
-
-
-def random_samples(config: ChatGLMConfig, *lengths: tuple[int, int]) -> list[dict]:
-    """Random tokens of samples of (prompt, answer) tokens."""
-    samples = []
-    for prompt, answer in lengths:
-        ids = torch.randint(10, 500, (prompt + answer,))
-        ids[prompt - 1], ids[prompt] = config.gmask_token_id, config.bos_token_id
-        samples.append({"input_ids": ids, "labels": ids.where(torch.arange(len(ids)) > prompt, -100)})
-    return samples
 
 
 def ask_for_too_much_memory(block: torch.nn.Module, where: str):

@@ -5,23 +5,13 @@ That a graph does the same is tested on a GPU, in tests/test_gpu.py.
 
 import pytest
 import torch
-from conftest import StandInRecorder, add_random_lora
+from conftest import StandInRecorder, add_random_lora, random_samples
 
 from qlora.data.batching import LARGE_ROW, count_labels, count_tokens, filled_tokens, size_of_row
 from qlora.data.collator import PaddingFreeCollator
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 from qlora.training.graphs import GraphedPasses
-
-
-def random_samples(config, *lengths: tuple[int, int]) -> list[dict]:
-    """Samples of (prompt, answer) tokens; the answer with <sop> and the prompt with [gMASK]."""
-    samples = []
-    for prompt, answer in lengths:
-        ids = torch.randint(10, 400, (prompt + answer,))
-        ids[prompt - 1], ids[prompt] = config.gmask_token_id, config.bos_token_id
-        samples.append({"input_ids": ids, "labels": ids.where(torch.arange(len(ids)) > prompt, -100)})
-    return samples
 
 
 @pytest.fixture
