@@ -17,13 +17,13 @@ from chatglm2.chat import (
     ROLES_TEMPLATE,
     ROUNDS_TEMPLATE,
     TOOLS_PROMPT,
-    build_call,
     build_messages,
     build_rounds,
     clean_message,
     clean_response,
 )
 from chatglm2.configuration_chatglm2 import told_version
+from chatglm2.tool_calls import build_call
 from glm_shared.chat import ChatTokenizer, Rounds
 from glm_shared.registration import TOKENIZER_CONFIG, UnknownModel, hub_options
 
