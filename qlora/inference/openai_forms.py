@@ -218,6 +218,7 @@ def parse(kind: type[GenerationRequest], body: bytes) -> Any:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])
         reason = "this server does not support it" if first["type"] == "extra_forbidden" else first["msg"]
+        reason = reason.removeprefix("Value error, ")  # which pydantic puts before the messages of this module
         raise RequestError(400, f"{name or 'the body'}: {reason}.", name.split(".")[0] or None) from None
 
 

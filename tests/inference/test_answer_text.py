@@ -12,7 +12,8 @@ from qlora.inference.answer_text import AnswerText, held_back
 class Letters:
     """A tokenizer whose tokens are short texts, given by their place in a list."""
 
-    open_marks, same_marks = ChatGLMTokenizer.open_marks, ChatGLMTokenizer.same_marks
+    open_marks, same_marks, message_token_id = ChatGLMTokenizer.open_marks, ChatGLMTokenizer.same_marks, None
+    begins_call, parse_call = ChatGLMTokenizer.begins_call, ChatGLMTokenizer.parse_call
     clean_response = staticmethod(clean_response)
 
     def __init__(self, pieces: list[str]):
