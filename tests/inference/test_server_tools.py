@@ -22,7 +22,7 @@ from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 
 QUESTION = {"role": "user", "content": "北京多少度？<|observation|>"}
-ARGUMENTS = {"city": "北京", "from": ["今天", 1, True, None]}
+ARGUMENTS = {"city": "北京", "from": [1, None]}
 NATIVE = {"role": "assistant", "content": "", "metadata": "weather", "arguments": ARGUMENTS}
 THOUGHT, ANSWER = {"role": "assistant", "content": "查一下。"}, {"role": "assistant", "content": "22 度。"}
 FUNCTION = {"description": "天气", "name": "weather", "parameters": {"type": "object", "required": ["city"]}}
@@ -117,7 +117,8 @@ def test_streamed_call(served, spoken):
     assert json.loads(call.function.arguments) == ARGUMENTS
     assert chunks[0].delta.role == "assistant" and not any(chunk.delta.tool_calls for chunk in chunks)
     pieces = [chunk.delta.content for chunk in chunks]
-    assert pieces == [None] if not spoken else "".join(piece or "" for piece in pieces) == THOUGHT["content"]
+    assert "".join(filter(None, pieces)) == "".join(message["content"] for message in spoken)
+    assert spoken or pieces == [None]
 
 
 def test_call_that_its_last_token_completes_is_one_at_the_longest_answer(served):
@@ -134,7 +135,6 @@ def test_call_that_its_last_token_completes_is_one_at_the_longest_answer(served)
         "weather\n ```python\ntool_call(city=open('x'))\n```",
         "weather\n 晴。",
         "weathers\n ```python\ntool_call(city='x')\n```",
-        "interpreter\n ```python\nprint(1)\n```",
         "weather",
     ],
 )
