@@ -5,6 +5,7 @@ logits. Everything else, from the request to the batch and back, is as always.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -30,14 +31,14 @@ TOOLS = [{"type": "function", "function": FUNCTION}]
 
 
 class Script:
-    """What the model says, whatever its logits are, and what it was asked last."""
+    """What the model says next, whatever its logits are, and what it was asked last."""
 
     def __init__(self, slots, end: int):
-        self.tokens, self.end, self.prompt_ids = iter(()), end, []
-        self.begin, slots.begin, slots.draw = slots.begin, self.note_prompt, self.draw
+        self.answers, self.tokens, self.end, self.prompt_ids = [], iter(()), end, []
+        self.begin, slots.begin, slots.draw = slots.begin, self.begin_answer, self.draw
 
-    def note_prompt(self, tasks: dict) -> list[int]:
-        self.prompt_ids = tasks[0].prompt_ids
+    def begin_answer(self, tasks: dict) -> list[int]:
+        self.prompt_ids, self.tokens = tasks[0].prompt_ids, iter(self.answers.pop(0))
         return self.begin(tasks)
 
     def draw(self, logits: torch.Tensor, rows: object) -> torch.Tensor:
@@ -54,12 +55,12 @@ def served(third, tmp_path_factory) -> Iterator[SimpleNamespace]:
     completer = make_completer(model, third, args)
     script = Script(completer.batcher.slots, third.eos_token_id)
     with running(build_app(completer, None)) as address, client_of(address) as client:
-        yield SimpleNamespace(client=client, script=script, tokenizer=third, completer=completer)
+        yield SimpleNamespace(client=client, address=address, script=script, tokenizer=third, completer=completer)
 
 
 def ask(served: SimpleNamespace, *messages: dict, says: list[int] = (), **options):
     """The response to a conversation; `says` are the tokens of the answer."""
-    served.script.tokens = iter(says)
+    served.script.answers = [says]
     given = {"model": "base", "messages": messages or [QUESTION], "tools": TOOLS} | options
     given = {name: value for name, value in given.items() if value is not None}
     return served.client.chat.completions.create(**given)
@@ -97,6 +98,16 @@ def test_call_its_result_and_the_answer(served, rows_file):
     samples = load_samples(str(rows_file), SampleEncoder(served.tokenizer, "", 1000, 1000))
     for sample, prompt_ids, answer in zip(samples, asked, [(THOUGHT, NATIVE), (ANSWER,)], strict=True):
         assert sample["input_ids"] == prompt_ids + trained(served.tokenizer, *answer)
+
+
+@pytest.mark.parametrize("page", ["serving.md", "serving_zh.md"])
+def test_example_of_the_documentation(served, page, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if "tools=tools" in block]
+    served.script.answers = [trained(served.tokenizer, message) for message in (NATIVE, ANSWER)]
+    exec(code.replace("127.0.0.1:7860", served.address), {})
+    assert capsys.readouterr().out == f"{ANSWER['content']}\n"
+    assert not served.script.answers
 
 
 def test_call_alone_has_no_content(served):
