@@ -4,18 +4,17 @@ Calls are written as the official code does. They are read without being run.
 """
 
 import ast
-import io
-import itertools
 import json
 import re
-import tokenize
 from collections.abc import Collection
 
 from glm_shared.chat import ToolCall
 
 BLOCK = re.compile(r"```python\s*(tool_call\(.*\))\s*```", re.DOTALL)
-# What `ast`, `json` and `tokenize` raise for a text that is no call, or whose arguments JSON cannot express.
-NO_CALL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, tokenize.TokenError)
+# Strings, to their end or that of the text, and comments; or else names of arguments, in the second group.
+STRING_OR_NAME = re.compile(r"""('''|\"\"\"|'|")(?:\\.|(?!\1)[^\\])*(?:\1|\Z)|#[^\n]*|\b(\w+)\b(?=\s*=)""", re.DOTALL)
+# What `ast` and `json` raise for a text that is no call, or whose arguments JSON cannot express.
+NO_CALL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 
 
 def build_call(arguments: dict) -> str:
@@ -59,8 +58,4 @@ def literal_arguments(code: str) -> dict:
 
 def with_free_names(code: str) -> str:
     """The code with "_" before every argument's name, so that it may be a word of Python, such as `from`."""
-    tokens = [token[:2] for token in tokenize.generate_tokens(io.StringIO(code).readline)]
-    return tokenize.untokenize(
-        (kind, f"_{text}" if (kind, *after) == (tokenize.NAME, tokenize.OP, "=") else text)
-        for (kind, text), after in itertools.pairwise(tokens)  # the last token is the end, which has no text
-    )
+    return STRING_OR_NAME.sub(lambda found: f"_{found[2]}" if found[2] else found[0], code)

@@ -2,6 +2,7 @@
 
 import json
 import keyword
+import time
 
 import pytest
 from conftest import GOLDEN, hostile_examples
@@ -12,8 +13,9 @@ from chatglm2.tool_calls import begins_call, build_call, parse_call
 
 CASES = json.loads((GOLDEN / "chatglm2" / "tok_cases.json").read_text(encoding="utf-8"))
 TOOLS = ["weather", "天气 预报"]
+TEXTS = st.text(st.sampled_from("'\"\\#=x \n"))  # what a call has beside its texts
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text() | TEXTS,
     lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
     max_leaves=5,
 )
@@ -51,7 +53,8 @@ def test_what_is_trained_is_read(arguments):
         ("tool_call()", {}),
         ('tool_call(city = "北京",\n  days=-1.5)', {"city": "北京", "days": -1.5}),
         ("tool_call(x='a=b)', y=('c', 1))", {"x": "a=b)", "y": ["c", 1]}),
-        ("tool_call(x='''a\nb''')", {"x": "a\nb"}),
+        ("tool_call(x='''it's\nb=c''', y=\"\"\"\"d=\"\"\")", {"x": "it's\nb=c", "y": '"d='}),
+        ("tool_call(x=1, # it's\n  y='a b=c')", {"x": 1, "y": "a b=c"}),
     ],
 )
 def test_other_ways_to_write_a_call(code, arguments):
@@ -103,6 +106,13 @@ def test_what_is_no_call_with_literal_arguments(code):
 )
 def test_what_is_no_call_of_a_tool(text):
     assert parse_call(text, TOOLS) is None
+
+
+@pytest.mark.parametrize("code", ["tool_call(x='" + "\\'" * 30000 + ")", f"tool_call({'x' * 60000})"], ids=["'", "x"])
+def test_long_answer_is_read_at_once(code):
+    start = time.process_time()
+    assert arguments_of(code) is None
+    assert time.process_time() - start < 1  # a search from each character on would take several seconds
 
 
 def test_beginning_of_a_call_is_known_from_its_first_character():
