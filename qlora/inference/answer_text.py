@@ -1,5 +1,4 @@
-"""The text of an answer while its tokens arrive: what can be shown already, and where a stop string ends it, and
-whether it calls a tool."""
+"""The text of an answer while its tokens arrive: what can be shown, where a stop string ends it, which tool it calls."""
 
 from collections.abc import Collection, Sequence
 
