@@ -1,4 +1,4 @@
-"""The text of an answer while its tokens arrive: what can be shown, where a stop string ends it, which tool it calls."""
+"""The text of an answer while its tokens arrive: what can be shown, where a stop string ends it, a call of a tool."""
 
 from collections.abc import Collection, Sequence
 
