@@ -75,14 +75,6 @@ def build_messages(query: str, history: Rounds = (), system: str = "") -> list[d
     return [{"role": role, "content": text} for role, text in turns]
 
 
-def build_call(arguments: dict) -> str:
-    """The text of ChatGLM3-6B's call of a tool, whose name is in the line above it.
-
-    Source: `format_function_call` in preprocess_utils.py in finetune_demo/ of THUDM/ChatGLM3.
-    """
-    return f"```python\ntool_call({', '.join(f'{name}={value!r}' for name, value in arguments.items())})\n```"
-
-
 def clean_response(text: str) -> str:
     """A reply of ChatGLM2-6B as it is shown to the user: without surrounding white space, with the date.
 

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from chatglm2.chat import (
     ROLES_TEMPLATE,
     ROUNDS_TEMPLATE,
     TOOLS_PROMPT,
-    build_call,
     build_messages,
     build_rounds,
     clean_message,
     clean_response,
 )
 from chatglm2.configuration_chatglm2 import told_version
-from glm_shared.chat import ChatTokenizer, Rounds
+from chatglm2.tool_calls import begins_call, build_call, parse_call
+from glm_shared.chat import ChatTokenizer, Rounds, ToolCall
 from glm_shared.registration import TOKENIZER_CONFIG, UnknownModel, hub_options
 
 
@@ -163,6 +163,11 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """`</s>`, and the roles that speak after the assistant: the user, or the result of a tool."""
         return [self.eos_token_id, self.role_id("user"), self.role_id("observation")]
 
+    @property
+    def message_token_id(self) -> int:  # type: ignore[override]
+        """`<|assistant|>`, after which a call may follow a text."""
+        return self.role_id("assistant")
+
     def role_id(self, role: str) -> int:
         """The token of a role."""
         return self.control_ids[f"<|{role}|>"]
@@ -171,10 +176,15 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         """The ids of a text without control tokens."""
         return self.sp_model.encode(text)
 
-    def message_ids(
-        self, role: str, content: str, metadata: str = "", tools: Any = None, arguments: dict | None = None
-    ) -> list[int]:
-        """The ids of one message.
+    def message_ids(self, *args, **kwargs) -> list[int]:
+        """The ids of one message; arguments as for `message_parts`."""
+        role, line, text = self.message_parts(*args, **kwargs)
+        return [self.role_id(role), *self.text_ids(line), *self.text_ids(text)]
+
+    def message_parts(
+        self, role: str, content: str, metadata: str = "", tools: Any = None, arguments: dict | None = None, **others
+    ) -> tuple[str, str, str]:
+        """The role of one message, its line of metadata, and its text.
 
         Args:
             role: one of ROLES; "developer" counts as "system", and "tool" as "observation".
@@ -183,6 +193,7 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
             tools: of the system, descriptions of the tools, which are put below its text as JSON; below the official
                 text without one.
             arguments: of a call; its content is made of them.
+            others: entries of a message that have no effect.
         """
         role = {"developer": "system", "tool": "observation"}.get(role, role)
         if role not in ROLES:
@@ -190,10 +201,10 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         if role == "system" and tools:
             content = f"{content or TOOLS_PROMPT}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
         content = content if arguments is None else build_call(arguments)
-        return [self.role_id(role), *self.text_ids(f"{metadata or ''}\n"), *self.text_ids(content)]
+        return role, f"{metadata or ''}\n", content
 
     def conversation_ids(self, messages: Sequence[dict], prompt_text: str = "") -> list[int]:
-        """As in the base class; `messages` may have `metadata`, `tools` and `arguments`, see `message_ids`."""
+        """As in the base class; `messages` may have `metadata`, `tools` and `arguments`, see `message_parts`."""
         if prompt_text:
             first, *others = messages
             text = first["content"] or (TOOLS_PROMPT if first.get("tools") else "")
@@ -207,14 +218,16 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
 
     def ids_of_all(self, messages: Sequence[dict]) -> list[int]:
         """The ids of messages, one after the other."""
-        keys = ("role", "content", "metadata", "tools", "arguments")
-        ids = (self.message_ids(**{key: message[key] for key in keys if key in message}) for message in messages)
-        return [i for message in ids for i in message]
+        return [i for message in messages for i in self.message_ids(**message)]
+
+    def conversation_text(self, messages: Sequence[dict]) -> str:
+        """The prompt as it reads; `conversation_ids` makes its ids, in which a role is one token."""
+        parts = (self.message_parts(**message) for message in messages)
+        return "".join(f"<|{role}|>{line}{text}" for role, line, text in parts) + "<|assistant|>"
 
     def build_prompt(self, query: str, history: Rounds = (), system: str = "") -> str:
         """The prompt as it reads; `build_prompt_ids` makes its ids, in which a role is one token."""
-        parts = (f"<|{message['role']}|>\n{message['content']}" for message in build_messages(query, history, system))
-        return "".join(parts) + "<|assistant|>"
+        return self.conversation_text(build_messages(query, history, system))
 
     def build_prompt_ids(self, query: str, history: Rounds = (), system: str = "", prompt_text: str = "") -> list[int]:
         """As for the other models; `prompt_text` is put before the first message's text."""
@@ -250,6 +263,14 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
     def clean_response(self, text: str) -> str:
         """The reply as the official `chat` formats it; a call of a tool stays a text."""
         return clean_message(text)
+
+    def begins_call(self, text: str, tools: Collection[str]) -> bool:
+        """See `chatglm2.tool_calls.begins_call`."""
+        return begins_call(text, tools)
+
+    def parse_call(self, text: str, tools: Collection[str]) -> ToolCall | None:
+        """See `chatglm2.tool_calls.parse_call`."""
+        return parse_call(text, tools)
 
 
 def version_of(path: str, options: dict) -> int:

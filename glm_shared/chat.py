@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,47 @@ class Prompt(NamedTuple):
         """Whether there is nothing but the question."""
         return not (self.history or self.system)
 
+    def text(self, tokenizer: "ChatTokenizer") -> str:
+        """The prompt as it reads."""
+        return tokenizer.build_prompt(*self)
+
+    def ids(self, tokenizer: "ChatTokenizer", prompt_text: str = "") -> list[int]:
+        """All token ids of the prompt, with `prompt_text` before it."""
+        return tokenizer.build_prompt_ids(*self, prompt_text)
+
+
+class ToolPrompt(NamedTuple):
+    """A conversation with tools up to the answer: messages as `ChatTokenizer.conversation_ids` takes them."""
+
+    messages: Sequence[dict]
+
+    @property
+    def query(self) -> str:
+        """The last question of the user."""
+        return [message["content"] for message in self.messages if message["role"] == "user"][-1]
+
+    def text(self, tokenizer: "ChatTokenizer") -> str:
+        """As for `Prompt`; NoTools if the model has none."""
+        return tokenizer.conversation_text(self.messages)
+
+    def ids(self, tokenizer: "ChatTokenizer", prompt_text: str = "") -> list[int]:
+        """As for `Prompt`; NoTools if the model has none."""
+        return tokenizer.conversation_ids(self.messages, prompt_text)
+
+
+class ToolCall(NamedTuple):
+    """The call of a tool: its name, and its arguments, an object in JSON."""
+
+    name: str
+    arguments: str
+
+
+class NoTools(ValueError):
+    """The model has no prompts for a conversation with tools."""
+
+    def __init__(self):
+        super().__init__("the conversation has tools, for which this model has no prompts; ChatGLM3-6B has them")
+
 
 class ChatTokenizer(PreTrainedTokenizer):
     """A tokenizer that knows the prompts of its model; training, inference and serving have them from here alone.
@@ -48,6 +89,7 @@ class ChatTokenizer(PreTrainedTokenizer):
         vocab_file: path of the SentencePiece file.
         ggml_type: number by which chatglm.cpp knows tokenizer and prompts.
         same_marks: table of `str.translate` to characters that the tokenizer takes for the same.
+        message_token_id: the token with which another message begins in an answer; None where there is no such token.
     """
 
     prompt_end: int
@@ -58,6 +100,7 @@ class ChatTokenizer(PreTrainedTokenizer):
     ggml_type: int
     open_marks = ""
     same_marks: Mapping[int, str] = {}
+    message_token_id: int | None = None
 
     @property
     def control_token_ids(self) -> list[int]:
@@ -101,13 +144,25 @@ class ChatTokenizer(PreTrainedTokenizer):
             messages: dicts of `role`, `content` and what else the model's messages have.
             prompt_text: put before the first message's text.
         Raises:
-            ValueError: the model's prompts have no tools.
+            NoTools: the model's prompts have no tools.
         """
-        raise ValueError("the conversation has tools, for which this model has no prompts; ChatGLM3-6B has them")
+        raise NoTools
+
+    def conversation_text(self, messages: Sequence[dict]) -> str:
+        """The same prompt as it reads; NoTools as there."""
+        raise NoTools
 
     def turn_ids(self, messages: Sequence[dict]) -> list[int]:
         """The ids that follow those of `conversation_ids`: messages of the assistant in a row, and what ends them."""
         raise NotImplementedError
+
+    def begins_call(self, text: str, tools: Collection[str]) -> bool:
+        """Whether a message that begins with this text of its tokens may be a call of one of these tools."""
+        return False
+
+    def parse_call(self, text: str, tools: Collection[str]) -> ToolCall | None:
+        """The call of one of these tools, from the text of a message's tokens; None if it is none."""
+        return None
 
     def cut_prompt_ids(self, ids: list[int], most: int) -> list[int]:
         """The ids of a prompt, of which at most so many are left; the control tokens at its end stay."""

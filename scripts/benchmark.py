@@ -217,7 +217,7 @@ def measure_decoding(args: BenchmarkArguments) -> dict:
 
 def batch_of(tokenizer: ChatTokenizer, prompts: list[Prompt], device: torch.device) -> BatchEncoding:
     """The ids of prompts, and their attention mask, padded on the left."""
-    ids = [tokenizer.build_prompt_ids(*prompt) for prompt in prompts]
+    ids = [prompt.ids(tokenizer) for prompt in prompts]
     return tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
 
 

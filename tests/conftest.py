@@ -37,6 +37,7 @@ from peft.utils import load_peft_weights
 from transformers import PreTrainedModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
+from chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer, ChatGLM3Tokenizer
 from qlora.adapter import add_lora
 from qlora.checkpoint import tokenizer_files
 from qlora.data.dataset import SampleEncoder
@@ -184,6 +185,13 @@ def tokenizer(
 
 
 @pytest.fixture(scope="session")
+def third(tiny_script: ModuleType, sample_rows: list[dict], tmp_path_factory) -> ChatGLM3Tokenizer:
+    """The same for ChatGLM3-6B."""
+    rows = [{"query": row["instruction"], "answer": row["output"]} for row in sample_rows]
+    return tiny_script.make_tokenizer(rows, 1100, tmp_path_factory.mktemp("tokenizer"), "chatglm3")
+
+
+@pytest.fixture(scope="session")
 def tiny_config(tokenizer: ChatGLMTokenizer) -> ChatGLMConfig:
     """A model of two layers of width 64, for `tokenizer`."""
     names = ("bos", "eos", "pad", "mask", "gmask")
@@ -271,7 +279,19 @@ def random_checkpoint(
     return folder
 
 
-def copy_tokenizer(tokenizer: ChatGLMTokenizer, folder: Path):
+def random_chatglm2(folder: Path, tokenizer: ChatGLM2Tokenizer, version: int, seq_length: int) -> Path:
+    """As `random_checkpoint`, for ChatGLM2-6B or ChatGLM3-6B with two layers."""
+    sizes = {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 16, "ffn_hidden_size": 96}
+    sizes |= {"padded_vocab_size": 1152, "seq_length": seq_length}
+    config = ChatGLM2Config(initializer_range=0.3, chatglm_version=version, **sizes)
+    torch.manual_seed(0)
+    state = ChatGLM2ForConditionalGeneration(config).state_dict()
+    write_checkpoint(folder, config, lambda name, shape: state[name], shard_size="200kB")
+    copy_tokenizer(tokenizer, folder)
+    return folder
+
+
+def copy_tokenizer(tokenizer: ChatGLMTokenizer | ChatGLM2Tokenizer, folder: Path):
     """Copies the tokenizer's two files into a folder with weights."""
     source = Path(tokenizer.vocab_file).parent
     for name in tokenizer_files(source):

@@ -11,11 +11,11 @@ from conftest import (
     ROOT,
     adapter,
     add_random_lora,
-    copy_tokenizer,
     error_of,
     flags_of,
     history,
     import_script,
+    random_chatglm2,
     run_main,
     write_json,
 )
@@ -24,11 +24,10 @@ from transformers import AutoModelForCausalLM
 
 import inference_qlora
 import train_qlora
-from chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, ChatGLM2Tokenizer
+from chatglm2 import ChatGLM2Tokenizer
 from glm_shared.chat import Prompt
 from qlora.checkpoint import check_checkpoint
 from qlora.data.dataset import SampleEncoder
-from qlora.export.official_folder import write_checkpoint
 from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import generate_answers, generate_texts, stream_answer
 from qlora.inference.slots import Slots, Task
@@ -53,21 +52,7 @@ def tokenizer(version, tiny_script, sample_rows, tmp_path_factory) -> ChatGLM2To
 @pytest.fixture(scope="module")
 def checkpoint(version, tokenizer, tmp_path_factory) -> Path:
     """A complete folder in the official format with random weights. Do not change it."""
-    sizes = {"hidden_size": 64, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 16}
-    config = ChatGLM2Config(
-        padded_vocab_size=1152,
-        ffn_hidden_size=96,
-        seq_length=256,
-        initializer_range=0.3,
-        chatglm_version=version,
-        **sizes,
-    )
-    torch.manual_seed(0)
-    state = ChatGLM2ForConditionalGeneration(config).state_dict()
-    folder = tmp_path_factory.mktemp("chatglm2") / "tiny"
-    write_checkpoint(folder, config, lambda name, shape: state[name], shard_size="200kB")
-    copy_tokenizer(tokenizer, folder)
-    return folder
+    return random_chatglm2(tmp_path_factory.mktemp("chatglm2") / "tiny", tokenizer, version, seq_length=256)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from glm_shared.chat import ChatTokenizer, Prompt
+from glm_shared.chat import ChatTokenizer, NoTools, Prompt, ToolPrompt
 from qlora.arguments import LOWEST_TEMPERATURE, InferenceArguments
 from qlora.inference.answer_text import AnswerText
 from qlora.inference.batching import Answer, Batcher, GenerationFailed
@@ -45,7 +45,7 @@ class Completer:
         self.batcher, self.tokenizer, self.names = batcher, tokenizer, names
         self.args, self.metrics, self.started = args.with_sampling(tokenizer.sampling), metrics, int(time.time())
 
-    def task(self, form: GenerationRequest, prompt: Prompt) -> Task:
+    def task(self, form: GenerationRequest, prompt: Prompt | ToolPrompt) -> Task:
         """What to generate; RequestError for a model that is not served, or a prompt that cannot be answered."""
         if form.model not in self.names:
             message = f"there is no model {form.model}; this server has {', '.join(self.names)}."
@@ -53,6 +53,8 @@ class Completer:
         capacity, asked = self.batcher.slots.capacity, form.most_tokens()
         try:
             prompt_ids = check_prompt(prompt, self.tokenizer, capacity, asked or 1, self.args.prompt_text)
+        except NoTools as error:
+            raise RequestError(400, f"{error}.", "tools") from None
         except ValueError as error:
             code = "context_length_exceeded" if prompt.query.strip() else None
             param = "messages" if isinstance(form, ChatRequest) else "prompt"
@@ -69,7 +71,7 @@ class Completer:
             seed=secrets.randbits(63) if form.seed is None else form.seed,
         )
 
-    async def respond(self, request: Request, form: GenerationRequest, prompt: Prompt) -> Response:
+    async def respond(self, request: Request, form: GenerationRequest, prompt: Prompt | ToolPrompt) -> Response:
         """The response with a whole answer, or the stream of it."""
         answer = Answer(self.task(form, prompt))
         if not self.batcher.submit(answer):
@@ -82,7 +84,7 @@ class Completer:
         async with contextlib.aclosing(progress):
             async for text, reason, usage in progress:
                 if reason:
-                    return JSONResponse(completion.whole(text.final(), reason, usage))
+                    return JSONResponse(completion.whole(text.final(), text.call, reason, usage))
         return Response(status_code=499)  # nobody receives it
 
     async def follow(self, request: Request, form: GenerationRequest, answer: Answer) -> Progress:
@@ -90,7 +92,8 @@ class Completer:
 
         Ends early, and the generation with it, when the client goes away.
         """
-        text, count, stop_token_ids = AnswerText(self.tokenizer, form.stops()), 0, self.batcher.stop_token_ids
+        text = AnswerText(self.tokenizer, form.stops(), form.tool_names())
+        count, stop_token_ids = 0, self.batcher.stop_token_ids
         piece: list[int] = []
         with self.metrics.observe(form.model, len(answer.task.prompt_ids)) as observation:
             async with contextlib.aclosing(answer.tokens(stop_token_ids)) as pieces:
@@ -106,7 +109,8 @@ class Completer:
                         break
                     yield text, None, token_counts(len(answer.task.prompt_ids), count)
             text.final()  # the last characters may complete a stop string
-            reason = "stop" if text.stopped or piece[-1] in stop_token_ids else "length"
+            has_ended = text.stopped or piece[-1] in stop_token_ids
+            reason = "tool_calls" if text.call else "stop" if has_ended else "length"
             observation.outcome = reason
             yield text, reason, token_counts(len(answer.task.prompt_ids), count)
 
@@ -118,9 +122,12 @@ async def events(progress: Progress, completion: Completion, include_usage: bool
         async for text, reason, usage in progress:
             longer = text.final() if reason else text.shown()
             if first or len(longer) > len(shown):
-                yield event(completion.piece(longer[len(shown) :], first=first))
+                new = longer[len(shown) :]
+                yield event(completion.piece(None if text.tools and not new else new, first=first))
                 shown, first = longer, False
             if reason:
+                if text.call:
+                    yield event(completion.piece(None, call=text.call))
                 yield event(completion.piece(None, reason))
                 if include_usage:
                     yield event(completion.usage(usage))

@@ -9,12 +9,16 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from glm_shared.chat import ChatTokenizer, Prompt
+from glm_shared.chat import ChatTokenizer, Prompt, ToolPrompt
 from qlora.inference.decoding import Sampler, decode
 
 
 def check_prompt(
-    prompt: Prompt, tokenizer: ChatTokenizer, max_length: int, max_new_tokens: int, prompt_text: str = ""
+    prompt: Prompt | ToolPrompt,
+    tokenizer: ChatTokenizer,
+    max_length: int,
+    max_new_tokens: int,
+    prompt_text: str = "",
 ) -> list[int]:
     """Checks that a prompt can be answered, and returns its token ids.
 
@@ -25,14 +29,15 @@ def check_prompt(
         max_new_tokens: most tokens of the answer.
         prompt_text: text put before the prompt.
     Raises:
+        NoTools: the prompt has tools, and the model has none.
         ValueError: the question is blank, or the prompt leaves too little room for the answer.
     """
     if not prompt.query.strip():
         raise ValueError("输入是空的。 The prompt is empty.")
-    count = len(prompt_text + tokenizer.build_prompt(*prompt))
+    count = len(prompt_text + prompt.text(tokenizer))
     chinese, english = f"{count:,} 个字符", f"{count:,} characters"
     if count <= tokenizer.longest_token * max_length:  # a longer text cannot fit, and would take long to tokenize
-        ids = tokenizer.build_prompt_ids(*prompt, prompt_text)
+        ids = prompt.ids(tokenizer, prompt_text)
         length = len(ids)
         if length + max_new_tokens <= max_length:
             return ids
@@ -79,7 +84,7 @@ def compare_answers(
 
 def shown_prompt(tokenizer: ChatTokenizer, prompt: Prompt, prompt_text: str) -> str:
     """A prompt as a text: a single question as it was asked, others as the model reads them."""
-    return prompt_text + (prompt.query if prompt.is_single else tokenizer.build_prompt(*prompt))
+    return prompt_text + (prompt.query if prompt.is_single else prompt.text(tokenizer))
 
 
 def generate_answers(
@@ -120,7 +125,7 @@ def generate_texts(
     Returns:
         The answers as the tokenizer decodes them, in the order of the prompts.
     """
-    ids = [tokenizer.build_prompt_ids(*prompt, prompt_text) for prompt in prompts]
+    ids = [prompt.ids(tokenizer, prompt_text) for prompt in prompts]
     if max_prompt_tokens:
         ids = [tokenizer.cut_prompt_ids(prompt, max_prompt_tokens) for prompt in ids]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -152,7 +157,7 @@ def stream_answer(
     Yields:
         The answer generated so far, after every two tokens.
     """
-    ids = tokenizer.build_prompt_ids(*prompt, prompt_text)
+    ids = prompt.ids(tokenizer, prompt_text)
     batch = tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(model.device)
     options: Any = {"max_new_tokens": max_new_tokens, "sampler": sampler, "stop_token_ids": tokenizer.stop_token_ids}
     tokens = []

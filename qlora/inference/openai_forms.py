@@ -7,9 +7,10 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from glm_shared.chat import Prompt
+from glm_shared.chat import Prompt, ToolCall, ToolPrompt
+from qlora.data.conversations import parse_tool_messages
 
 Text = Annotated[str, Field(min_length=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
@@ -71,6 +72,10 @@ class GenerationRequest(BaseModel):
         """The longest answer that is asked for; None where the request leaves it to the server."""
         return self.max_tokens
 
+    def tool_names(self) -> list[str]:
+        """The tools that the answer may call."""
+        return []
+
 
 class TextPart(BaseModel):
     """A part of a message that has several."""
@@ -79,15 +84,55 @@ class TextPart(BaseModel):
     text: str
 
 
+def check_function(function: dict[str, Any]) -> dict[str, Any]:
+    """The description of a function, as it is; ValueError for one that cannot be called."""
+    name = function.get("name")
+    if not isinstance(name, str) or name.splitlines() != [name.strip()]:
+        raise ValueError(f"its name is {name!r}, expected a line of text")
+    if function.get("strict"):
+        raise ValueError("strict is true, but nothing holds the arguments to the parameters' schema; leave it out")
+    return function
+
+
+class Tool(BaseModel):
+    """A function that the model may call. The model sees its description as it was sent."""
+
+    type: Literal["function"]
+    function: Annotated[dict[str, Any], AfterValidator(check_function)]
+
+
+class MessageCall(BaseModel):
+    """The call of a tool in a message of the assistant."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: dict[str, Any]
+
+
 class Message(BaseModel):
     """A message of a conversation. Other fields, such as a name, do not bear on the answer."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[MessageCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def check_content(self) -> "Message":
+        """The message; ValueError if it says nothing."""
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing, expected a text")
+        return self
 
     def text(self) -> str:
         """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+    def row(self) -> dict[str, Any]:
+        """The message as a row of data has it."""
+        calls = [call.model_dump() for call in self.tool_calls or ()]
+        return {"role": self.role, "content": self.text(), "tool_calls": calls}
 
 
 class ChatRequest(GenerationRequest):
@@ -96,16 +141,52 @@ class ChatRequest(GenerationRequest):
     messages: list[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Literal[False] | None = None
+    tools: Annotated[list[Tool], Field(min_length=1)] | None = None
+    tool_choice: Literal["auto", "none"] | None = None
+    parallel_tool_calls: bool | None = None  # a permission; the model calls one tool at a time
 
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def prompt(self) -> Prompt:
+    def callable_tools(self) -> list[Tool]:
+        """The tools of which the model is told: none where it is to call none."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def tool_names(self) -> list[str]:
+        return [tool.function["name"] for tool in self.callable_tools()]
+
+    def prompt(self) -> Prompt | ToolPrompt:
         """The conversation up to the answer to generate.
 
         Raises:
-            RequestError: the user and the assistant do not take turns, or the last question is blank.
+            RequestError: its messages cannot follow each other, or the last question is blank.
         """
+        has_calls = any(message.tool_calls or message.role == "tool" for message in self.messages)
+        return self.tool_prompt() if has_calls or self.callable_tools() else self.plain_prompt()
+
+    def tool_prompt(self) -> ToolPrompt:
+        """The prompt of a conversation with tools, as rows of data have it; errors as for `prompt`."""
+        tools = [tool.model_dump() for tool in self.callable_tools()]
+        try:
+            conversation = parse_tool_messages([message.row() for message in self.messages], "messages", "", tools)
+        except ValueError as error:
+            raise RequestError(400, f"{error}.", "messages") from None
+        if conversation.last_role == "assistant":
+            expected = "the last one of the user, or a tool's result"
+            raise RequestError(400, f"messages: expected {expected}; found one of the assistant.", "messages")
+        self.check_call_ids()
+        return ToolPrompt(conversation.with_head)
+
+    def check_call_ids(self):
+        """RequestError if the results, one of which follows each call, are those of other calls."""
+        calls = [call.id for message in self.messages for call in message.tool_calls or ()]
+        results = [message.tool_call_id for message in self.messages if message.role == "tool"]
+        if calls != results:
+            reason = f"results have the tool_call_id {results}, expected the ids of the calls, {calls}"
+            raise RequestError(400, f"messages: {reason}.", "messages")
+
+    def plain_prompt(self) -> Prompt:
+        """The prompt of a conversation without tools; errors as for `prompt`."""
         roles = [message.role for message in self.messages]
         texts = [message.text() for message in self.messages]
         start = next((place for place, role in enumerate(roles) if role in ("user", "assistant")), len(roles))
@@ -137,6 +218,7 @@ def parse(kind: type[GenerationRequest], body: bytes) -> Any:
         first = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in first["loc"])
         reason = "this server does not support it" if first["type"] == "extra_forbidden" else first["msg"]
+        reason = reason.removeprefix("Value error, ")  # which pydantic puts before the messages of this module
         raise RequestError(400, f"{name or 'the body'}: {reason}.", name.split(".")[0] or None) from None
 
 
@@ -156,14 +238,25 @@ class Completion:
             "model": model,
         }
 
-    def whole(self, text: str, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:
+    def whole(self, text: str, call: ToolCall | None, finish_reason: str, usage: dict[str, int]) -> dict[str, Any]:
         """The body of a response that is not streamed."""
-        content = {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if call:
+            message |= {"content": text or None, "tool_calls": [call_form(call)]}
+        content = {"message": message} if self.is_chat else {"text": text}
         return self.body("chat.completion", [choice(content, finish_reason)]) | {"usage": usage}
 
-    def piece(self, text: str | None, finish_reason: str | None = None, first: bool = False) -> dict[str, Any]:
-        """A chunk of a stream with new text; the last one has the reason instead."""
-        delta = ({"role": "assistant"} if first else {}) | ({} if text is None else {"content": text})
+    def piece(
+        self,
+        text: str | None,
+        finish_reason: str | None = None,
+        first: bool = False,
+        call: ToolCall | None = None,
+    ) -> dict[str, Any]:
+        """A chunk of a stream with new text or a call; the last one has the reason instead."""
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        delta |= {} if text is None else {"content": text}
+        delta |= {"tool_calls": [{"index": 0} | call_form(call)]} if call else {}
         content = {"delta": delta} if self.is_chat else {"text": text or ""}
         return self.body("chat.completion.chunk", [choice(content, finish_reason)])
 
@@ -179,6 +272,11 @@ class Completion:
 def choice(content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
     """The only choice of a response."""
     return {"index": 0, **content, "finish_reason": finish_reason, "logprobs": None}
+
+
+def call_form(call: ToolCall) -> dict[str, Any]:
+    """A call of a tool, with an id by which its result names it."""
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": call._asdict()}
 
 
 def token_counts(prompt: int, answer: int) -> dict[str, int]:

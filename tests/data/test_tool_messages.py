@@ -5,7 +5,6 @@ import json
 import pytest
 from conftest import write_rows
 
-from chatglm2 import ChatGLM3Tokenizer
 from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.data.rows import parse_prompt, parse_row
 from qlora.training.preflight_report import show_sample
@@ -36,12 +35,6 @@ SHAREGPT = [
     {"from": "observation", "value": RESULT["content"]},
     {"from": "gpt", "value": ANSWER["content"]},
 ]
-
-
-@pytest.fixture(scope="module")
-def third(tiny_script, sample_rows, tmp_path_factory) -> ChatGLM3Tokenizer:
-    rows = [{"query": row["instruction"], "answer": row["output"]} for row in sample_rows]
-    return tiny_script.make_tokenizer(rows, 1100, tmp_path_factory.mktemp("tokenizer"), "chatglm3")
 
 
 def samples_of(rows_file, tokenizer, *rows: dict, longest: int = 1000, **options) -> list[dict]:

@@ -6,13 +6,17 @@ import pytest
 
 from chatglm import ChatGLMTokenizer
 from chatglm.chat import clean_response
+from chatglm2 import ChatGLM3Tokenizer
+from chatglm2.chat import clean_message
+from chatglm2.tool_calls import parse_call
 from qlora.inference.answer_text import AnswerText, held_back
 
 
 class Letters:
     """A tokenizer whose tokens are short texts, given by their place in a list."""
 
-    open_marks, same_marks = ChatGLMTokenizer.open_marks, ChatGLMTokenizer.same_marks
+    open_marks, same_marks, message_token_id = ChatGLMTokenizer.open_marks, ChatGLMTokenizer.same_marks, None
+    begins_call, parse_call = ChatGLMTokenizer.begins_call, ChatGLMTokenizer.parse_call
     clean_response = staticmethod(clean_response)
 
     def __init__(self, pieces: list[str]):
@@ -80,6 +84,35 @@ def test_stop_string_over_the_border_of_tokens(stop):
     assert text.stopped and "never" not in final
     assert final == {"。白": "裙,。"[:2].replace(",", "，"), "b": "裙，。白a", "，": "裙", ",": "裙"}[stop]
     assert final.startswith(shown[0])
+
+
+class Messages(Letters):
+    """Letters whose first token begins another message, as that of ChatGLM3-6B."""
+
+    message_token_id = 0
+    clean_response = staticmethod(clean_message)
+    begins_call, parse_call = ChatGLM3Tokenizer.begins_call, ChatGLM3Tokenizer.parse_call
+
+
+def test_call_is_not_shown_and_what_is_no_call_is():
+    generator, tools = random.Random(0), ["weather"]
+    pieces = ["", "\n", "裙", "wea", "ther", "weather\n", "```python\ntool_call(", "x=1", ")\n```", "[[训练", "时间]]"]
+    groups, found = [[0], [1, 2], [3, 4, 1], [5, 6, 7, 8], [9, 10]], set()
+    for _ in range(3000):
+        tokens = [token for group in generator.choices(groups, k=4) for token in group]
+        text = AnswerText(Messages(pieces), ["裙裙"], tools)
+        shown, final = shown_and_final(text, tokens)
+        for shorter, longer in zip(shown, [*shown[1:], final], strict=True):
+            assert longer.startswith(shorter)
+        messages = [[]]
+        for token in tokens:
+            messages += [[]] if token == 0 else []
+            messages[-1].append(pieces[token])
+        *before, last = ["".join(message) for message in messages]
+        assert text.call == parse_call(last, tools)
+        assert final == clean_message("".join([*before, last] if text.call is None else before))
+        found.add((text.call is not None, bool(final)))
+    assert len(found) == 4
 
 
 def test_held_back_is_the_longest_beginning():

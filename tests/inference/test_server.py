@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-pytest.importorskip("openai", reason="OpenAI's client is not installed")
-pytest.importorskip("fastapi", reason="fastapi is not installed: the API cannot be served")
-pytest.importorskip("uvicorn", reason="uvicorn is not installed: the API cannot be served")
-pytest.importorskip("prometheus_client", reason="prometheus_client is not installed: the API cannot be served")
-
-import openai
 import torch
-import uvicorn
+from api_server import client_of, openai, running
 from conftest import add_random_lora
 
 from chatglm.chat import build_prompt, clean_response
@@ -58,26 +50,6 @@ def load(checkpoint: Path, adapters: list[str]):
     return model
 
 
-@contextlib.contextmanager
-def running(app) -> Iterator[str]:
-    """The address of a server in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_proxy() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", "*")
-        yield
-
-
 @pytest.fixture(scope="module")
 def served(varied_checkpoint, adapters, tokenizer) -> Iterator[SimpleNamespace]:
     """A server with a key, its address, and what answers in it."""
@@ -89,12 +61,8 @@ def served(varied_checkpoint, adapters, tokenizer) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture
 def client(served) -> Iterator[openai.OpenAI]:
-    with client_of(served.address) as client:
+    with client_of(served.address, KEY) as client:
         yield client
-
-
-def client_of(address: str, key: str = KEY) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"http://{address}/v1", api_key=key, max_retries=0)
 
 
 def request(
