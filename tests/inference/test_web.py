@@ -479,8 +479,8 @@ def server(adapter_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path):
-    """Waits until the server answers."""
-    for _ in range(240):
+    """Waits until the server answers, which takes seconds, or minutes where many programs share the machine."""
+    for _ in range(1200):
         if process.poll() is not None:
             break
         with contextlib.suppress(OSError), urllib.request.urlopen(url):
