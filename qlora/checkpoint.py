@@ -105,7 +105,7 @@ def read_config(folder: Path) -> ModelDescription:
         raise ValueError(f"{folder} holds a model of type {model_type!r}, expected 'chatglm'. {HOW_TO_GET}")
     if quantization is not None and not (isinstance(quantization, dict) and NF4.items() <= quantization.items()):
         raise ValueError(
-            f"{folder}/config.json has a quantization_config that is not bitsandbytes' NF4 with double quantisation: "
+            f"{folder}/config.json has a quantization_config that is not bitsandbytes' NF4 with double quantization: "
             "these weights are already quantized, in another way. Use the model's 16-bit files."
         )
     try:

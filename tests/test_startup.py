@@ -95,5 +95,5 @@ def test_weights_are_read_ahead(monkeypatch, tmp_path):
             (folder / name).write_bytes(b"12345678")
         expected = {f"{folder.name}/{name}" for name in names if name != "config.json"}
         assert files_read_ahead(monkeypatch, model) == expected
-    monkeypatch.setattr(startup, "memory", lambda: 16)
+    monkeypatch.setattr(startup, "machine_memory", lambda: 16)
     assert files_read_ahead(monkeypatch, model) == set()  # it would only displace other files

@@ -16,7 +16,7 @@ from qlora.evaluation.metrics import METRICS
 Clean = Callable[[str], str]
 SORTED_BY = "rouge-l"
 MODELS = {"base": "微调前 Before", "adapter": "微调后 After"}
-COLOURS = {"base": "#8a8f98", "adapter": "#2563eb"}
+COLORS = {"base": "#8a8f98", "adapter": "#2563eb"}
 
 LAYOUT = """<!DOCTYPE html>
 <html lang="zh-CN">
@@ -146,7 +146,7 @@ def draw_histograms(predictions: list[dict]) -> str:
         highest = max(max(map(max, values.values())), 1)
         for model, scores in values.items():
             label = {"base": "before", "adapter": "after"}[model]
-            axes.hist(scores, bins=30, range=(0, highest), color=COLOURS[model], alpha=0.6, label=label)
+            axes.hist(scores, bins=30, range=(0, highest), color=COLORS[model], alpha=0.6, label=label)
         axes.set(title=metric.upper(), xlabel="percent", ylabel="samples")
         axes.legend()
     picture = io.StringIO()

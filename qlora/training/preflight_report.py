@@ -25,7 +25,7 @@ PARTS = {  # (is trained on, is a control token) -> (name, color)
     (True, False): ("answer", "\033[32m"),  # green
     (True, True): ("end", "\033[32m"),
 }
-END_OF_COLOUR = "\033[0m"
+END_OF_COLOR = "\033[0m"
 
 
 def describe(preflight: Preflight) -> str:
@@ -38,10 +38,10 @@ def describe(preflight: Preflight) -> str:
     rows = data_table(preflight) if args.dry_run is not None else [*run_table(preflight), *data_table(preflight)]
     lines = [f"{name:<11} {indented(value)}" for name, value in rows if value]
     if preflight.train_samples and preflight.tokenizer:
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
         count = min(args.check or args.dry_run or 0, len(preflight.train_samples))
         first = preflight.train_samples.select(range(count))
-        lines += [show_sample(sample, preflight.tokenizer, colour) for sample in first]
+        lines += [show_sample(sample, preflight.tokenizer, color) for sample in first]
     if not preflight.problems:
         lines.append("OK")
     return "\n".join(lines)
@@ -111,13 +111,13 @@ def histogram(lengths: np.ndarray) -> str:
     )
 
 
-def show_sample(sample: dict, tokenizer: ChatTokenizer, colour: bool) -> str:
+def show_sample(sample: dict, tokenizer: ChatTokenizer, color: bool) -> str:
     """A sample as text, one line for each part: prompt, control tokens, answer, end.
 
     Args:
         sample: with `input_ids`, `labels`, `line`, `element`, `turn`, and possibly `file`.
         tokenizer: of the model.
-        colour: whether ANSI codes color the parts.
+        color: whether ANSI codes color the parts.
     """
     control = {*tokenizer.control_token_ids}
     ids, trained = sample["input_ids"], [label != IGNORE_INDEX for label in sample["labels"]]
@@ -129,5 +129,5 @@ def show_sample(sample: dict, tokenizer: ChatTokenizer, colour: bool) -> str:
         name, ansi = PARTS[kind]
         part = [token_id for _, token_id in tokens]
         text = "".join(tokenizer.convert_ids_to_tokens(part)) if kind[1] else tokenizer.decode(part)
-        lines.append(f"  {name:<9} {ansi if colour else ''}{indented(text)}{END_OF_COLOUR if colour else ''}")
+        lines.append(f"  {name:<9} {ansi if color else ''}{indented(text)}{END_OF_COLOR if color else ''}")
     return "\n".join(lines)

@@ -450,26 +450,26 @@ def test_counted_steps_are_those_of_the_trainer(tmp_path, settings):
 def test_sample_shows_what_is_trained_on(flags, tokenizer, tmp_path):
     row = {"instruction": "类型#裙", "output": "白色的裙。\n<eop>好看"}
     sample = load_samples(str(write_rows(tmp_path / "rows.jsonl", [row])), SampleEncoder(tokenizer, "", 512, 512))[0]
-    plain = show_sample(sample, tokenizer, colour=False)
+    plain = show_sample(sample, tokenizer, color=False)
     parts = dict(re.findall(r"^  (prompt|control|answer|end) +(.*(?:\n {12}.*)*)", plain, re.M))
     assert parts["prompt"] == "类型#裙" and parts["control"] == "[gMASK]<sop>" and parts["end"] == "<eop>"
     assert parts["answer"].replace("\n" + " " * 12, "\n") == row["output"]
     assert "\033" not in plain
-    coloured = show_sample(sample, tokenizer, colour=True)
-    assert re.sub(r"\033\[\d+m", "", coloured) == plain
-    trained = re.findall(r"\033\[32m(.*?)\033\[0m", coloured, re.S)
+    colored = show_sample(sample, tokenizer, color=True)
+    assert re.sub(r"\033\[\d+m", "", colored) == plain
+    trained = re.findall(r"\033\[32m(.*?)\033\[0m", colored, re.S)
     assert [part.split()[0] for part in trained] == ["白色的裙。", "<eop>"]
 
 
 @pytest.mark.parametrize(
-    ("terminal", "no_color", "coloured"), [(True, None, True), (True, "1", False), (False, None, False)]
+    ("terminal", "no_color", "colored"), [(True, None, True), (True, "1", False), (False, None, False)]
 )
-def test_colors_only_on_terminals(flags, monkeypatch, terminal, no_color, coloured):
+def test_colors_only_on_terminals(flags, monkeypatch, terminal, no_color, colored):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color:
         monkeypatch.setenv("NO_COLOR", no_color)
-    assert ("\033[" in describe(run_preflight(FinetuneArguments(**flags, check=1)))) is coloured
+    assert ("\033[" in describe(run_preflight(FinetuneArguments(**flags, check=1)))) is colored
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 2, 3], list(range(3, 900)), [4, 2048]])
