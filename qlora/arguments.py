@@ -16,17 +16,17 @@ from qlora.units import parse_size
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMPUTE_DTYPES = ("fp32", "fp16", "bf16")
-COMPUTE_DTYPE = {
+COMPUTE_DTYPE_FLAG = {
     "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
     "choices": COMPUTE_DTYPES,
 }
-TRAINING_DTYPE = {
+TRAINING_DTYPE_FLAG = {
     "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU; fp8 is bf16 "
     "with 8-bit matrix products, on Ada, Hopper and newer GPUs.",
     "choices": (*COMPUTE_DTYPES, "fp8"),
     "expert": True,
 }
-DEFAULT_MODEL = "THUDM/chatglm-6b"
+DEFAULT_MODEL, DEFAULT_ADAPTER = "THUDM/chatglm-6b", "saved_files/chatGLM_6B_QLoRA_t32"
 DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
 
 LAYER_COUNTS = ("recompute_mlp", "recompute_attention", "dequantized_layers")
@@ -223,7 +223,7 @@ class FinetuneArguments(DownloadArguments):
             "expert": True,
         },
     )
-    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE)
+    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE_FLAG)
     plain: bool = field(
         default=False,
         metadata={
@@ -393,7 +393,7 @@ class InferenceArguments(DownloadArguments):
     """What to answer, with which adapter, and how."""
 
     adapter_path: list[str] = field(
-        default_factory=lambda: [in_repository("saved_files/chatGLM_6B_QLoRA_t32")],
+        default_factory=lambda: [in_repository(DEFAULT_ADAPTER)],
         metadata={
             "help": "Folder of the trained adapter, or with --serve of several; 'none' to ask a base or merged model "
             "alone."
@@ -457,7 +457,7 @@ class InferenceArguments(DownloadArguments):
         },
     )
     port: int = field(default=7860, metadata={"help": "Port that --web or --serve listens on."})
-    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
+    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE_FLAG)
 
     def __post_init__(self) -> None:
         problems = check_positive(self, "max_new_tokens", "batch_size", "max_prompts")

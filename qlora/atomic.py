@@ -1,6 +1,7 @@
 """Folders and files that appear under their final name only when they are complete."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, exceeded quota, file size limit
 
 
 @contextlib.contextmanager

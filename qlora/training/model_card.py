@@ -169,8 +169,13 @@ def write_model_card(
         losses=describe_losses(log_history),
         picture=PICTURE if (folder / PICTURE).is_file() else None,
         settings=describe_settings(args, setup, lora),
-        software=", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        software=library_versions(),
     ).save(folder / CARD)
+
+
+def library_versions() -> str:
+    """The libraries that a run depends on, with their versions."""
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def shown_path(path: str) -> str:

@@ -6,7 +6,6 @@
 import itertools
 import os
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -14,10 +13,10 @@ import torch
 from glm_shared.chat import ChatTokenizer
 from qlora.data.dataset import IGNORE_INDEX, numpy_column, summary
 from qlora.data.row_files import Place
+from qlora.training.model_card import library_versions
 from qlora.training.preflight import Preflight
 from qlora.units import GIB
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 LONGEST_BAR, BARS = 40, 8  # of the histogram: characters of a bar, and lines
 PARTS = {  # (is trained on, is a control token) -> (name, color)
     (False, False): ("prompt", "\033[34m"),  # blue
@@ -58,7 +57,7 @@ def run_table(preflight: Preflight) -> list[tuple[str, str | None]]:
     plan = preflight.plan_table()
     weights = f"{config.multiplied_weights / 1e6:,.1f} million weights" if config else ""
     return [
-        ("versions", ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + f", CUDA {torch.version.cuda}"),
+        ("versions", f"{library_versions()}, CUDA {torch.version.cuda}"),
         ("GPU", describe_gpu(preflight)),
         ("model", f"{args.model_name_or_path}, {weights}, architecture of {config.display_name}" if config else None),
         ("adapter", describe_adapter(preflight)),
