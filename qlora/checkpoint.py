@@ -299,6 +299,19 @@ def empty_model(config: ModelDescription) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config)
 
 
+def linear_layers(config: ModelDescription) -> list[str]:
+    """Names of the linear layers except the head: these are quantized and can have an adapter."""
+    model = empty_model(config)
+    head = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+
+def tied_weights(config: ModelDescription) -> dict[str, str]:
+    """Name of a weight -> that of the other weight that is the same tensor."""
+    tied = architecture_of(config).model_class._tied_weights_keys
+    return dict(tied or {}) if config.tie_word_embeddings else {}
+
+
 def packed_shapes(name: str, numel: int) -> dict[str, Shape | None]:
     """Name -> shape of the tensors in which bitsandbytes stores a weight of `numel` values in NF4."""
     blocks = math.ceil(numel / 64)

@@ -19,7 +19,8 @@ from tqdm import tqdm
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from qlora.atomic import check_room
-from qlora.export.official_folder import parameter_shapes, tied_weights
+from qlora.checkpoint import tied_weights
+from qlora.export.official_folder import parameter_shapes
 
 VERSION = 2  # of the hyperparameters
 ALIGNMENT = 16  # bytes

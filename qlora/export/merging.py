@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_weights, digest_of, load_adapter
-from qlora.checkpoint import check_checkpoint, empty_model, is_finite, is_quantized, weight_files
+from qlora.checkpoint import check_checkpoint, empty_model, is_finite, is_quantized, linear_layers, weight_files
 
 PACKED = ".quant_state.bitsandbytes__nf4"  # suffix of the entry with shape, dtype and block size of a 4-bit weight
 
@@ -66,13 +66,6 @@ def without_storage(config: ModelDescription) -> PreTrainedModel:
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False))
     return model
-
-
-def linear_layers(config: ModelDescription) -> list[str]:
-    """Names of the linear layers except the head: these are quantized and can have an adapter."""
-    model = empty_model(config)
-    head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
 
 
 def weight_deltas(config: ModelDescription, adapter_path: str) -> dict[str, Callable[[], torch.Tensor]]:

@@ -18,9 +18,8 @@ from glm_shared.description import ModelDescription
 from glm_shared.registration import architecture_of
 from qlora.arguments import copy_folder
 from qlora.atomic import check_room, only_process, publish_folder, write_json
-from qlora.checkpoint import empty_model, is_finite
+from qlora.checkpoint import empty_model, is_finite, linear_layers, tied_weights
 from qlora.errors import first_line
-from qlora.export.merging import linear_layers
 from qlora.loading import COPY_SOURCE, is_copy_of
 
 logger = logging.getLogger(__name__)
@@ -198,12 +197,6 @@ def deleted_on_error(folder: Path) -> Iterator[None]:
         if isinstance(error, SafetensorError):
             raise ValueError(f"{folder} cannot be written ({first_line(error)}).") from error
         raise
-
-
-def tied_weights(config: ModelDescription) -> dict[str, str]:
-    """Name of a weight -> that of the other weight that is the same tensor."""
-    tied = architecture_of(config).model_class._tied_weights_keys
-    return dict(tied or {}) if config.tie_word_embeddings else {}
 
 
 def parameter_shapes(config: ModelDescription) -> dict[str, torch.Size]:
