@@ -37,7 +37,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
     Raises:
         ValueError: a target module that the model does not have.
     """
-    linear = sorted(model.config.attention_shapes | model.config.mlp_shapes)
+    linear = sorted(model.config.linear_shapes)
     unknown = [name for name in target_modules if name not in linear]
     if unknown:
         raise ValueError(f"--lora_target_modules: the model has no {', '.join(unknown)}; it has {', '.join(linear)}.")

@@ -270,8 +270,7 @@ def check_shapes(folder: Path, config: ModelDescription, shapes: dict[str, Shape
             f"layers: they do not belong together. {HOW_TO_GET}"
         )
     expected = expected_shapes(config)
-    optional = architecture_of(config).model_class._tied_weights_keys if config.tie_word_embeddings else {}
-    missing = sorted(expected.keys() - shapes.keys() - set(optional or ()))
+    missing = sorted(expected.keys() - shapes.keys() - tied_weights(config).keys())
     unknown = sorted(name for name in shapes.keys() - expected.keys() if not name.endswith(".inv_freq"))
     different = [name for name, shape in shapes.items() if expected.get(name) not in (None, shape)]
     problems = [f"{name} is in none of its weight files" for name in missing]
@@ -284,12 +283,10 @@ def check_shapes(folder: Path, config: ModelDescription, shapes: dict[str, Shape
 
 def expected_shapes(config: ModelDescription) -> dict[str, Shape | None]:
     """Name -> shape of each tensor in the files of a model, in 16 or in 4 bits; None for any shape."""
-    model = empty_model(config)
-    head = model.get_output_embeddings()
-    shapes: dict[str, Shape | None] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, module in model.named_modules():
-        if is_quantized(config) and isinstance(module, torch.nn.Linear) and module is not head:
-            shapes |= packed_shapes(f"{name}.weight", module.weight.numel())
+    tensors = empty_model(config).state_dict()
+    shapes: dict[str, Shape | None] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in linear_layers(config) if is_quantized(config) else []:
+        shapes |= packed_shapes(f"{name}.weight", tensors[f"{name}.weight"].numel())
     return shapes
 
 

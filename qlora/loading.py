@@ -250,8 +250,7 @@ def check_fp8(config: ModelDescription):
     if capability < FP8_CAPABILITY:
         gpu = "{} has compute capability {}.{}".format(torch.cuda.get_device_name(), *capability)
         raise ValueError(f"{gpu}; --compute_dtype fp8 needs 8.9 (Ada) or newer. Leave it out.")
-    shapes = config.attention_shapes | config.mlp_shapes
-    odd = [name for name, shape in shapes.items() if any(width % FP8_MULTIPLE for width in shape)]
+    odd = [name for name, shape in config.linear_shapes.items() if any(width % FP8_MULTIPLE for width in shape)]
     if odd:
         raise ValueError(
             f"--compute_dtype fp8 needs layers whose widths are multiples of {FP8_MULTIPLE}; those of "

@@ -56,7 +56,7 @@ def main():
         args = parse_command_line(CheckArguments)
     model = load_quantized_model(args.model_name_or_path, torch.bfloat16)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
-    names = [*model.config.attention_shapes, *model.config.mlp_shapes]
+    names = [*model.config.linear_shapes]
     print("rank layers tokens  recomputed MLP/attention  cached  offloaded  predicted  reserved  allocated GiB  ratio")
     for number, (rank, layers) in enumerate(ADAPTERS):
         lora = LoraSettings(rank, 32, 0.05, names[:layers])

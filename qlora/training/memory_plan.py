@@ -120,15 +120,10 @@ class Sizes:
         """
         if self.has_kernels:
             return 0
-        shapes = self.config.attention_shapes | self.config.mlp_shapes
-        adapted = [shape for name, shape in shapes.items() if name in self.targets and self.bytes_per_number < 4]
+        shapes = self.config.linear_shapes.items()
+        adapted = [shape for name, shape in shapes if name in self.targets and self.bytes_per_number < 4]
         copies = [max((self.bytes_per_number + 4) * inputs, 4 * outputs) for outputs, inputs in adapted]
         return 2 * self.input_bytes + max(copies, default=0)
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Output and input features of the linear layers of a block."""
-        return list((self.config.attention_shapes | self.config.mlp_shapes).values())
 
     @property
     def bytes_per_weight(self) -> int:
@@ -138,13 +133,12 @@ class Sizes:
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of all weights in e4m3, for the rows of W and of W.T, in fp32."""
-        return 4 * self.layers * sum(map(sum, self.shapes)) if self.fp8 else 0
+        return 4 * self.layers * sum(map(sum, self.config.linear_shapes.values())) if self.fp8 else 0
 
     @property
     def adapter_gradient_bytes(self) -> int:
         """Bytes of the gradients of the largest adapter, fp32, and of the parts that the larger one is a sum of."""
-        shapes = self.config.attention_shapes | self.config.mlp_shapes
-        adapted = [shapes[name] for name in self.targets]
+        adapted = [self.config.linear_shapes[name] for name in self.targets]
         parts = max(MOST_PARTS // max(math.ceil(self.rank / MOST_ROWS), 1), 1)
         return 4 * self.rank * max((sum(shape) + parts * max(shape) for shape in adapted), default=0)
 
