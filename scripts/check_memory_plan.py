@@ -28,6 +28,7 @@ with one_line_on_interrupt():  # these imports take seconds
     from qlora.adapter import add_lora
     from qlora.data.batching import Sample
     from qlora.data.collator import PaddingFreeCollator
+    from qlora.layers.linear import NF4Linear
     from qlora.layers.replacement import replace_layers
     from qlora.loading import load_quantized_model
     from qlora.training.graphs import GraphedPasses
@@ -103,8 +104,8 @@ def sizes_of(model: PreTrainedModel, lora: LoraSettings) -> Sizes:
 def measure(model: PeftModel, plan: MemoryPlan) -> tuple[int, int]:
     """The peaks of reserved and of allocated memory, in bytes."""
     for module in model.modules():
-        if hasattr(module, "cached_weight"):
-            module.cached_weight = None
+        if isinstance(module, NF4Linear):
+            module.cache_dequantized(False)  # before memory is given back
     model.zero_grad()
     gc.collect()
     torch.cuda.empty_cache()

@@ -350,10 +350,9 @@ def apply_plan(model: PeftModel, plan: MemoryPlan):
         block.recompute_mlp = number >= len(layers) - plan.recompute_mlp
         block.recompute_attention = number >= len(layers) - plan.recompute_attention
         block.offload = offload
-        if number < plan.dequantized_layers:
-            for layer in block.modules():
-                if isinstance(layer, NF4Linear):
-                    layer.cache_dequantized()
+        for layer in block.modules():
+            if isinstance(layer, NF4Linear):
+                layer.cache_dequantized(number < plan.dequantized_layers)
     if torch.cuda.is_available():
         if plan.budget is not None:
             torch.cuda.set_per_process_memory_fraction(plan.budget / torch.cuda.mem_get_info()[1])
