@@ -352,7 +352,7 @@ class FinetuneArguments(DownloadArguments):
 
     def adapter_problems(self) -> list[str]:
         """What is wrong with the flags of the adapter."""
-        problems = check_positive(self, "lora_rank")
+        problems = not_positive(self, "lora_rank")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             problems.append(f"--lora_alpha is {self.lora_alpha}; it must be a positive number")
         if not 0 <= self.lora_dropout < 1:
@@ -366,7 +366,7 @@ class FinetuneArguments(DownloadArguments):
 
     def plan_problems(self) -> list[str]:
         """What is wrong with the flags of the memory plan."""
-        problems = check_positive(self, "max_tokens")
+        problems = not_positive(self, "max_tokens")
         values = {name: getattr(self, name) for name in (*LAYER_COUNTS, *OLD_LAYER_COUNTS)}
         problems += [f"--{name} is {v}; it must not be negative" for name, v in values.items() if v and v < 0]
         problems += [
@@ -460,7 +460,7 @@ class InferenceArguments(DownloadArguments):
     compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE_FLAG)
 
     def __post_init__(self) -> None:
-        problems = check_positive(self, "max_new_tokens", "batch_size", "max_prompts")
+        problems = not_positive(self, "max_new_tokens", "batch_size", "max_prompts")
         if self.temperature is not None and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
             problems.append(
                 f"--temperature is {self.temperature}; it must be a finite number from {LOWEST_TEMPERATURE} up"
@@ -510,7 +510,7 @@ def split_weight(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def check_positive(arguments: object, *names: str) -> list[str]:
+def not_positive(arguments: object, *names: str) -> list[str]:
     """A problem for every named field that is given and below 1."""
     values = {name: getattr(arguments, name) for name in names}
     return [f"--{name} is {v}; it must be at least 1" for name, v in values.items() if v is not None and v < 1]

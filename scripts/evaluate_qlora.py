@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora.arguments import COMPUTE_DTYPE_FLAG, DEFAULT_ADAPTER, DownloadArguments, check_positive, in_repository
+from qlora.arguments import COMPUTE_DTYPE_FLAG, DEFAULT_ADAPTER, DownloadArguments, in_repository, not_positive
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
@@ -62,7 +62,7 @@ class EvaluationArguments(DownloadArguments):
     compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE_FLAG)
 
     def __post_init__(self):
-        problems = check_positive(self, "batch_size", "max_prompts")
+        problems = not_positive(self, "batch_size", "max_prompts")
         if problems:
             raise ValueError("; ".join(problems) + ".")
 

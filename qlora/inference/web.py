@@ -27,7 +27,7 @@ SETTINGS = ("do_sample", "top_k", "top_p", "temperature", "max_new_tokens", "see
 BEFORE, AFTER, VISITOR = "微调前 Before", "微调后 After", "你 You"
 YIELDS_PER_UPDATE = 4  # of `stream_answer`, every two tokens; sending each takes longer than generating the tokens
 
-Rounds = list[tuple[str, str, bool]]  # message, reply, and whether it was generated with the adapter
+PageRounds = list[tuple[str, str, bool]]  # message, reply, and whether it was generated with the adapter
 
 
 class Answerer:
@@ -92,7 +92,7 @@ class Page:
         """Yields the answers without and with the adapter; `settings` are the values of `SETTINGS`."""
         yield from self.answerer.stream(Prompt(prompt), (False, True), with_settings(self.args, settings))
 
-    def chat(self, message: str, rounds: Rounds, tuned: bool, *settings) -> Iterator[tuple[str, Rounds, str]]:
+    def chat(self, message: str, rounds: PageRounds, tuned: bool, *settings) -> Iterator[tuple[str, PageRounds, str]]:
         """Continues a conversation.
 
         Args:
@@ -110,7 +110,7 @@ class Page:
             yield "", longer, conversation_html(longer)
 
 
-def conversation_html(rounds: Rounds) -> str:
+def conversation_html(rounds: PageRounds) -> str:
     """A conversation as HTML that shows every text as it is, whatever HTML or Markdown it may look like."""
     bubbles = []
     for message, reply, tuned in rounds:
