@@ -11,7 +11,6 @@ import gc
 import itertools
 import os
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 from qlora.arguments import DEFAULT_MODEL, DownloadArguments, LoraSettings, in_repository
 from qlora.command_line import parse_command_line
@@ -32,8 +31,7 @@ with one_line_on_interrupt():  # these imports take seconds
     from qlora.layers.replacement import replace_layers
     from qlora.loading import load_quantized_model
     from qlora.training.graphs import GraphedPasses
-    from qlora.training.memory_plan import MemoryPlan, Sizes, apply_plan, predict_peak
-    from qlora.training.preflight import model_sizes
+    from qlora.training.memory_plan import MemoryPlan, Sizes, apply_plan, model_sizes, predict_peak
     from qlora.units import GIB
 
 SAMPLE_TOKENS, PROMPT_TOKENS = 100, 36  # about those of AdvertiseGen
@@ -94,11 +92,7 @@ def sizes_of(model: PreTrainedModel, lora: LoraSettings) -> Sizes:
     """What the plan needs to know, as before a run: from a model without weights."""
     with torch.device("meta"):
         empty = add_lora(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype), *lora)
-    trainable = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
-    unquantized = sum(parameter.nbytes for parameter in empty.parameters())
-    args = SimpleNamespace(compute_dtype="bf16")
-    run = SimpleNamespace(args=args, compute_dtype=model.dtype, trainable=trainable, setup=None)
-    return model_sizes(run, model.config, lora, unquantized)
+    return model_sizes(empty, lora, processes=1, fp8=False)
 
 
 def measure(model: PeftModel, plan: MemoryPlan) -> tuple[int, int]:

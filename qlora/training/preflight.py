@@ -27,7 +27,6 @@ from transformers import (
 )
 from transformers.trainer_callback import DefaultFlowCallback
 
-from glm_kernels import kernels_supported
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_settings, add_adapter, base_model_path
@@ -39,7 +38,6 @@ from qlora.data.hub_rows import is_hub_name, with_local_files
 from qlora.errors import first_line, is_main_process
 from qlora.hub.fetch import fetch_model, hub_name
 from qlora.loading import (
-    BITS_PER_QUANTIZED_WEIGHT,
     COPY_SOURCE,
     check_bitsandbytes,
     check_compiler,
@@ -58,7 +56,14 @@ from qlora.training.checkpoints import (
     check_steps_left,
     find_checkpoint,
 )
-from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, memory_budget, plan_without_gpu
+from qlora.training.memory_plan import (
+    MemoryPlan,
+    choose_plan,
+    longest_step,
+    memory_budget,
+    model_sizes,
+    plan_without_gpu,
+)
 from qlora.training.run_lock import check_not_locked
 from qlora.training.same_run import check_same_run, describe_run
 from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
@@ -304,42 +309,11 @@ def check_memory(preflight: Preflight, config: ModelDescription, lora: LoraSetti
             return
         budget = memory_budget(args.memory_budget)
         if setup and preflight.train_samples:
-            unquantized = sum(weight.nbytes for weight in model.parameters())
             lengths = numpy_column(preflight.train_samples, "length").tolist()
-            sizes = model_sizes(preflight, config, lora, unquantized)
+            sizes = model_sizes(model, lora, setup.training_args.world_size, setup.fp8)
             step_tokens = longest_step(lengths, samples_per_step(setup.training_args))
             plan = choose_plan(sizes, step_tokens, max(lengths), budget, fixed)
             preflight.plan = dataclasses.replace(plan, budget=budget if args.memory_budget else None)
-
-
-def model_sizes(preflight: Preflight, config: ModelDescription, lora: LoraSettings, unquantized: int) -> Sizes:
-    """What the memory plan needs to know.
-
-    Args:
-        preflight: with the number of trained parameters.
-        config: of the model.
-        lora: of the adapter.
-        unquantized: bytes of the model in its compute dtype, with the adapter.
-    """
-    dtype = preflight.compute_dtype
-    quantized_weights = config.num_hidden_layers * config.weights_per_layer
-    resident = int(unquantized - quantized_weights * (dtype.itemsize - BITS_PER_QUANTIZED_WEIGHT / 8))
-    return Sizes(
-        config,
-        dtype.itemsize,
-        resident,
-        preflight.trainable or 0,
-        frozenset(lora.target_modules),
-        lora.rank,
-        preflight.setup.training_args.world_size if preflight.setup else 1,
-        gpu_has_kernels(dtype),
-        preflight.args.compute_dtype == "fp8",
-    )
-
-
-def gpu_has_kernels(dtype: torch.dtype) -> bool:
-    """Whether the kernels of attention and adapter are used on the GPU in this dtype."""
-    return kernels_supported(torch.empty(0, dtype=dtype, device="cuda"))
 
 
 def check_output(preflight: Preflight, training_args: TrainingArguments):

@@ -20,7 +20,7 @@ from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.export.official_folder import write_quantized
 from qlora.loading import load_quantized_model
-from qlora.training import preflight
+from qlora.training import memory_plan, preflight
 from qlora.training.memory_plan import GIB
 from qlora.training.preflight import (
     Preflight,
@@ -355,7 +355,7 @@ def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Preflight:
     found.setup = read_training_args(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
     found.train_samples = load_samples(str(genuine_rows), SampleEncoder(genuine_tokenizer, "", 512, 1536))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(preflight, "gpu_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(memory_plan, "gpu_has_kernels", lambda dtype: True)
     return found
 
 
@@ -370,11 +370,17 @@ def test_predicted_memory_is_that_of_the_run(full_size, monkeypatch, budget, pre
 
 
 @pytest.mark.parametrize(("name", "fp8"), [("bf16", False), ("fp8", True)])
-def test_8_bit_products_are_planned(monkeypatch, name, fp8):
-    monkeypatch.setattr(preflight, "gpu_has_kernels", lambda dtype: True)
-    found = Preflight(FinetuneArguments(compute_dtype=name), config=ChatGLMConfig())
-    sizes = preflight.model_sizes(found, found.config, LoraSettings(), unquantized=0)
-    assert (sizes.bytes_per_number, sizes.fp8) == (2, fp8)
+def test_8_bit_products_are_planned(flags, monkeypatch, name, fp8):
+    found, planned_for = run_preflight(FinetuneArguments(**flags)), []
+    found.setup = read_training_args(flags["train_args_json"], compute_dtype=name)
+    found.args.memory_budget = "4GiB"  # plans, although there is no GPU
+    monkeypatch.setattr(preflight, "memory_budget", lambda requested: 4 * GIB)
+    monkeypatch.setattr(memory_plan, "gpu_has_kernels", lambda dtype: True)
+    plan = preflight.choose_plan
+    monkeypatch.setattr(preflight, "choose_plan", lambda sizes, *args: planned_for.append(sizes) or plan(sizes, *args))
+    check_memory(found, found.config, LoraSettings())
+    (sizes,) = planned_for
+    assert (sizes.bytes_per_number, sizes.fp8, sizes.trainable) == (2, fp8, found.trainable)
 
 
 def test_too_little_memory(full_size, monkeypatch):
