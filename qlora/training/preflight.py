@@ -6,26 +6,17 @@
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import get_peft_model_state_dict
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import DefaultFlowCallback
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
@@ -35,7 +26,7 @@ from qlora.atomic import existing_parent
 from qlora.checkpoint import check_checkpoint, check_tokenizer, is_quantized, tokenizer_files
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.data.hub_rows import is_hub_name, with_local_files
-from qlora.errors import first_line, is_main_process
+from qlora.errors import is_main_process
 from qlora.hub.fetch import fetch_model, hub_name
 from qlora.loading import (
     COPY_SOURCE,
@@ -56,6 +47,7 @@ from qlora.training.checkpoints import (
     check_steps_left,
     find_checkpoint,
 )
+from qlora.training.disk_space import DiskSpace, Steps, count_steps, disk_needed
 from qlora.training.memory_plan import (
     MemoryPlan,
     choose_plan,
@@ -64,33 +56,12 @@ from qlora.training.memory_plan import (
     model_sizes,
     plan_without_gpu,
 )
+from qlora.training.optimizer_check import check_optimizer
 from qlora.training.run_lock import check_not_locked
 from qlora.training.same_run import check_same_run, describe_run
 from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_BYTES = 4  # of a trained parameter in a saved adapter, fp32
-OPTIMIZER_BYTES = 12  # of a trained parameter in a saved optimizer: at most three moments (AdEMAMix), fp32
-STATE_BYTES = 2**20  # of other files, each time: schedule, random generators' states, model card, loss.png, ...
-OPTIMIZER_KEYS = ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
-LOG_BYTES = 2**10  # of an entry of the log, in trainer_state.json and for TensorBoard
-
-
-class Steps(NamedTuple):
-    """Numbers of optimizer steps, evaluations and checkpoints of a run, and of entries in its log."""
-
-    steps: int
-    evaluations: int
-    saves: int
-    logs: int
-
-
-class DiskSpace(NamedTuple):
-    """Bytes that a run writes to its output_dir, and bytes that are free there."""
-
-    needed: int
-    free: int
 
 
 @dataclass
@@ -349,58 +320,6 @@ def check_run(preflight: Preflight, training_args: TrainingArguments):
             check_best_checkpoint(checkpoint)
 
 
-def check_optimizer(source: str, args: TrainingArguments, steps: int):
-    """Builds the optimizer and the learning rate schedule for a model of one matrix, and takes two steps.
-
-    Args:
-        source: where the values stand, for the message.
-        args: the values.
-        steps: optimizer steps of the run.
-    Raises:
-        ValueError: a value or a combination that the optimizer or the schedule refuses, or a package that is missing.
-    """
-    weight = torch.nn.Parameter(torch.zeros(8, 8, device=args.device))
-    model = torch.nn.Module()
-    model.register_parameter("weight", weight)
-    nothing_else = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer = Trainer(model, dataclasses.replace(args, output_dir=scratch, push_to_hub=False, **nothing_else))
-            ignored = ignored_by_optimizer(args, model)
-            if ignored:
-                raise ValueError(f"it does not use {', '.join(ignored)}; remove it")
-            trainer.create_optimizer_and_scheduler(steps)
-            for _ in range(2):
-                weight.grad = torch.ones_like(weight)
-                trainer.optimizer.step()
-                trainer.lr_scheduler.step()
-    except (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = first_line(error).removesuffix(".")
-        names = f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}"
-        raise ValueError(f"{source}: {names} cannot be used: {reason}.") from error
-
-
-def ignored_by_optimizer(args: TrainingArguments, model: torch.nn.Module) -> list[str]:
-    """The settings that make no difference to the optimizer, each entry of `optim_args` by itself."""
-
-    def arguments(**changes) -> str:
-        return str(Trainer.get_optimizer_cls_and_kwargs(dataclasses.replace(args, **changes), model))
-
-    given = arguments()
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.name in OPTIMIZER_KEYS}
-    ignored = [
-        name
-        for name, default in defaults.items()
-        if getattr(args, name) != default and arguments(**{name: default}) == given
-    ]
-    entries = args.optim_args.split(",") if args.optim_args else []
-    for entry in entries:
-        others = ",".join(other for other in entries if other != entry)
-        if arguments(optim_args=others) == given:
-            ignored.append(f"optim_args {entry.strip()}")
-    return ignored
-
-
 def check_disk(preflight: Preflight, training_args: TrainingArguments):
     """ValueError unless output_dir can be written to and there is room for everything that the run will write."""
     output_dir = training_args.output_dir
@@ -420,53 +339,3 @@ def check_disk(preflight: Preflight, training_args: TrainingArguments):
                 f"output_dir {output_dir} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free. Make room, or "
                 "set save_total_limit in the JSON."
             )
-
-
-def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
-    """Optimizer steps, evaluations and checkpoints of a run, as the Trainer's own control flow has them.
-
-    Raises:
-        ValueError: there would be no step at all.
-    """
-    step_samples = samples_per_step(args) * args.world_size
-    if args.dataloader_drop_last and num_samples < step_samples:
-        raise ValueError(
-            f"a step takes {step_samples} samples, there are {num_samples}, and dataloader_drop_last drops the "
-            "last step of an epoch if it is not full: there is nothing to train. Set it to false in the JSON."
-        )
-    rounded = math.floor if args.dataloader_drop_last else math.ceil
-    steps_per_epoch = rounded(num_samples / step_samples)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    state, flow = TrainerState(max_steps=steps), DefaultFlowCallback()
-    state.compute_steps(args, steps)
-    evaluations, saves, logged = int(args.eval_on_start), 0, set()
-    for step in range(1, steps + 1):
-        state.global_step, state.epoch = step, step / steps_per_epoch
-        ends = [flow.on_step_end] + [flow.on_epoch_end] * (step % steps_per_epoch == 0 or step == steps)
-        for end in ends:
-            control = TrainerControl()
-            end(args, state, control)
-            evaluations, saves = evaluations + control.should_evaluate, saves + control.should_save
-            if control.should_log or control.should_evaluate or control.should_save:
-                logged.add(step)
-    if args.save_strategy == "best":
-        saves = evaluations  # at most
-    return Steps(steps, evaluations, saves, len(logged) + evaluations + 1)  # 1: the summary
-
-
-def disk_needed(args: TrainingArguments, steps: Steps, trainable: int, tokenizer: int) -> int:
-    """Bytes of the checkpoints that exist at once, and of the adapter at the end, at most.
-
-    Args:
-        args: of the run.
-        steps: numbers of checkpoints and of entries in the log.
-        trainable: parameters of the adapter.
-        tokenizer: bytes of the tokenizer's files, which each checkpoint has.
-    """
-    adapter = trainable * ADAPTER_BYTES + tokenizer + STATE_BYTES + steps.logs * LOG_BYTES
-    optimizer = 0 if args.save_only_model else trainable * OPTIMIZER_BYTES
-    limit = args.save_total_limit or 0
-    if limit > 0:  # an old one is deleted after the new one is written; the best and the newest one are kept
-        limit = max(limit, 2 if args.metric_for_best_model else 1) + 1
-    checkpoints = min(steps.saves, limit) if limit > 0 else steps.saves
-    return checkpoints * (adapter + optimizer) + adapter

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, copy_tokenizer, write_rows
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import train_qlora
 from chatglm import ChatGLMConfig
@@ -21,18 +20,10 @@ from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.export.official_folder import write_quantized
 from qlora.loading import load_quantized_model
 from qlora.training import memory_plan, preflight
+from qlora.training.disk_space import LOG_BYTES, STATE_BYTES, Steps
 from qlora.training.memory_plan import GIB
-from qlora.training.preflight import (
-    Preflight,
-    Steps,
-    check_memory,
-    check_optimizer,
-    count_steps,
-    disk_needed,
-    run_preflight,
-)
+from qlora.training.preflight import Preflight, check_memory, run_preflight
 from qlora.training.preflight_report import describe, histogram, show_sample
-from qlora.training.trainer import LogBeforeSaving
 from qlora.training.training_args import read_training_args
 
 
@@ -103,7 +94,7 @@ def test_predictions_hold_for_the_run(flags, values):
     assert len(checkpoints) == predicted_run.steps.saves
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     assert len(log) == predicted_run.steps.logs
-    state = (predicted_run.steps.saves + 1) * (preflight.STATE_BYTES + preflight.LOG_BYTES * len(log))
+    state = (predicted_run.steps.saves + 1) * (STATE_BYTES + LOG_BYTES * len(log))
     assert predicted_run.disk.needed - state < written < predicted_run.disk.needed
 
 
@@ -220,25 +211,6 @@ def test_output_dir_that_cannot_be_written_to(flags, values, tmp_path, place):
     assert "file cannot be written to (Not a directory)" in problem_of(flags)
 
 
-@pytest.mark.parametrize(
-    ("changes", "checkpoints"),
-    [
-        ({"save_strategy": "no"}, 0),
-        ({}, 6),
-        ({"save_total_limit": 2}, 3),
-        ({"save_total_limit": 1}, 2),
-        # The best and the newest one are kept, and a third one is being written.
-        ({"save_total_limit": 1, "metric_for_best_model": "loss"}, 3),
-    ],
-)
-def test_disk_has_room_for_all_checkpoints_that_exist_at_once(flags, values, changes, checkpoints):
-    edit_json(flags, values, save_steps=2, **changes)
-    args = read_training_args(flags["train_args_json"]).training_args
-    steps = Steps(steps=12, evaluations=3, saves=6 if args.save_strategy == "steps" else 0, logs=4)
-    others = preflight.STATE_BYTES + 4 * preflight.LOG_BYTES
-    assert disk_needed(args, steps, trainable=0, tokenizer=0) == (checkpoints + 1) * others  # 1: the result
-
-
 def test_full_disk(flags, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     assert re.search(r"output_dir .* needs 0\.01 GB and has 0\.00 GB free.*save_total_limit", problem_of(flags))
@@ -272,24 +244,6 @@ def test_optimizer_and_schedule_that_cannot_be_made(flags, values, changes, reas
     edit_json(flags, values, **changes)
     problem = problem_of(flags)
     assert re.search(rf"args\.json: optim \w+ with lr_scheduler_type \w+ cannot be used: .*{reason}", problem), problem
-    assert not Path(values["output_dir"]).exists()
-
-
-@pytest.mark.parametrize(
-    "optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_8bit", "paged_adamw_8bit"]
-)
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {"lr_scheduler_type": "cosine", "warmup_steps": 3},
-        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}},
-        {"lr_scheduler_type": "constant"},
-    ],
-)
-def test_optimizers_and_schedules_that_can_be_made(values, optim, schedule):
-    schedule = schedule | ({"optim_args": "momentum=0.9, nesterov=true"} if optim == "sgd" else {})
-    args = TrainingArguments(output_dir=values["output_dir"], optim=optim, use_cpu=True, report_to="none", **schedule)
-    check_optimizer("args.json", args, 12)
     assert not Path(values["output_dir"]).exists()
 
 
@@ -387,67 +341,6 @@ def test_too_little_memory(full_size, monkeypatch):
     monkeypatch.setattr(preflight, "memory_budget", lambda requested: 3 * GIB)
     check_memory(full_size, full_size.config, LoraSettings())
     assert full_size.plan is None and "3.00 GiB of GPU memory are too little" in full_size.problems[0]
-
-
-# Numbers of steps, evaluations and checkpoints, compared with those of the Trainer.
-
-
-class Line(torch.nn.Module):
-    """A model with one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> dict:
-        return {"loss": (self.weight * x).square().mean()}
-
-
-class Counter(TrainerCallback):
-    """Counts steps, evaluations and checkpoints of a Trainer."""
-
-    steps = evaluations = saves = logs = 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps += 1
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.evaluations += 1
-
-    def on_save(self, args, state, control, **kwargs):
-        self.saves += 1
-
-    def on_log(self, args, state, control, **kwargs):
-        self.logs += 1
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_train_epochs": 3},
-        {"num_train_epochs": 1.5, "save_steps": 0.3, "eval_steps": 0.2},
-        {"max_steps": 7, "save_steps": 3, "eval_steps": 2},
-        {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 2.5},
-        {"save_strategy": "no", "eval_strategy": "no"},
-        {"eval_on_start": True, "eval_steps": 100, "eval_delay": 2, "dataloader_drop_last": True},
-        {"save_steps": 100, "per_device_train_batch_size": 64},
-        {"logging_strategy": "epoch", "num_train_epochs": 3, "save_steps": 4},
-        {"logging_steps": 2, "logging_first_step": True, "save_strategy": "no"},
-    ],
-)
-def test_counted_steps_are_those_of_the_trainer(tmp_path, settings):
-    defaults = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 2}
-    defaults |= {"eval_strategy": "steps", "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-    args = TrainingArguments(output_dir=str(tmp_path), **defaults | settings)
-    rows = [{"x": torch.ones(1)}] * 37
-    # As in `QLoRATrainer`, a batch has all samples of a step.
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    step_args = TrainingArguments(
-        **args.to_dict() | {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
-    )
-    counter = Counter()
-    Trainer(Line(), step_args, train_dataset=rows, eval_dataset=rows, callbacks=[LogBeforeSaving(), counter]).train()
-    assert count_steps(args, len(rows)) == Steps(counter.steps, counter.evaluations, counter.saves, counter.logs)
 
 
 # The report.
