@@ -14,7 +14,7 @@ STATE_BYTES = 2**20  # of other files, each time: schedule, random generators' s
 LOG_BYTES = 2**10  # of an entry of the log, in trainer_state.json and for TensorBoard
 
 
-class Steps(NamedTuple):
+class RunCounts(NamedTuple):
     """Numbers of optimizer steps, evaluations and checkpoints of a run, and of entries in its log."""
 
     steps: int
@@ -30,7 +30,7 @@ class DiskSpace(NamedTuple):
     free: int
 
 
-def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
+def count_steps(args: TrainingArguments, num_samples: int) -> RunCounts:
     """Optimizer steps, evaluations and checkpoints of a run, as the Trainer's own control flow has them.
 
     Raises:
@@ -59,22 +59,22 @@ def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
                 logged.add(step)
     if args.save_strategy == "best":
         saves = evaluations  # at most
-    return Steps(steps, evaluations, saves, len(logged) + evaluations + 1)  # 1: the summary
+    return RunCounts(steps, evaluations, saves, len(logged) + evaluations + 1)  # 1: the summary
 
 
-def disk_needed(args: TrainingArguments, steps: Steps, trainable: int, tokenizer: int) -> int:
+def disk_needed(args: TrainingArguments, counts: RunCounts, trainable: int, tokenizer: int) -> int:
     """Bytes of the checkpoints that exist at once, and of the adapter at the end, at most.
 
     Args:
         args: of the run.
-        steps: numbers of checkpoints and of entries in the log.
+        counts: numbers of checkpoints and of entries in the log.
         trainable: parameters of the adapter.
         tokenizer: bytes of the tokenizer's files, which each checkpoint has.
     """
-    adapter = trainable * ADAPTER_BYTES + tokenizer + STATE_BYTES + steps.logs * LOG_BYTES
+    adapter = trainable * ADAPTER_BYTES + tokenizer + STATE_BYTES + counts.logs * LOG_BYTES
     optimizer = 0 if args.save_only_model else trainable * OPTIMIZER_BYTES
     limit = args.save_total_limit or 0
     if limit > 0:  # an old one is deleted after the new one is written; the best and the newest one are kept
         limit = max(limit, 2 if args.metric_for_best_model else 1) + 1
-    checkpoints = min(steps.saves, limit) if limit > 0 else steps.saves
+    checkpoints = min(counts.saves, limit) if limit > 0 else counts.saves
     return checkpoints * (adapter + optimizer) + adapter

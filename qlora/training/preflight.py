@@ -47,7 +47,7 @@ from qlora.training.checkpoints import (
     check_steps_left,
     find_checkpoint,
 )
-from qlora.training.disk_space import DiskSpace, Steps, count_steps, disk_needed
+from qlora.training.disk_space import DiskSpace, RunCounts, count_steps, disk_needed
 from qlora.training.memory_plan import (
     MemoryPlan,
     choose_plan,
@@ -79,7 +79,7 @@ class Preflight:
         lora: settings of the adapter, by the flags or by `--init_adapter`.
         adapter: its tensors, without values.
         plan: the memory plan; None for the plain path, too.
-        steps: numbers of steps, evaluations and checkpoints.
+        counts: numbers of steps, evaluations and checkpoints.
         disk: bytes needed and free.
         copy_source: what a 4-bit copy is to be made from, if `--save_4bit` asks for one that is not there.
         run: what defines the run, see `describe_run`.
@@ -97,7 +97,7 @@ class Preflight:
     lora: LoraSettings | None = None
     adapter: dict[str, torch.Tensor] | None = None
     plan: MemoryPlan | None = None
-    steps: Steps | None = None
+    counts: RunCounts | None = None
     disk: DiskSpace | None = None
     copy_source: dict | None = None
     run: dict | None = None
@@ -292,7 +292,7 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
     args = preflight.args
     with preflight.collect_problems():
         if preflight.train_samples:
-            preflight.steps = count_steps(training_args, len(preflight.train_samples))
+            preflight.counts = count_steps(training_args, len(preflight.train_samples))
     with preflight.collect_problems():
         preflight.resume_from = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
         if preflight.resume_from and preflight.lora:
@@ -302,7 +302,7 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
         check_run(preflight, training_args)
     with preflight.collect_problems():
         source = f"{args.train_args_json} and the command line" if args.training_args else args.train_args_json
-        check_optimizer(source, training_args, preflight.steps.steps if preflight.steps else 1)
+        check_optimizer(source, training_args, preflight.counts.steps if preflight.counts else 1)
     with preflight.collect_problems():
         check_disk(preflight, training_args)
 
@@ -310,12 +310,12 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
 def check_run(preflight: Preflight, training_args: TrainingArguments):
     """Describes the run, and checks that a resumed one is that of its checkpoint, and has something to do."""
     args, setup, samples, checkpoint = preflight.args, preflight.setup, preflight.train_samples, preflight.resume_from
-    if not (setup and samples and preflight.adapter and preflight.steps):
+    if not (setup and samples and preflight.adapter and preflight.counts):
         return
     preflight.run = describe_run(args, setup, len(samples), preflight.adapter)
     if checkpoint:
         check_same_run(checkpoint, preflight.run)
-        check_steps_left(checkpoint, training_args.output_dir, preflight.steps.steps)
+        check_steps_left(checkpoint, training_args.output_dir, preflight.counts.steps)
         if training_args.load_best_model_at_end:
             check_best_checkpoint(checkpoint)
 
@@ -328,10 +328,10 @@ def check_disk(preflight: Preflight, training_args: TrainingArguments):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"output_dir {output_dir}: {folder} cannot be written to ({error.strerror}).") from error
-    if preflight.steps and preflight.trainable:
+    if preflight.counts and preflight.trainable:
         model_folder = Path(preflight.args.model_name_or_path)
         tokenizer = sum((model_folder / name).stat().st_size for name in tokenizer_files(model_folder))
-        needed = disk_needed(training_args, preflight.steps, preflight.trainable, tokenizer)
+        needed = disk_needed(training_args, preflight.counts, preflight.trainable, tokenizer)
         free = shutil.disk_usage(folder).free
         preflight.disk = DiskSpace(needed, free)
         if needed > free:

@@ -53,7 +53,7 @@ def indented(text: str) -> str:
 
 def run_table(preflight: Preflight) -> list[tuple[str, str | None]]:
     """Names and values of what is known of machine, model and run; a value is None if it is not known."""
-    args, config, steps, disk = preflight.args, preflight.config, preflight.steps, preflight.disk
+    args, config, counts, disk = preflight.args, preflight.config, preflight.counts, preflight.disk
     plan = preflight.plan_table()
     weights = f"{config.multiplied_weights / 1e6:,.1f} million weights" if config else ""
     return [
@@ -63,7 +63,7 @@ def run_table(preflight: Preflight) -> list[tuple[str, str | None]]:
         ("adapter", describe_adapter(preflight)),
         ("arithmetic", preflight.setup and preflight.setup.arithmetic),
         ("resumes", preflight.resume_from and f"from {preflight.resume_from}"),
-        ("steps", steps and f"{steps.steps:,}, evaluations {steps.evaluations:,}, checkpoints {steps.saves:,}"),
+        ("steps", counts and f"{counts.steps:,}, evaluations {counts.evaluations:,}, checkpoints {counts.saves:,}"),
         ("disk", disk and f"at most {disk.needed / 1e6:,.1f} MB for output_dir, of {disk.free / 1e6:,.0f} MB free"),
         ("memory", plan and plan.strip().replace("\n  ", "\n")),
     ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from qlora.training.disk_space import LOG_BYTES, STATE_BYTES, Steps, count_steps, disk_needed
+from qlora.training.disk_space import LOG_BYTES, STATE_BYTES, RunCounts, count_steps, disk_needed
 from qlora.training.trainer import LogBeforeSaving
 
 
@@ -21,9 +21,9 @@ from qlora.training.trainer import LogBeforeSaving
 )
 def test_disk_has_room_for_all_checkpoints_that_exist_at_once(tmp_path, changes, checkpoints):
     args = TrainingArguments(output_dir=str(tmp_path), save_steps=2, report_to="none", use_cpu=True, **changes)
-    steps = Steps(steps=12, evaluations=3, saves=6 if args.save_strategy == "steps" else 0, logs=4)
+    counts = RunCounts(steps=12, evaluations=3, saves=6 if args.save_strategy == "steps" else 0, logs=4)
     others = STATE_BYTES + 4 * LOG_BYTES
-    assert disk_needed(args, steps, trainable=0, tokenizer=0) == (checkpoints + 1) * others  # 1: the result
+    assert disk_needed(args, counts, trainable=0, tokenizer=0) == (checkpoints + 1) * others  # 1: the result
 
 
 class Line(torch.nn.Module):
@@ -81,4 +81,4 @@ def test_counted_steps_are_those_of_the_trainer(tmp_path, settings):
     )
     counter = Counter()
     Trainer(Line(), step_args, train_dataset=rows, eval_dataset=rows, callbacks=[LogBeforeSaving(), counter]).train()
-    assert count_steps(args, len(rows)) == Steps(counter.steps, counter.evaluations, counter.saves, counter.logs)
+    assert count_steps(args, len(rows)) == RunCounts(counter.steps, counter.evaluations, counter.saves, counter.logs)

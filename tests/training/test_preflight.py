@@ -20,7 +20,7 @@ from qlora.data.dataset import SampleEncoder, load_samples
 from qlora.export.official_folder import write_quantized
 from qlora.loading import load_quantized_model
 from qlora.training import memory_plan, preflight
-from qlora.training.disk_space import LOG_BYTES, STATE_BYTES, Steps
+from qlora.training.disk_space import LOG_BYTES, STATE_BYTES, RunCounts
 from qlora.training.memory_plan import GIB
 from qlora.training.preflight import Preflight, check_memory, run_preflight
 from qlora.training.preflight_report import describe, histogram, show_sample
@@ -77,7 +77,7 @@ def test_run_without_problems(flags, tiny_checkpoint, tiny_config):
     assert found.config.multiplied_weights == tiny_config.multiplied_weights
     assert (len(found.train_samples), len(found.eval_samples)) == (48, 11)
     # 5 steps evaluate or save, and log before: 4, 5, 8, 10 and 12; then the 3 evaluations and the summary.
-    assert found.steps == Steps(steps=12, evaluations=3, saves=3, logs=9)
+    assert found.counts == RunCounts(steps=12, evaluations=3, saves=3, logs=9)
     model = add_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.05, ["query_key_value"])
     assert found.trainable == model.get_nb_trainable_parameters()[0]
     assert 0 < found.disk.needed < found.disk.free
@@ -88,13 +88,13 @@ def test_predictions_hold_for_the_run(flags, values):
     run_main(flags)
     output = Path(values["output_dir"])
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    assert log[-1]["step"] == predicted_run.steps.steps
-    assert sum("eval_loss" in entry for entry in log) == predicted_run.steps.evaluations
+    assert log[-1]["step"] == predicted_run.counts.steps
+    assert sum("eval_loss" in entry for entry in log) == predicted_run.counts.evaluations
     checkpoints = list(output.glob("checkpoint-*"))
-    assert len(checkpoints) == predicted_run.steps.saves
+    assert len(checkpoints) == predicted_run.counts.saves
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    assert len(log) == predicted_run.steps.logs
-    state = (predicted_run.steps.saves + 1) * (STATE_BYTES + LOG_BYTES * len(log))
+    assert len(log) == predicted_run.counts.logs
+    state = (predicted_run.counts.saves + 1) * (STATE_BYTES + LOG_BYTES * len(log))
     assert predicted_run.disk.needed - state < written < predicted_run.disk.needed
 
 
