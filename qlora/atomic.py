@@ -87,13 +87,12 @@ def only_process(folder: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_room(folder: Path, needed: int):
-    """ValueError if the disk of a folder has fewer than `needed` bytes free."""
+def check_room(what: str, folder: Path, needed: int, advice: str):
+    """ValueError if the disk of a folder has fewer than `needed` bytes free; `what` needs them."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"--output_dir needs {needed / 1e9:.2f} GB, and {folder.parent} has {free / 1e9:.2f} GB free. Make room, "
-            "or name a folder on another disk."
+            f"{what} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free. Make room, or {advice}."
         )
 
 

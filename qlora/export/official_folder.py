@@ -58,7 +58,7 @@ def write_checkpoint(
     plan = split_torch_state_dict_into_shards(
         entries.sizes, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=shard_size
     )
-    check_room(target, plan.metadata["total_size"])
+    check_room("--output_dir", target, plan.metadata["total_size"], "name a folder on another disk")
     for filename, names in tqdm(plan.filename_to_tensors.items(), desc="Writing files", disable=not plan.is_sharded):
         torch.save({name: entries(name) for name in names}, target / filename)
     if plan.is_sharded:

@@ -22,7 +22,7 @@ from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_settings, add_adapter, base_model_path
 from qlora.arguments import FinetuneArguments, LoraSettings, copy_folder
-from qlora.atomic import existing_parent
+from qlora.atomic import check_room, existing_parent
 from qlora.checkpoint import check_checkpoint, check_tokenizer, is_quantized, tokenizer_files
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.data.hub_rows import is_hub_name, with_local_files
@@ -193,20 +193,17 @@ def check_save_4bit(preflight: Preflight, config: ModelDescription):
     """Checks that a 4-bit copy of the model can be written, unless it is there."""
     path, dtype = preflight.args.model_name_or_path, preflight.compute_dtype
     with preflight.collect_problems():
-        target, needed, source = copy_folder(path), quantized_bytes(config, dtype), copy_source(path, dtype)
+        target, source = copy_folder(path), copy_source(path, dtype)
         if is_quantized(config) or is_copy_of(target, source):
             return
-        free = shutil.disk_usage(target.parent).free
         if target.exists() and not (target / COPY_SOURCE).is_file():
-            problem = f"{target} exists, and was not written by it: move it, or name it with --model_name_or_path"
-        elif not os.access(target.parent, os.W_OK):
-            problem = f"{target.parent}, beside the model's folder, cannot be written to: leave it out"
-        elif needed > free:
-            problem = f"it needs {needed / 1e9:.1f} GB, and {target.parent} has {free / 1e9:.1f} GB free: make room"
-        else:
-            preflight.copy_source = source
-            return
-        raise ValueError(f"--save_4bit: {problem}.")
+            advice = "move it, or name it with --model_name_or_path"
+            raise ValueError(f"--save_4bit: {target} exists, and was not written by it: {advice}.")
+        if not os.access(target.parent, os.W_OK):
+            place = f"{target.parent}, beside the model's folder,"
+            raise ValueError(f"--save_4bit: {place} cannot be written to: leave it out.")
+        check_room("--save_4bit", target.parent, quantized_bytes(config, dtype), "leave it out")
+        preflight.copy_source = source
 
 
 def check_gpu(preflight: Preflight):
@@ -332,10 +329,5 @@ def check_disk(preflight: Preflight, training_args: TrainingArguments):
         model_folder = Path(preflight.args.model_name_or_path)
         tokenizer = sum((model_folder / name).stat().st_size for name in tokenizer_files(model_folder))
         needed = disk_needed(training_args, preflight.counts, preflight.trainable, tokenizer)
-        free = shutil.disk_usage(folder).free
-        preflight.disk = DiskSpace(needed, free)
-        if needed > free:
-            raise ValueError(
-                f"output_dir {output_dir} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free. Make room, or "
-                "set save_total_limit in the JSON."
-            )
+        preflight.disk = DiskSpace(needed, shutil.disk_usage(folder).free)
+        check_room(f"output_dir {output_dir}", folder, needed, "set save_total_limit in the JSON")

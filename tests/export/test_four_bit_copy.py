@@ -155,7 +155,8 @@ def test_copy_that_cannot_be_written_is_reported_before_the_run(golden_folder, m
     usage = namedtuple("usage", "total used free")(0, 0, 1000)
     with monkeypatch.context() as patch:
         patch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
-        assert "0.0 GB free: make room" in problems(golden_folder)[0]
+        (problem,) = problems(golden_folder)
+        assert problem == "--save_4bit needs 0.00 GB, and its disk has 0.00 GB free. Make room, or leave it out."
     with monkeypatch.context() as patch:
         patch.setattr(preflight.os, "access", lambda path, mode: False)
         assert "cannot be written to: leave it out" in problems(golden_folder)[0]
