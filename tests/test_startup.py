@@ -26,7 +26,7 @@ import sys
 import train_qlora
 sys.argv = ["train_qlora.py", "--check", *{flags!r}]
 train_qlora.main()
-import qlora.layers.replacement, qlora.export.official_folder, qlora.training.trainer
+import qlora.layers.replacement, qlora.export.four_bit_copy, qlora.training.trainer
 print("imported", [name for name in {NOT_NEEDED!r} if name in sys.modules])
 """
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import train_qlora
 from qlora.arguments import FinetuneArguments, copy_folder
 from qlora.export import official_folder
-from qlora.export.official_folder import save_copy
+from qlora.export.four_bit_copy import save_copy
 from qlora.loading import COPY_SOURCE, copy_source, find_copy, load_quantized_model, load_tokenizer
 from qlora.training import preflight
 

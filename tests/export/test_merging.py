@@ -16,8 +16,8 @@ from chatglm.chat import CHAT_TEMPLATE
 from qlora.adapter import load_adapter
 from qlora.atomic import atomic_folder
 from qlora.checkpoint import check_checkpoint, weight_files
+from qlora.export.four_bit_copy import write_quantized
 from qlora.export.merging import WeightReader, merged_tensors
-from qlora.export.official_folder import write_quantized
 from qlora.loading import load_quantized_model, load_tokenizer
 
 MODULES = ["query_key_value", "dense_h_to_4h"]

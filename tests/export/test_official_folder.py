@@ -17,8 +17,9 @@ from qlora.adapter import add_lora
 from qlora.checkpoint import check_checkpoint, linear_layers, read_config, weight_files
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
+from qlora.export.four_bit_copy import write_quantized
 from qlora.export.merging import WeightReader
-from qlora.export.official_folder import quantize_rows, write_checkpoint, write_quantized
+from qlora.export.official_folder import quantize_rows, write_checkpoint
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model, load_tokenizer
 

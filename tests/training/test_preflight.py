@@ -17,7 +17,7 @@ from qlora import loading
 from qlora.adapter import add_lora
 from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.data.dataset import SampleEncoder, load_samples
-from qlora.export.official_folder import write_quantized
+from qlora.export.four_bit_copy import write_quantized
 from qlora.loading import load_quantized_model
 from qlora.training import memory_plan, preflight
 from qlora.training.disk_space import LOG_BYTES, STATE_BYTES, RunCounts
