@@ -185,10 +185,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{found} names no weight files. {HOW_TO_GET}")
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
-        raise ValueError(f"{found} names files outside its folder: {outside[0]!r}.")
+        raise ValueError(f"{found} names files outside its folder: {outside[0]!r}. {HOW_TO_GET}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(names)} weight files are missing: {missing[0]} ...")
+        first = f"{len(missing)} of {len(names)} weight files are missing, the first is {missing[0]}"
+        raise FileNotFoundError(f"{folder}: {first}. {HOW_TO_GET}")
     return [folder / name for name in names]
 
 
