@@ -328,6 +328,15 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return tensor.numel() == 0 or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
+def check_finite(path: str, name: str, tensors: list[torch.Tensor], dtype: torch.dtype):
+    """ValueError if the tensors of the weight `name` in a folder, which were converted to a dtype, are not finite."""
+    if not all(map(is_finite, tensors)):
+        raise ValueError(
+            f"{path}: {name} is not finite (NaN or infinity) in {dtype}. Download the weights again, or choose bf16 "
+            "with --compute_dtype if they are beyond the range of fp16."
+        )
+
+
 def functions_called(path: Path) -> list[str]:
     """The functions that loading a torch.save file would call, except constructors of tensors and numpy arrays."""
     with safe_globals():  # allows numpy's constructors, since the Trainer saves the state of numpy's generator
