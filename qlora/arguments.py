@@ -378,7 +378,7 @@ class FinetuneArguments(DownloadArguments):
             try:
                 parse_size(self.memory_budget)
             except ValueError as error:
-                problems.append(str(error).removesuffix("."))
+                problems.append(f"--memory_budget {error}")
         planned = ("memory_budget", *PLAN_FLAGS, *OLD_LAYER_COUNTS)
         ignored = [f"--{name}" for name in planned if getattr(self, name) is not None]
         if self.plain and ignored:
