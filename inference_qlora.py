@@ -45,8 +45,8 @@ def main():
         from qlora.checkpoint import check_checkpoint
         from qlora.hub.fetch import fetch_model
         from qlora.inference.decoding import make_sampler
-        from qlora.inference.serve_checks import check_serve
-        from qlora.inference.web import Answerer, Page, check_web
+        from qlora.inference.serve_checks import check_serve, check_web
+        from qlora.inference.web import Answerer, Page
         from qlora.layers.replacement import replace_layers
         from qlora.loading import (
             advice_if_out_of_memory,

@@ -98,7 +98,7 @@ def prepare(preflight: "Preflight") -> "QLoRATrainer":
     import torch
 
     from qlora.adapter import add_adapter
-    from qlora.export.official_folder import save_copy
+    from qlora.export.four_bit_copy import save_copy
     from qlora.layers.replacement import replace_layers
     from qlora.loading import load_quantized_model
     from qlora.training.memory_plan import apply_plan, set_activation_checkpointing

@@ -42,7 +42,7 @@ CHAT_TEMPLATE = r"""
 """
 
 
-def build_prompt(query: str, history: Rounds | None = None, system: str = "") -> str:
+def build_prompt(query: str, history: Rounds = (), system: str = "") -> str:
     """The prompt in the format that the model was trained on.
 
     Args:
@@ -53,7 +53,7 @@ def build_prompt(query: str, history: Rounds | None = None, system: str = "") ->
         The query itself without a history; with one, numbered rounds that end where the answer to the query begins.
     Source: modeling_chatglm.py of THUDM/chatglm-6b.
     """
-    rounds = [*(history or ()), (query, "")]
+    rounds = [*history, (query, "")]
     if system:
         rounds[0] = (f"{system}\n{rounds[0][0]}", rounds[0][1])
     if len(rounds) == 1:

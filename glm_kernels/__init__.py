@@ -1,17 +1,5 @@
 """Triton kernels for training and running the models on NVIDIA GPUs.
 
-    attention.py         attention within the samples of a row, and its gradient
-    cross_entropy.py     cross-entropy, and its gradient in place of the logits
-    decode_attention.py  attention of one new token, with rotary positions and cache update
-    fp8.py               8-bit operands of matrix products; fp8_reference.py in plain PyTorch
-    layer_norm.py        layer norm, and its gradient joined with that of the residual
-    lora.py              products with the LoRA matrices, with dropout; lora_reference.py in plain PyTorch
-    nf4.py               dequantization of NF4 weights
-    nf4_linear.py        product of a few tokens with a packed NF4 weight
-    rms_norm.py          RMS norm, and its gradient joined with that of the residual
-    rotary.py            rotary positions of queries and keys, in place
-    swiglu.py            gated activation, and its gradient
-
 This file does not import Triton: code that also runs without a GPU needs TILE and `kernels_supported` from it.
 
 On a GPU older than Ampere, `dequantize` and `cross_entropy_in_place` run, which have no matrix products. For `tl.dot`

@@ -72,6 +72,11 @@ class ModelDescription:
         """Name -> (outputs, inputs) of the linear layers in an MLP: the one before, the one after the activation."""
         raise NotImplementedError
 
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """Name -> (outputs, inputs) of all linear layers in a block."""
+        return self.attention_shapes | self.mlp_shapes
+
     def problems(self) -> list[str]:
         """What is wrong with sizes that are positive each by itself, a sentence each."""
         raise NotImplementedError
@@ -102,7 +107,7 @@ class ModelDescription:
     @property
     def weights_per_layer(self) -> int:
         """Number of weights in the matrices of a block."""
-        return count_weights(self.attention_shapes) + count_weights(self.mlp_shapes)
+        return count_weights(self.linear_shapes)
 
     @property
     def head_weights(self) -> int:

@@ -1,7 +1,8 @@
 """QLoRA fine-tuning of ChatGLM-6B, from rows of text to an adapter in use.
 
-data/ turns rows into batches, layers/ has the 4-bit layers, training/ one training run, inference/ answers,
-evaluation/ scores, export/ model folders for other programs. The modules here serve all of them.
+hub/ downloads models, data/ turns rows into batches, layers/ has the 4-bit layers, training/ one training run,
+inference/ answers, evaluation/ scores, export/ model folders for other programs, benchmark/ measurements. The modules
+here serve all of them.
 """
 
 import logging

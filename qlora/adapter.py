@@ -37,7 +37,7 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float, ta
     Raises:
         ValueError: a target module that the model does not have.
     """
-    linear = sorted(model.config.attention_shapes | model.config.mlp_shapes)
+    linear = sorted(model.config.linear_shapes)
     unknown = [name for name in target_modules if name not in linear]
     if unknown:
         raise ValueError(f"--lora_target_modules: the model has no {', '.join(unknown)}; it has {', '.join(linear)}.")
@@ -80,7 +80,10 @@ def adapter_config(path: str) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(path)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not the configuration of an adapter ({first_line(error)}).") from error
+        raise ValueError(
+            f"{file} is not the configuration of an adapter ({first_line(error)}): copy it there again, or train the "
+            "adapter anew."
+        ) from error
     check_plain_lora(path, config)
     problem = config_problem(config)
     if problem:
@@ -158,17 +161,15 @@ def adapter_weights(path: str) -> dict[str, torch.Tensor]:
         FileNotFoundError: there are none.
         ValueError: they are damaged, hold anything else than tensors, or have a value that is not finite.
     """
-    files = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    files, advice = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME), "copy them there again, or train the adapter anew"
     if not any((Path(path) / name).is_file() for name in files):
-        raise FileNotFoundError(
-            f"the adapter in {path} has no weights ({' or '.join(files)}): copy them there, or train it again."
-        )
+        raise FileNotFoundError(f"the adapter in {path} has no weights ({' or '.join(files)}): {advice}.")
     try:
         weights = load_peft_weights(path, device="cpu")
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"the adapter's weights in {path} are damaged: {error}") from error
+        raise ValueError(f"the adapter's weights in {path} are damaged ({first_line(error)}): {advice}.") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-        raise ValueError(f"the adapter's weights in {path} are damaged: the file holds no dictionary of tensors.")
+        raise ValueError(f"the adapter's weights in {path} are damaged (no dictionary of tensors): {advice}.")
     for name, tensor in weights.items():
         if not is_finite(tensor):
             raise ValueError(f"the adapter in {path} cannot be used: {name} is not finite (NaN or infinity).")

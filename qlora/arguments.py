@@ -16,17 +16,17 @@ from qlora.units import parse_size
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMPUTE_DTYPES = ("fp32", "fp16", "bf16")
-COMPUTE_DTYPE = {
+COMPUTE_DTYPE_FLAG = {
     "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU.",
     "choices": COMPUTE_DTYPES,
 }
-TRAINING_DTYPE = {
+TRAINING_DTYPE_FLAG = {
     "help": "Type of the arithmetic; by default bf16 where the GPU has it, else fp16, and fp32 on a CPU; fp8 is bf16 "
     "with 8-bit matrix products, on Ada, Hopper and newer GPUs.",
     "choices": (*COMPUTE_DTYPES, "fp8"),
     "expert": True,
 }
-DEFAULT_MODEL = "THUDM/chatglm-6b"
+DEFAULT_MODEL, DEFAULT_ADAPTER = "THUDM/chatglm-6b", "saved_files/chatGLM_6B_QLoRA_t32"
 DEFAULT_PROMPT = "类型#裙*版型#显瘦*风格#文艺*风格#简约*图案#印花*图案#撞色*裙下摆#压褶*裙长#连衣裙*裙领型#圆领"
 
 LAYER_COUNTS = ("recompute_mlp", "recompute_attention", "dequantized_layers")
@@ -223,7 +223,7 @@ class FinetuneArguments(DownloadArguments):
             "expert": True,
         },
     )
-    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE)
+    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE_FLAG)
     plain: bool = field(
         default=False,
         metadata={
@@ -352,7 +352,7 @@ class FinetuneArguments(DownloadArguments):
 
     def adapter_problems(self) -> list[str]:
         """What is wrong with the flags of the adapter."""
-        problems = check_positive(self, "lora_rank")
+        problems = not_positive(self, "lora_rank")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
             problems.append(f"--lora_alpha is {self.lora_alpha}; it must be a positive number")
         if not 0 <= self.lora_dropout < 1:
@@ -366,7 +366,7 @@ class FinetuneArguments(DownloadArguments):
 
     def plan_problems(self) -> list[str]:
         """What is wrong with the flags of the memory plan."""
-        problems = check_positive(self, "max_tokens")
+        problems = not_positive(self, "max_tokens")
         values = {name: getattr(self, name) for name in (*LAYER_COUNTS, *OLD_LAYER_COUNTS)}
         problems += [f"--{name} is {v}; it must not be negative" for name, v in values.items() if v and v < 0]
         problems += [
@@ -378,7 +378,7 @@ class FinetuneArguments(DownloadArguments):
             try:
                 parse_size(self.memory_budget)
             except ValueError as error:
-                problems.append(str(error).removesuffix("."))
+                problems.append(f"--memory_budget {error}")
         planned = ("memory_budget", *PLAN_FLAGS, *OLD_LAYER_COUNTS)
         ignored = [f"--{name}" for name in planned if getattr(self, name) is not None]
         if self.plain and ignored:
@@ -393,7 +393,7 @@ class InferenceArguments(DownloadArguments):
     """What to answer, with which adapter, and how."""
 
     adapter_path: list[str] = field(
-        default_factory=lambda: [in_repository("saved_files/chatGLM_6B_QLoRA_t32")],
+        default_factory=lambda: [in_repository(DEFAULT_ADAPTER)],
         metadata={
             "help": "Folder of the trained adapter, or with --serve of several; 'none' to ask a base or merged model "
             "alone."
@@ -457,10 +457,10 @@ class InferenceArguments(DownloadArguments):
         },
     )
     port: int = field(default=7860, metadata={"help": "Port that --web or --serve listens on."})
-    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
+    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE_FLAG)
 
     def __post_init__(self) -> None:
-        problems = check_positive(self, "max_new_tokens", "batch_size", "max_prompts")
+        problems = not_positive(self, "max_new_tokens", "batch_size", "max_prompts")
         if self.temperature is not None and not LOWEST_TEMPERATURE <= self.temperature < math.inf:
             problems.append(
                 f"--temperature is {self.temperature}; it must be a finite number from {LOWEST_TEMPERATURE} up"
@@ -510,7 +510,7 @@ def split_weight(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def check_positive(arguments: object, *names: str) -> list[str]:
+def not_positive(arguments: object, *names: str) -> list[str]:
     """A problem for every named field that is given and below 1."""
     values = {name: getattr(arguments, name) for name in names}
     return [f"--{name} is {v}; it must be at least 1" for name, v in values.items() if v is not None and v < 1]

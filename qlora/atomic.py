@@ -1,6 +1,7 @@
 """Folders and files that appear under their final name only when they are complete."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, exceeded quota, file size limit
 
 
 @contextlib.contextmanager
@@ -84,13 +87,12 @@ def only_process(folder: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_room(folder: Path, needed: int):
-    """ValueError if the disk of a folder has fewer than `needed` bytes free."""
+def check_room(what: str, folder: Path, needed: int, advice: str):
+    """ValueError if the disk of a folder has fewer than `needed` bytes free; `what` needs them."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"--output_dir needs {needed / 1e9:.2f} GB, and {folder.parent} has {free / 1e9:.2f} GB free. Make room, "
-            "or name a folder on another disk."
+            f"{what} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free. Make room, or {advice}."
         )
 
 

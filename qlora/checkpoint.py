@@ -105,7 +105,7 @@ def read_config(folder: Path) -> ModelDescription:
         raise ValueError(f"{folder} holds a model of type {model_type!r}, expected 'chatglm'. {HOW_TO_GET}")
     if quantization is not None and not (isinstance(quantization, dict) and NF4.items() <= quantization.items()):
         raise ValueError(
-            f"{folder}/config.json has a quantization_config that is not bitsandbytes' NF4 with double quantisation: "
+            f"{folder}/config.json has a quantization_config that is not bitsandbytes' NF4 with double quantization: "
             "these weights are already quantized, in another way. Use the model's 16-bit files."
         )
     try:
@@ -185,10 +185,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{found} names no weight files. {HOW_TO_GET}")
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
-        raise ValueError(f"{found} names files outside its folder: {outside[0]!r}.")
+        raise ValueError(f"{found} names files outside its folder: {outside[0]!r}. {HOW_TO_GET}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder}: {len(missing)} of {len(names)} weight files are missing: {missing[0]} ...")
+        first = f"{len(missing)} of {len(names)} weight files are missing, the first is {missing[0]}"
+        raise FileNotFoundError(f"{folder}: {first}. {HOW_TO_GET}")
     return [folder / name for name in names]
 
 
@@ -270,8 +271,7 @@ def check_shapes(folder: Path, config: ModelDescription, shapes: dict[str, Shape
             f"layers: they do not belong together. {HOW_TO_GET}"
         )
     expected = expected_shapes(config)
-    optional = architecture_of(config).model_class._tied_weights_keys if config.tie_word_embeddings else {}
-    missing = sorted(expected.keys() - shapes.keys() - set(optional or ()))
+    missing = sorted(expected.keys() - shapes.keys() - tied_weights(config).keys())
     unknown = sorted(name for name in shapes.keys() - expected.keys() if not name.endswith(".inv_freq"))
     different = [name for name, shape in shapes.items() if expected.get(name) not in (None, shape)]
     problems = [f"{name} is in none of its weight files" for name in missing]
@@ -284,12 +284,10 @@ def check_shapes(folder: Path, config: ModelDescription, shapes: dict[str, Shape
 
 def expected_shapes(config: ModelDescription) -> dict[str, Shape | None]:
     """Name -> shape of each tensor in the files of a model, in 16 or in 4 bits; None for any shape."""
-    model = empty_model(config)
-    head = model.get_output_embeddings()
-    shapes: dict[str, Shape | None] = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, module in model.named_modules():
-        if is_quantized(config) and isinstance(module, torch.nn.Linear) and module is not head:
-            shapes |= packed_shapes(f"{name}.weight", module.weight.numel())
+    tensors = empty_model(config).state_dict()
+    shapes: dict[str, Shape | None] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name in linear_layers(config) if is_quantized(config) else []:
+        shapes |= packed_shapes(f"{name}.weight", tensors[f"{name}.weight"].numel())
     return shapes
 
 
@@ -297,6 +295,19 @@ def empty_model(config: ModelDescription) -> PreTrainedModel:
     """The model without values, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def linear_layers(config: ModelDescription) -> list[str]:
+    """Names of the linear layers except the head: these are quantized and can have an adapter."""
+    model = empty_model(config)
+    head = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+
+def tied_weights(config: ModelDescription) -> dict[str, str]:
+    """Name of a weight -> that of the other weight that is the same tensor."""
+    tied = architecture_of(config).model_class._tied_weights_keys
+    return dict(tied or {}) if config.tie_word_embeddings else {}
 
 
 def packed_shapes(name: str, numel: int) -> dict[str, Shape | None]:
@@ -315,6 +326,15 @@ def packed_shapes(name: str, numel: int) -> dict[str, Shape | None]:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor has no NaN and no infinity; one pass without a copy, unlike `tensor.isfinite().all()`."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
+
+
+def check_finite(path: str, name: str, tensors: list[torch.Tensor], dtype: torch.dtype):
+    """ValueError if the tensors of the weight `name` in a folder, which were converted to a dtype, are not finite."""
+    if not all(map(is_finite, tensors)):
+        raise ValueError(
+            f"{path}: {name} is not finite (NaN or infinity) in {dtype}. Download the weights again, or choose bf16 "
+            "with --compute_dtype if they are beyond the range of fp16."
+        )
 
 
 def functions_called(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from glm_shared.registration import UnknownModel, architecture_of_tokenizer
 from qlora.arguments import copy_folder
-from qlora.checkpoint import check_checkpoint, is_finite, is_quantized, read_config, weight_files
+from qlora.checkpoint import check_checkpoint, check_finite, is_quantized, read_config, weight_files
 from qlora.errors import first_line
 from qlora.units import GIB
 
@@ -199,11 +199,7 @@ def check_values(model: PreTrainedModel, path: str, compute_dtype: torch.dtype):
         tensors = [parameter]
         if isinstance(parameter, bitsandbytes.nn.Params4bit):
             tensors = [parameter.quant_state.offset, parameter.quant_state.state2.absmax]
-        if not all(map(is_finite, tensors)):
-            raise ValueError(
-                f"{path}: {name} is not finite (NaN or infinity) in {compute_dtype}. Download the weights again, or "
-                "choose bf16 with --compute_dtype if they are beyond the range of fp16."
-            )
+        check_finite(path, name, tensors, compute_dtype)
 
 
 def check_device(config: ModelDescription, compute_dtype: torch.dtype):
@@ -250,8 +246,7 @@ def check_fp8(config: ModelDescription):
     if capability < FP8_CAPABILITY:
         gpu = "{} has compute capability {}.{}".format(torch.cuda.get_device_name(), *capability)
         raise ValueError(f"{gpu}; --compute_dtype fp8 needs 8.9 (Ada) or newer. Leave it out.")
-    shapes = config.attention_shapes | config.mlp_shapes
-    odd = [name for name, shape in shapes.items() if any(width % FP8_MULTIPLE for width in shape)]
+    odd = [name for name, shape in config.linear_shapes.items() if any(width % FP8_MULTIPLE for width in shape)]
     if odd:
         raise ValueError(
             f"--compute_dtype fp8 needs layers whose widths are multiples of {FP8_MULTIPLE}; those of "

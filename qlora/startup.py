@@ -66,12 +66,12 @@ def advise_reading(path: str):
         copy = copy_folder(path)
         folder = copy if copy.is_dir() else Path(path)
         files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-        if sum(file.stat().st_size for file in files) < memory() / 2:
+        if sum(file.stat().st_size for file in files) < machine_memory() / 2:
             for name in files:
                 with name.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def memory() -> int:
+def machine_memory() -> int:
     """Bytes of the machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

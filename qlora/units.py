@@ -14,7 +14,7 @@ def parse_size(text: str) -> int:
         number = text.strip().removesuffix(unit)
         if number != text.strip() and number.replace(".", "", 1).strip().isdigit():
             return int(float(number) * factor)
-    raise ValueError(f"--memory_budget {text}: expected a number with a unit, such as 8GiB, 7.5GB or 6000MiB.")
+    raise ValueError(f"{text}: expected a number with a unit, such as 8GiB, 7.5GB or 6000MiB")
 
 
 def readable_size(size: float) -> str:

@@ -29,7 +29,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import DEFAULT_MODEL, TRAINING_DTYPE, DownloadArguments, in_repository
+from qlora.arguments import DEFAULT_MODEL, TRAINING_DTYPE_FLAG, DownloadArguments, in_repository
 from qlora.benchmark.api_client import ask_all, running_server
 from qlora.benchmark.host import BusyShare, throttled_host
 from qlora.command_line import parse_command_line
@@ -51,7 +51,6 @@ with one_line_on_interrupt():  # these imports take seconds
     from qlora.layers.replacement import replace_layers
     from qlora.loading import choose_compute_dtype, load_quantized_model, load_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = 40  # training steps that are not measured: in these, rows of nearly all sizes have been seen
 BATCHES = (1, 32)  # prompts that are answered at a time
 CLIENTS = (1, 8, 32, 128)  # of the server, at a time
@@ -71,7 +70,7 @@ class BenchmarkArguments(DownloadArguments):
     steps: int = field(default=60, metadata={"help": "Training steps to count, after the warm-up."})
     samples_per_step: int = field(default=32, metadata={"help": "Effective batch; 32 is that of the shipped JSON."})
     memory_budget: str | None = field(default=None, metadata={"help": "GPU memory to plan for, such as 4.6GiB."})
-    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE | {"expert": False})
+    compute_dtype: str | None = field(default=None, metadata=TRAINING_DTYPE_FLAG | {"expert": False})
     compare_plain: bool = field(default=False, metadata={"help": "Train the plain way too, for a few steps."})
     batch_size: int = field(default=256, metadata={"help": "Prompts answered at once."})
     requests_per_client: int = field(default=4, metadata={"help": "Requests of each client of the server."})
@@ -144,15 +143,16 @@ def train(args: BenchmarkArguments, steps: int, flags: list[str], warm_up: int =
     Returns:
         Figures from the log of the run, without the warm-up.
     """
-    settings = json.loads((ROOT / "chatGLM_6B_QLoRA.json").read_text())
+    settings = json.loads(Path(in_repository("chatGLM_6B_QLoRA.json")).read_text())
     settings["gradient_accumulation_steps"] = args.samples_per_step // settings["per_device_train_batch_size"]
     settings |= {"max_steps": warm_up + steps, "logging_steps": math.gcd(warm_up, steps), "save_strategy": "no"}
     with tempfile.TemporaryDirectory() as scratch:
         settings |= {"output_dir": scratch, "report_to": "none", "disable_tqdm": True}
         path = Path(scratch) / "settings.json"
         path.write_text(json.dumps(settings))
-        command = [sys.executable, ROOT / "train_qlora.py", "--train_args_json", path, "--eval_data_path", "none"]
-        command += ["--model_name_or_path", args.model_name_or_path, "--train_data_path", args.data_path, *flags]
+        command = [sys.executable, in_repository("train_qlora.py"), "--train_args_json", path, *flags]
+        command += ["--train_data_path", args.data_path, "--eval_data_path", "none"]
+        command += ["--model_name_or_path", args.model_name_or_path]
         if args.memory_budget and "--plain" not in flags:
             command += ["--memory_budget", args.memory_budget]
         if args.compute_dtype and "--plain" not in flags:

@@ -11,7 +11,6 @@ import gc
 import itertools
 import os
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 from qlora.arguments import DEFAULT_MODEL, DownloadArguments, LoraSettings, in_repository
 from qlora.command_line import parse_command_line
@@ -28,11 +27,11 @@ with one_line_on_interrupt():  # these imports take seconds
     from qlora.adapter import add_lora
     from qlora.data.batching import Sample
     from qlora.data.collator import PaddingFreeCollator
+    from qlora.layers.linear import NF4Linear
     from qlora.layers.replacement import replace_layers
     from qlora.loading import load_quantized_model
     from qlora.training.graphs import GraphedPasses
-    from qlora.training.memory_plan import MemoryPlan, Sizes, apply_plan, predict_peak
-    from qlora.training.preflight import model_sizes
+    from qlora.training.memory_plan import MemoryPlan, Sizes, apply_plan, model_sizes, predict_peak
     from qlora.units import GIB
 
 SAMPLE_TOKENS, PROMPT_TOKENS = 100, 36  # about those of AdvertiseGen
@@ -56,7 +55,7 @@ def main():
         args = parse_command_line(CheckArguments)
     model = load_quantized_model(args.model_name_or_path, torch.bfloat16)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
-    names = [*model.config.attention_shapes, *model.config.mlp_shapes]
+    names = [*model.config.linear_shapes]
     print("rank layers tokens  recomputed MLP/attention  cached  offloaded  predicted  reserved  allocated GiB  ratio")
     for number, (rank, layers) in enumerate(ADAPTERS):
         lora = LoraSettings(rank, 32, 0.05, names[:layers])
@@ -93,18 +92,14 @@ def sizes_of(model: PreTrainedModel, lora: LoraSettings) -> Sizes:
     """What the plan needs to know, as before a run: from a model without weights."""
     with torch.device("meta"):
         empty = add_lora(AutoModelForCausalLM.from_config(model.config, dtype=model.dtype), *lora)
-    trainable = sum(parameter.numel() for parameter in empty.parameters() if parameter.requires_grad)
-    unquantized = sum(parameter.nbytes for parameter in empty.parameters())
-    args = SimpleNamespace(compute_dtype="bf16")
-    run = SimpleNamespace(args=args, compute_dtype=model.dtype, trainable=trainable, setup=None)
-    return model_sizes(run, model.config, lora, unquantized)
+    return model_sizes(empty, lora, processes=1, fp8=False)
 
 
 def measure(model: PeftModel, plan: MemoryPlan) -> tuple[int, int]:
     """The peaks of reserved and of allocated memory, in bytes."""
     for module in model.modules():
-        if hasattr(module, "cached_weight"):
-            module.cached_weight = None
+        if isinstance(module, NF4Linear):
+            module.cache_dequantized(False)  # before memory is given back
     model.zero_grad()
     gc.collect()
     torch.cuda.empty_cache()

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
+from qlora.data.fields import text_field
 from qlora.data.row_files import parse_lines
 from qlora.data.strict_json import kind_of, parse_json
 from qlora.errors import one_line_on_interrupt
@@ -66,14 +67,7 @@ def convert_row(text: str) -> bytes:
     row = parse_json(text)
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {kind_of(row)}")
-    for field in FIELDS:
-        if field not in row:
-            raise ValueError(f'field "{field}" is missing')
-        if not isinstance(row[field], str):
-            raise ValueError(f'field "{field}" must be a string, found {kind_of(row[field])}')
-        if not row[field].strip():
-            raise ValueError(f'field "{field}" is empty')
-    converted = {target_name: row[source_name] for source_name, target_name in FIELDS.items()}
+    converted = {target_name: text_field(row, source_name) for source_name, target_name in FIELDS.items()}
     return (json.dumps(converted, ensure_ascii=False) + "\n").encode("utf-8")
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora.arguments import COMPUTE_DTYPE, DownloadArguments, check_positive, in_repository
+from qlora.arguments import COMPUTE_DTYPE_FLAG, DEFAULT_ADAPTER, DownloadArguments, in_repository, not_positive
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 from qlora.evaluation.metrics import METRICS, check_metric_libraries, mean_scores, score
@@ -29,7 +29,7 @@ class EvaluationArguments(DownloadArguments):
     """What to evaluate, on what, and by which protocol."""
 
     adapter_path: str = field(
-        default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
+        default_factory=lambda: in_repository(DEFAULT_ADAPTER),
         metadata={"help": "Folder of the trained adapter."},
     )
     model_name_or_path: str | None = field(
@@ -59,10 +59,10 @@ class EvaluationArguments(DownloadArguments):
     max_prompts: int | None = field(default=None, metadata={"help": "Answer only the first so many rows."})
     batch_size: int = field(default=16, metadata={"help": "Prompts answered at once."})
     seed: int = field(default=42, metadata={"help": "Random seed of the sampling."})
-    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE)
+    compute_dtype: str | None = field(default=None, metadata=COMPUTE_DTYPE_FLAG)
 
     def __post_init__(self):
-        problems = check_positive(self, "batch_size", "max_prompts")
+        problems = not_positive(self, "batch_size", "max_prompts")
         if problems:
             raise ValueError("; ".join(problems) + ".")
 

@@ -21,7 +21,7 @@ with one_line_on_interrupt():  # these imports take seconds
     import sentencepiece
     import torch
     from sentencepiece import sentencepiece_model_pb2
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
     from chatglm import ChatGLMConfig
     from chatglm.tokenization_chatglm import MAX_BLANKS
@@ -32,7 +32,7 @@ with one_line_on_interrupt():  # these imports take seconds
     from qlora.data.dataset import SampleEncoder
     from qlora.data.rows import read_rows
     from qlora.export.official_folder import write_checkpoint
-    from qlora.training.trainer import QLoRATrainer, TrainingArguments
+    from qlora.training.trainer import QLoRATrainer
 
 ASK_FOR_AD = "写一段广告："
 CONTROL = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")

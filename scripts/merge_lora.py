@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora.arguments import COMPUTE_DTYPES, DEFAULT_MODEL, DownloadArguments, in_repository
+from qlora.arguments import COMPUTE_DTYPES, DEFAULT_ADAPTER, DEFAULT_MODEL, DownloadArguments, in_repository
 from qlora.command_line import parse_command_line
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt, set_up_logging
 
@@ -34,7 +34,7 @@ class MergeArguments(DownloadArguments):
 
     output_dir: str = field(metadata={"help": "Folder to write; it must not exist."})
     adapter_path: str | None = field(
-        default_factory=lambda: in_repository("saved_files/chatGLM_6B_QLoRA_t32"),
+        default_factory=lambda: in_repository(DEFAULT_ADAPTER),
         metadata={"help": "Folder of the trained adapter; none for the base model alone."},
     )
     model_name_or_path: str | None = field(

@@ -48,8 +48,8 @@ def quantize(args: QuantizeArguments):
     # Imported here, since these imports take seconds: a misspelt flag is reported before.
     from qlora.atomic import atomic_folder, write_json
     from qlora.checkpoint import check_checkpoint, is_quantized
+    from qlora.export.four_bit_copy import write_quantized
     from qlora.export.merging import check_finite_weights
-    from qlora.export.official_folder import write_quantized
     from qlora.hub.fetch import fetch_model
     from qlora.loading import COPY_SOURCE, DTYPES, copy_source, load_quantized_model, load_tokenizer
 

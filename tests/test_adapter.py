@@ -110,7 +110,10 @@ def damage(folder: Path):
     ("spoil", "reason"),
     [
         (damage, "the adapter's weights in {} are damaged"),
-        (lambda folder: (folder / "adapter_model.bin").unlink(), "the adapter in {} has no weights"),
+        (
+            lambda folder: (folder / "adapter_model.bin").unlink(),
+            "{} has no weights (adapter_model.safetensors or adapter_model.bin): copy them there again",
+        ),
         (lambda folder: edit_config(folder, r=0), "r is 0"),
     ],
 )

@@ -15,7 +15,8 @@ from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, HOSTILE_TIMES, copy_toke
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qlora.checkpoint import check_checkpoint, is_finite, stored_shapes
-from qlora.export.official_folder import write_checkpoint, write_quantized
+from qlora.export.four_bit_copy import write_quantized
+from qlora.export.official_folder import write_checkpoint
 from qlora.loading import load_quantized_model, load_tokenizer
 
 INDEX = "pytorch_model.bin.index.json"

@@ -151,7 +151,7 @@ def test_example_rows_are_accepted(page, rows_file):
 def test_shown_samples_are_those_of_the_example_rows(page, rows_file, genuine_tokenizer):
     rows_file.write_text(example_rows(page), encoding="utf-8")
     samples = load_samples(str(rows_file), SampleEncoder(genuine_tokenizer, "", 512, 1536))
-    shown = "\n".join(show_sample(sample, genuine_tokenizer, colour=False) for sample in samples)
+    shown = "\n".join(show_sample(sample, genuine_tokenizer, color=False) for sample in samples)
     assert shown + "\n" in blocks(page, "text")
 
 

@@ -26,7 +26,7 @@ import sys
 import train_qlora
 sys.argv = ["train_qlora.py", "--check", *{flags!r}]
 train_qlora.main()
-import qlora.layers.replacement, qlora.export.official_folder, qlora.training.trainer
+import qlora.layers.replacement, qlora.export.four_bit_copy, qlora.training.trainer
 print("imported", [name for name in {NOT_NEEDED!r} if name in sys.modules])
 """
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
@@ -95,5 +95,5 @@ def test_weights_are_read_ahead(monkeypatch, tmp_path):
             (folder / name).write_bytes(b"12345678")
         expected = {f"{folder.name}/{name}" for name in names if name != "config.json"}
         assert files_read_ahead(monkeypatch, model) == expected
-    monkeypatch.setattr(startup, "memory", lambda: 16)
+    monkeypatch.setattr(startup, "machine_memory", lambda: 16)
     assert files_read_ahead(monkeypatch, model) == set()  # it would only displace other files

@@ -13,9 +13,8 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from qlora.arguments import in_repository
 
 
 @contextlib.contextmanager
@@ -23,7 +22,7 @@ def running_server(*flags: str) -> Iterator[str]:
     """The address of `inference_qlora.py --serve` in a process of its own, so that the clients do not slow it down."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "inference_qlora.py"), "--serve", "--port", str(port), *flags]
+    command = [sys.executable, in_repository("inference_qlora.py"), "--serve", "--port", str(port), *flags]
     environment = {name: value for name, value in os.environ.items() if name != "QLORA_API_KEY"}
     server, address = subprocess.Popen(command, env=environment), f"127.0.0.1:{port}"
     try:

@@ -5,12 +5,15 @@ import json
 import os
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from qlora.arguments import REPOSITORY
+from qlora.units import GIB
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("chatglm", "chatglm2", "glm_kernels", "glm_models", "glm_shared")
 CODE = (*MODELS, "qlora/data", "qlora/inference", "qlora/layers", "qlora/training")
 
@@ -20,10 +23,10 @@ def machine() -> dict:
     has_gpu = torch.cuda.is_available()
     return {
         "gpu": torch.cuda.get_device_name() if has_gpu else None,
-        "gpu_gib": round(torch.cuda.get_device_properties(0).total_memory / 2**30) if has_gpu else None,
+        "gpu_gib": round(torch.cuda.get_device_properties(0).total_memory / GIB) if has_gpu else None,
         "processor": processor(),
         "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in PACKAGES if is_installed(name)},
+        "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
     }
 
 
@@ -36,16 +39,7 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def is_installed(package: str) -> bool:
-    """Whether a package of this name is there."""
-    try:
-        version(package)
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-def code_hash(root: Path = ROOT) -> str:
+def code_hash(root: Path = REPOSITORY) -> str:
     """The first digits of a checksum of all code that the speed depends on."""
     whole = hashlib.sha256()
     for path in sorted(path for folder in CODE for path in (root / folder).rglob("*.py")):

@@ -13,11 +13,12 @@ import numpy as np
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
+from qlora.atomic import NO_ROOM
 from qlora.data.row_files import update_hash
 
 logger = logging.getLogger(__name__)
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+CANNOT_WRITE = (*NO_ROOM, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
 
 def cache_folder(path: str, version: int) -> Path:

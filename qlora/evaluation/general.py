@@ -8,12 +8,12 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, quantiles
 
+from qlora.arguments import REPOSITORY
 from qlora.data.rows import read_rows
 
-GENERAL_PROMPTS = Path(__file__).parents[2] / "data" / "general.jsonl"
+GENERAL_PROMPTS = REPOSITORY / "data" / "general.jsonl"
 TASK_OUTPUTS = 200  # at most so many of the task's outputs are compared with
 NGRAM, WINDOW = 3, 4  # characters compared with the task's; units that count as a repetition
 COLUMNS = {  # of the table: heading -> measures, of which two are before and after

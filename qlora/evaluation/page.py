@@ -15,8 +15,9 @@ from qlora.evaluation.metrics import METRICS
 
 Clean = Callable[[str], str]
 SORTED_BY = "rouge-l"
+SHOWN = 5  # of the best samples, and of the worst
 MODELS = {"base": "微调前 Before", "adapter": "微调后 After"}
-COLOURS = {"base": "#8a8f98", "adapter": "#2563eb"}
+COLORS = {"base": "#8a8f98", "adapter": "#2563eb"}
 
 LAYOUT = """<!DOCTYPE html>
 <html lang="zh-CN">
@@ -92,7 +93,7 @@ GENERAL = """{% extends "layout" %}
 """
 
 
-def render_page(title: str, settings: dict, means: dict, predictions: list[dict], clean: Clean, shown: int = 5) -> str:
+def render_page(title: str, settings: dict, means: dict, predictions: list[dict], clean: Clean) -> str:
     """The text of the HTML page.
 
     Args:
@@ -101,12 +102,11 @@ def render_page(title: str, settings: dict, means: dict, predictions: list[dict]
         means: model ("base", "adapter") -> metric -> mean in percent.
         predictions: dicts with `prompt`, `reference`, `base`, `adapter`, and `scores`, in the form of `means`.
         clean: formats a text that a model generated.
-        shown: number of the best samples to show, and of the worst.
     """
     ranked = sorted(predictions, key=lambda row: row["scores"]["adapter"][SORTED_BY], reverse=True)
     sections = {
-        f"最好的回答 Best answers after fine-tuning, by {SORTED_BY.upper()}": ranked[:shown],
-        "最差的回答 Worst answers": ranked[shown:][: -shown - 1 : -1],
+        f"最好的回答 Best answers after fine-tuning, by {SORTED_BY.upper()}": ranked[:SHOWN],
+        "最差的回答 Worst answers": ranked[SHOWN:][: -SHOWN - 1 : -1],
     }
     return render(
         SCORES,
@@ -146,7 +146,7 @@ def draw_histograms(predictions: list[dict]) -> str:
         highest = max(max(map(max, values.values())), 1)
         for model, scores in values.items():
             label = {"base": "before", "adapter": "after"}[model]
-            axes.hist(scores, bins=30, range=(0, highest), color=COLOURS[model], alpha=0.6, label=label)
+            axes.hist(scores, bins=30, range=(0, highest), color=COLORS[model], alpha=0.6, label=label)
         axes.set(title=metric.upper(), xlabel="percent", ylabel="samples")
         axes.legend()
     picture = io.StringIO()

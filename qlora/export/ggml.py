@@ -19,7 +19,8 @@ from tqdm import tqdm
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from qlora.atomic import check_room
-from qlora.export.official_folder import parameter_shapes, tied_weights
+from qlora.checkpoint import tied_weights
+from qlora.export.official_folder import parameter_shapes
 
 VERSION = 2  # of the hyperparameters
 ALIGNMENT = 16  # bytes
@@ -120,7 +121,7 @@ def write_ggml(
         name: ENCODINGS[dtype] if len(shape) == 2 else FP32 for name, shape in shapes.items() if name not in tied
     }
     sizes = [stored_size(name, shapes[name], encoding) for name, encoding in encodings.items()]
-    check_room(path.parent, len(vocabulary) + sum(sizes))
+    check_room("--output_dir", path.parent, len(vocabulary) + sum(sizes), "name a folder on another disk")
     with path.open("wb") as file:
         file.write(b"ggml" + struct.pack("<3i", tokenizer.ggml_type, VERSION, ENCODINGS[dtype].code))
         file.write(head + struct.pack("<i", len(vocabulary)) + vocabulary)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_weights, digest_of, load_adapter
-from qlora.checkpoint import check_checkpoint, empty_model, is_finite, is_quantized, weight_files
+from qlora.checkpoint import check_checkpoint, check_finite, empty_model, is_quantized, linear_layers, weight_files
 
 PACKED = ".quant_state.bitsandbytes__nf4"  # suffix of the entry with shape, dtype and block size of a 4-bit weight
 
@@ -68,13 +68,6 @@ def without_storage(config: ModelDescription) -> PreTrainedModel:
     return model
 
 
-def linear_layers(config: ModelDescription) -> list[str]:
-    """Names of the linear layers except the head: these are quantized and can have an adapter."""
-    model = empty_model(config)
-    head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
-
-
 def weight_deltas(config: ModelDescription, adapter_path: str) -> dict[str, Callable[[], torch.Tensor]]:
     """Name of a weight -> a function that computes the adapter's addition to it, [out_features, in_features], fp32."""
     model = load_adapter(without_storage(config), adapter_path)
@@ -97,11 +90,7 @@ def check_finite_weights(path: str, dtype: torch.dtype):
     """Reads every weight of a checkpoint and checks that it is finite in a dtype; ValueError if one is not."""
     stored = WeightReader(path)
     for name in stored.file_of:
-        if not is_finite(stored.read(name).to(dtype)):
-            raise ValueError(
-                f"{path}: {name} is not finite (NaN or infinity) in {dtype}. Download the weights again, or choose "
-                "bf16 with --compute_dtype if they are beyond the range of fp16."
-            )
+        check_finite(path, name, [stored.read(name).to(dtype)], dtype)
 
 
 class WeightReader:

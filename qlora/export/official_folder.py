@@ -1,29 +1,17 @@
-"""Writes model folders: `.bin` shards in the official format, or 4-bit weights in the format of bitsandbytes."""
+"""Writes model folders: `.bin` shards in the official format, in 16 bits or as int8 and int4."""
 
-import contextlib
 import functools
-import logging
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from glm_shared.description import ModelDescription
 from glm_shared.registration import architecture_of
-from qlora.arguments import copy_folder
-from qlora.atomic import check_room, only_process, publish_folder, write_json
-from qlora.checkpoint import empty_model, is_finite
-from qlora.errors import first_line
-from qlora.export.merging import linear_layers
-from qlora.loading import COPY_SOURCE, is_copy_of
-
-logger = logging.getLogger(__name__)
+from qlora.atomic import check_room, write_json
+from qlora.checkpoint import empty_model, is_finite, linear_layers, tied_weights
 
 DTYPES = {  # name -> dtype of the 16-bit entries, bits of the weights of the linear layers
     "fp16": (torch.float16, 16),
@@ -59,7 +47,7 @@ def write_checkpoint(
     plan = split_torch_state_dict_into_shards(
         entries.sizes, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=shard_size
     )
-    check_room(target, plan.metadata["total_size"])
+    check_room("--output_dir", target, plan.metadata["total_size"], "name a folder on another disk")
     for filename, names in tqdm(plan.filename_to_tensors.items(), desc="Writing files", disable=not plan.is_sharded):
         torch.save({name: entries(name) for name in names}, target / filename)
     if plan.is_sharded:
@@ -140,70 +128,6 @@ def quantize_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.
     step = scale.float().where(scale > 0, 1.0)[:, None]
     numbers = (weight / step).round_().clamp_(-largest, largest).to(torch.int8)
     return (numbers if bits == 8 else (numbers[:, ::2] << 4) | (numbers[:, 1::2] & 15)), scale
-
-
-def write_quantized(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, folder: str | Path):
-    """Writes a 4-bit model, which `load_quantized_model` then loads without quantizing again.
-
-    Packed weights and scales are bit-equal when they are read back. The other weights are stored in their present
-    dtype, and converted if they are loaded for another `compute_dtype`.
-
-    Args:
-        model: as `load_quantized_model` returns it, without an adapter.
-        tokenizer: of the model; its files are written, too.
-        folder: created if it is missing.
-    Raises:
-        ValueError: the model has an adapter.
-    """
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError("a model with an adapter in its layers cannot be written in 4 bits: write its base model.")
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-
-
-def save_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, path: str, source: dict):
-    """Writes the 4-bit copy of a model, which `load_quantized_model` loads in its place; nothing if it is there.
-
-    Args:
-        model, tokenizer: see `write_quantized`.
-        path: of the 16-bit folder.
-        source: as `copy_source` returned it before the model was loaded.
-    Raises:
-        OSError, ValueError: it cannot be written; what came of it is deleted.
-    """
-    target = copy_folder(path)
-    staging = target.with_name(f"{target.name}.partial")
-    staging.mkdir(exist_ok=True)
-    with only_process(staging, "writes"), deleted_on_error(staging):
-        if is_copy_of(target, source):  # another process has written it meanwhile
-            shutil.rmtree(staging, ignore_errors=True)
-            return
-        for file in staging.iterdir():  # left by a run that was killed
-            file.unlink()
-        write_quantized(model, tokenizer, staging)
-        write_json(staging / COPY_SOURCE, source)
-        if target.exists():
-            shutil.rmtree(target)  # made from other files
-        publish_folder(staging, target)
-    logger.info("Wrote the 4-bit copy %s: from now on it is loaded in place of %s", target, path)
-
-
-@contextlib.contextmanager
-def deleted_on_error(folder: Path) -> Iterator[None]:
-    """Deletes a folder that cannot be finished; ValueError in place of safetensors' error for a full disk."""
-    try:
-        yield
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise ValueError(f"{folder} cannot be written ({first_line(error)}).") from error
-        raise
-
-
-def tied_weights(config: ModelDescription) -> dict[str, str]:
-    """Name of a weight -> that of the other weight that is the same tensor."""
-    tied = architecture_of(config).model_class._tied_weights_keys
-    return dict(tied or {}) if config.tie_word_embeddings else {}
 
 
 def parameter_shapes(config: ModelDescription) -> dict[str, torch.Size]:

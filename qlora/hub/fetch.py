@@ -5,7 +5,6 @@ folder beside it, named `.download`, until all of it is there.
 """
 
 import contextlib
-import errno
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from huggingface_hub.errors import HTTPError
 
 from qlora.arguments import DEFAULT_MODEL, REPOSITORY, DownloadArguments
-from qlora.atomic import existing_parent, only_process, publish_folder, write_json
+from qlora.atomic import NO_ROOM, existing_parent, only_process, publish_folder, write_json
 from qlora.checkpoint import HOW_TO_GET, MODELS, check_folder, read_config, weight_files
 from qlora.errors import first_line
 from qlora.hub import hugging_face, model_scope
@@ -27,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 HUBS = {"huggingface": hugging_face, "modelscope": model_scope}
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fetch_model(path: str, flags: DownloadArguments, may_ask: bool = True):

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from glm_shared.chat import ChatTokenizer, NoTools, Prompt, ToolPrompt
 from qlora.arguments import LOWEST_TEMPERATURE, InferenceArguments
 from qlora.inference.answer_text import AnswerText
-from qlora.inference.batching import Answer, Batcher, GenerationFailed
+from qlora.inference.batcher import Answer, Batcher, GenerationFailed
 from qlora.inference.generation import check_prompt
 from qlora.inference.openai_forms import ChatRequest, Completion, GenerationRequest, RequestError, token_counts
 from qlora.inference.server_metrics import ServerMetrics

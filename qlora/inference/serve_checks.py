@@ -1,5 +1,6 @@
-"""What is checked, before the model is loaded, of a server for the page or the API; needs no web framework."""
+"""What is checked, before the model is loaded, of the server of the page or of the API; needs no web framework."""
 
+import importlib.metadata
 import importlib.util
 import os
 import socket
@@ -8,8 +9,29 @@ from pathlib import Path
 from qlora.adapter import base_model_path
 from qlora.arguments import InferenceArguments
 
-KEY_VARIABLE = "QLORA_API_KEY"  # a flag could be read in the list of processes
+# Not flags, which could be read in the list of processes.
+PASSWORD_VARIABLE, KEY_VARIABLE = "QLORA_PASSWORD", "QLORA_API_KEY"
 SERVER_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def check_web(args: InferenceArguments):
+    """Checks that the page can be served.
+
+    Args:
+        args: with host and port.
+    Raises:
+        ValueError: gradio is missing or too old, or the password is empty.
+        OSError: the host and port cannot be bound.
+    """
+    try:
+        version = importlib.metadata.version("gradio")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError("--web needs gradio, which is not installed: pip install gradio") from None
+    if int(version.split(".")[0]) < 6:
+        raise ValueError(f"--web needs gradio 6 or newer, found {version}: pip install --upgrade gradio")
+    if os.environ.get(PASSWORD_VARIABLE) == "":
+        raise ValueError(f"{PASSWORD_VARIABLE} is empty: set it to a password, or unset it for a page without one.")
+    check_address(args)
 
 
 def check_serve(args: InferenceArguments):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from glm_shared.chat import ChatTokenizer, Prompt
 from qlora.arguments import InferenceArguments
-from qlora.inference.batching import Batcher, GenerationFailed
+from qlora.inference.batcher import Batcher, GenerationFailed
 from qlora.inference.completer import Completer
 from qlora.inference.openai_forms import ChatRequest, CompletionRequest, RequestError, model_list, parse
 from qlora.inference.serve_checks import KEY_VARIABLE, model_names

@@ -6,9 +6,7 @@
 import contextlib
 import dataclasses
 import html
-import importlib.metadata
 import itertools
-import os
 import threading
 from collections.abc import Iterator
 
@@ -19,15 +17,13 @@ from glm_shared.chat import ChatTokenizer, Prompt
 from qlora.arguments import InferenceArguments
 from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import check_prompt, stream_answer
-from qlora.inference.serve_checks import check_address
 
-PASSWORD_VARIABLE = "QLORA_PASSWORD"  # a flag could be read in the list of processes
 # Fields of InferenceArguments on the page.
 SETTINGS = ("do_sample", "top_k", "top_p", "temperature", "max_new_tokens", "seed")
 BEFORE, AFTER, VISITOR = "微调前 Before", "微调后 After", "你 You"
 YIELDS_PER_UPDATE = 4  # of `stream_answer`, every two tokens; sending each takes longer than generating the tokens
 
-Rounds = list[tuple[str, str, bool]]  # message, reply, and whether it was generated with the adapter
+PageRounds = list[tuple[str, str, bool]]  # message, reply, and whether it was generated with the adapter
 
 
 class Answerer:
@@ -92,7 +88,7 @@ class Page:
         """Yields the answers without and with the adapter; `settings` are the values of `SETTINGS`."""
         yield from self.answerer.stream(Prompt(prompt), (False, True), with_settings(self.args, settings))
 
-    def chat(self, message: str, rounds: Rounds, tuned: bool, *settings) -> Iterator[tuple[str, Rounds, str]]:
+    def chat(self, message: str, rounds: PageRounds, tuned: bool, *settings) -> Iterator[tuple[str, PageRounds, str]]:
         """Continues a conversation.
 
         Args:
@@ -110,7 +106,7 @@ class Page:
             yield "", longer, conversation_html(longer)
 
 
-def conversation_html(rounds: Rounds) -> str:
+def conversation_html(rounds: PageRounds) -> str:
     """A conversation as HTML that shows every text as it is, whatever HTML or Markdown it may look like."""
     bubbles = []
     for message, reply, tuned in rounds:
@@ -133,23 +129,3 @@ def with_settings(args: InferenceArguments, settings: tuple) -> InferenceArgumen
     except ValueError as error:
         reason = str(error).replace("--", "")
         raise ValueError(f"解码设置超出范围。 A decoding setting is out of range: {reason}") from error
-
-
-def check_web(args: InferenceArguments):
-    """Checks, before the model is loaded, that the page can be served.
-
-    Args:
-        args: with host and port.
-    Raises:
-        ValueError: gradio is missing or too old, or the password is empty.
-        OSError: the host and port cannot be bound.
-    """
-    try:
-        version = importlib.metadata.version("gradio")
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError("--web needs gradio, which is not installed: pip install gradio") from None
-    if int(version.split(".")[0]) < 6:
-        raise ValueError(f"--web needs gradio 6 or newer, found {version}: pip install --upgrade gradio")
-    if os.environ.get(PASSWORD_VARIABLE) == "":
-        raise ValueError(f"{PASSWORD_VARIABLE} is empty: set it to a password, or unset it for a page without one.")
-    check_address(args)

@@ -11,7 +11,8 @@ import gradio as gr
 from gradio.components import Component
 
 from qlora.arguments import InferenceArguments
-from qlora.inference.web import AFTER, BEFORE, PASSWORD_VARIABLE, Page
+from qlora.inference.serve_checks import PASSWORD_VARIABLE
+from qlora.inference.web import AFTER, BEFORE, Page
 from qlora.inference.web_guard import LOCAL_HOSTS, MOST_TRIES, Readers, middleware
 
 logger = logging.getLogger(__name__)

@@ -67,16 +67,16 @@ class FP8Linear(NF4Linear):
         super().__init__(layer)
         weight = super().dequantized_weight()
         self.scales, self.transposed_scales = row_scales(weight), row_scales(weight.T)  # [C_out, 1], [C_in, 1]
-        self.cached: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.cached_operands: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def cache_dequantized(self):
-        """Makes both e4m3 matrices once: together 2 bytes a weight instead of half a byte."""
-        self.cached = self.quantized_weight(False), self.quantized_weight(True)
+    def cache_dequantized(self, enabled: bool):
+        """Makes both e4m3 matrices once, together 2 bytes a weight beside half a byte; or where they are used."""
+        self.cached_operands = (self.quantized_weight(False), self.quantized_weight(True)) if enabled else None
 
     def quantized_weight(self, transposed: bool) -> torch.Tensor:
         """W [C_out, C_in], or W.T, in e4m3."""
-        if self.cached is not None:
-            return self.cached[transposed]
+        if self.cached_operands is not None:
+            return self.cached_operands[transposed]
         packed, state = self.weight.data, self.weight.quant_state
         scales = self.transposed_scales if transposed else self.scales
         return fp8_operations(kernel_supports(packed, state)).quantize_weight(packed, state, scales, transposed)

@@ -48,9 +48,9 @@ class NF4Linear(nn.Module):
             return self.cached_weight
         return dequantize(self.weight, self.weight.quant_state)
 
-    def cache_dequantized(self):
-        """Dequantizes the weight once: 2 bytes a weight in 16-bit types instead of half a byte."""
-        self.cached_weight = self.dequantized_weight()
+    def cache_dequantized(self, enabled: bool):
+        """Dequantizes the weight once, 2 bytes a weight in 16-bit types beside half a byte; or where it is used."""
+        self.cached_weight = self.dequantized_weight() if enabled else None
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x @ W.T + bias, without autograd; [..., C_in] -> [..., C_out]."""

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import errno
 import json
 import logging
 import re
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qlora.arguments import LoraSettings
+from qlora.atomic import NO_ROOM
 from qlora.checkpoint import file_problem
 from qlora.errors import TrainingStopped, first_line
 from qlora.training.same_run import RUN_FILE, tensor_shapes
@@ -37,7 +37,6 @@ CHECKPOINT_FILES = (
     "rng_state*.pth",  # one of each process
     "trainer_state.json",
 )
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, exceeded quota, file size limit
 SCALER = "scaler.pt"  # exists only for a run in fp16
 
 

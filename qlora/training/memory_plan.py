@@ -19,11 +19,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from glm_kernels import kernels_supported
 from glm_shared.description import ModelDescription
 from glm_shared.loss import ROWS_AT_ONCE
+from qlora.arguments import LoraSettings
 from qlora.data.batching import filled_tokens
 from qlora.layers.activation_offload import ActivationOffload
 from qlora.layers.linear import NF4Linear
+from qlora.loading import BITS_PER_QUANTIZED_WEIGHT
 from qlora.units import GIB, parse_size
 
 RESERVE = GIB // 2  # bytes of the free memory, for what is not PyTorch's: the CUDA context, and other libraries
@@ -45,7 +48,7 @@ class Sizes:
     Attributes:
         config: the model's.
         bytes_per_number: of the compute dtype.
-        resident: bytes on the GPU before the first step: weights and adapter; see `model_sizes` in preflight.py.
+        resident: bytes on the GPU before the first step: weights and adapter.
         trainable: parameters of the adapter.
         targets: layers with an adapter, which save their input for the gradient of A.
         rank: of the adapter.
@@ -120,15 +123,10 @@ class Sizes:
         """
         if self.has_kernels:
             return 0
-        shapes = self.config.attention_shapes | self.config.mlp_shapes
-        adapted = [shape for name, shape in shapes.items() if name in self.targets and self.bytes_per_number < 4]
+        shapes = self.config.linear_shapes.items()
+        adapted = [shape for name, shape in shapes if name in self.targets and self.bytes_per_number < 4]
         copies = [max((self.bytes_per_number + 4) * inputs, 4 * outputs) for outputs, inputs in adapted]
         return 2 * self.input_bytes + max(copies, default=0)
-
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """Output and input features of the linear layers of a block."""
-        return list((self.config.attention_shapes | self.config.mlp_shapes).values())
 
     @property
     def bytes_per_weight(self) -> int:
@@ -138,13 +136,12 @@ class Sizes:
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales of all weights in e4m3, for the rows of W and of W.T, in fp32."""
-        return 4 * self.layers * sum(map(sum, self.shapes)) if self.fp8 else 0
+        return 4 * self.layers * sum(map(sum, self.config.linear_shapes.values())) if self.fp8 else 0
 
     @property
     def adapter_gradient_bytes(self) -> int:
         """Bytes of the gradients of the largest adapter, fp32, and of the parts that the larger one is a sum of."""
-        shapes = self.config.attention_shapes | self.config.mlp_shapes
-        adapted = [shapes[name] for name in self.targets]
+        adapted = [self.config.linear_shapes[name] for name in self.targets]
         parts = max(MOST_PARTS // max(math.ceil(self.rank / MOST_ROWS), 1), 1)
         return 4 * self.rank * max((sum(shape) + parts * max(shape) for shape in adapted), default=0)
 
@@ -170,6 +167,28 @@ class Sizes:
         wide, weight = self.bytes_per_number * projection, self.bytes_per_weight * projection * hidden * dequantizes
         wide += projection if self.fp8 else 0  # the same in e4m3
         return T * (2 * self.input_bytes + wide + self.copied_bytes) + max(T * self.bytes_per_number * output, weight)
+
+
+def model_sizes(model: PeftModel, lora: LoraSettings, processes: int, fp8: bool) -> Sizes:
+    """What the plan needs to know of a model whose linear layers will be quantized.
+
+    Args:
+        model: in its compute dtype, with the adapter; it needs no values.
+        lora: the settings of the adapter.
+        processes, fp8: see `Sizes`.
+    """
+    config, dtype = model.config, model.dtype
+    quantized_weights = config.num_hidden_layers * config.weights_per_layer
+    unquantized = sum(parameter.nbytes for parameter in model.parameters())
+    resident = int(unquantized - quantized_weights * (dtype.itemsize - BITS_PER_QUANTIZED_WEIGHT / 8))
+    trainable, _ = model.get_nb_trainable_parameters()
+    targets, has_kernels = frozenset(lora.target_modules), gpu_has_kernels(dtype)
+    return Sizes(config, dtype.itemsize, resident, trainable, targets, lora.rank, processes, has_kernels, fp8)
+
+
+def gpu_has_kernels(dtype: torch.dtype) -> bool:
+    """Whether the kernels of attention and adapter are used on the GPU in this dtype."""
+    return kernels_supported(torch.empty(0, dtype=dtype, device="cuda"))
 
 
 @dataclass(frozen=True)
@@ -356,10 +375,9 @@ def apply_plan(model: PeftModel, plan: MemoryPlan):
         block.recompute_mlp = number >= len(layers) - plan.recompute_mlp
         block.recompute_attention = number >= len(layers) - plan.recompute_attention
         block.offload = offload
-        if number < plan.dequantized_layers:
-            for layer in block.modules():
-                if isinstance(layer, NF4Linear):
-                    layer.cache_dequantized()
+        for layer in block.modules():
+            if isinstance(layer, NF4Linear):
+                layer.cache_dequantized(number < plan.dequantized_layers)
     if torch.cuda.is_available():
         if plan.budget is not None:
             torch.cuda.set_per_process_memory_fraction(plan.budget / torch.cuda.mem_get_info()[1])

@@ -17,6 +17,7 @@ from qlora.arguments import REPOSITORY, FinetuneArguments, LoraSettings
 from qlora.checkpoint import all_tokenizer_files
 from qlora.data.hub_rows import data_set_of, folder_of_files
 from qlora.data.row_files import update_hash
+from qlora.hub import fetch
 from qlora.hub.repository import model_source
 from qlora.training.same_run import MAY_CHANGE
 from qlora.training.training_args import TrainingSetup
@@ -149,7 +150,7 @@ def write_model_card(
         log_history: of the Trainer.
     """
     base, prompt_text = shown_path(args.model_name_or_path), args.prompt_text
-    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base, re.ASCII)
+    is_hub_name = fetch.NAME.fullmatch(base)
     paths = [*(path for path, _ in args.train_files()), *([args.eval_data_path] if args.eval_data_path else [])]
     data = ModelCardData(
         base_model=base if is_hub_name else None,  # the Hub refuses a card with another text
@@ -169,8 +170,13 @@ def write_model_card(
         losses=describe_losses(log_history),
         picture=PICTURE if (folder / PICTURE).is_file() else None,
         settings=describe_settings(args, setup, lora),
-        software=", ".join(f"{name} {version(name)}" for name in LIBRARIES),
+        software=library_versions(),
     ).save(folder / CARD)
+
+
+def library_versions() -> str:
+    """The libraries that a run depends on, with their versions."""
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
 
 
 def shown_path(path: str) -> str:

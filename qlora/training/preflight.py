@@ -6,40 +6,29 @@
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import get_peft_model_state_dict
-from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_callback import DefaultFlowCallback
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from glm_kernels import kernels_supported
 from glm_shared.chat import ChatTokenizer
 from glm_shared.description import ModelDescription
 from qlora.adapter import adapter_settings, add_adapter, base_model_path
 from qlora.arguments import FinetuneArguments, LoraSettings, copy_folder
-from qlora.atomic import existing_parent
+from qlora.atomic import check_room, existing_parent
 from qlora.checkpoint import check_checkpoint, check_tokenizer, is_quantized, tokenizer_files
 from qlora.data.dataset import SampleEncoder, load_rows, load_samples, mix_samples, numpy_column
 from qlora.data.hub_rows import is_hub_name, with_local_files
-from qlora.errors import first_line, is_main_process
+from qlora.errors import is_main_process
 from qlora.hub.fetch import fetch_model, hub_name
 from qlora.loading import (
-    BITS_PER_QUANTIZED_WEIGHT,
     COPY_SOURCE,
     check_bitsandbytes,
     check_compiler,
@@ -58,34 +47,21 @@ from qlora.training.checkpoints import (
     check_steps_left,
     find_checkpoint,
 )
-from qlora.training.memory_plan import MemoryPlan, Sizes, choose_plan, longest_step, memory_budget, plan_without_gpu
+from qlora.training.disk_space import DiskSpace, RunCounts, count_steps, disk_needed
+from qlora.training.memory_plan import (
+    MemoryPlan,
+    choose_plan,
+    longest_step,
+    memory_budget,
+    model_sizes,
+    plan_without_gpu,
+)
+from qlora.training.optimizer_check import check_optimizer
 from qlora.training.run_lock import check_not_locked
 from qlora.training.same_run import check_same_run, describe_run
 from qlora.training.training_args import TrainingSetup, read_training_args, samples_per_step
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_BYTES = 4  # of a trained parameter in a saved adapter, fp32
-OPTIMIZER_BYTES = 12  # of a trained parameter in a saved optimizer: at most three moments (AdEMAMix), fp32
-STATE_BYTES = 2**20  # of other files, each time: schedule, random generators' states, model card, loss.png, ...
-OPTIMIZER_KEYS = ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon")
-LOG_BYTES = 2**10  # of an entry of the log, in trainer_state.json and for TensorBoard
-
-
-class Steps(NamedTuple):
-    """Numbers of optimizer steps, evaluations and checkpoints of a run, and of entries in its log."""
-
-    steps: int
-    evaluations: int
-    saves: int
-    logs: int
-
-
-class DiskSpace(NamedTuple):
-    """Bytes that a run writes to its output_dir, and bytes that are free there."""
-
-    needed: int
-    free: int
 
 
 @dataclass
@@ -103,7 +79,7 @@ class Preflight:
         lora: settings of the adapter, by the flags or by `--init_adapter`.
         adapter: its tensors, without values.
         plan: the memory plan; None for the plain path, too.
-        steps: numbers of steps, evaluations and checkpoints.
+        counts: numbers of steps, evaluations and checkpoints.
         disk: bytes needed and free.
         copy_source: what a 4-bit copy is to be made from, if `--save_4bit` asks for one that is not there.
         run: what defines the run, see `describe_run`.
@@ -121,7 +97,7 @@ class Preflight:
     lora: LoraSettings | None = None
     adapter: dict[str, torch.Tensor] | None = None
     plan: MemoryPlan | None = None
-    steps: Steps | None = None
+    counts: RunCounts | None = None
     disk: DiskSpace | None = None
     copy_source: dict | None = None
     run: dict | None = None
@@ -217,20 +193,17 @@ def check_save_4bit(preflight: Preflight, config: ModelDescription):
     """Checks that a 4-bit copy of the model can be written, unless it is there."""
     path, dtype = preflight.args.model_name_or_path, preflight.compute_dtype
     with preflight.collect_problems():
-        target, needed, source = copy_folder(path), quantized_bytes(config, dtype), copy_source(path, dtype)
+        target, source = copy_folder(path), copy_source(path, dtype)
         if is_quantized(config) or is_copy_of(target, source):
             return
-        free = shutil.disk_usage(target.parent).free
         if target.exists() and not (target / COPY_SOURCE).is_file():
-            problem = f"{target} exists, and was not written by it: move it, or name it with --model_name_or_path"
-        elif not os.access(target.parent, os.W_OK):
-            problem = f"{target.parent}, beside the model's folder, cannot be written to: leave it out"
-        elif needed > free:
-            problem = f"it needs {needed / 1e9:.1f} GB, and {target.parent} has {free / 1e9:.1f} GB free: make room"
-        else:
-            preflight.copy_source = source
-            return
-        raise ValueError(f"--save_4bit: {problem}.")
+            advice = "move it, or name it with --model_name_or_path"
+            raise ValueError(f"--save_4bit: {target} exists, and was not written by it: {advice}.")
+        if not os.access(target.parent, os.W_OK):
+            place = f"{target.parent}, beside the model's folder,"
+            raise ValueError(f"--save_4bit: {place} cannot be written to: leave it out.")
+        check_room("--save_4bit", target.parent, quantized_bytes(config, dtype), "leave it out")
+        preflight.copy_source = source
 
 
 def check_gpu(preflight: Preflight):
@@ -304,42 +277,11 @@ def check_memory(preflight: Preflight, config: ModelDescription, lora: LoraSetti
             return
         budget = memory_budget(args.memory_budget)
         if setup and preflight.train_samples:
-            unquantized = sum(weight.nbytes for weight in model.parameters())
             lengths = numpy_column(preflight.train_samples, "length").tolist()
-            sizes = model_sizes(preflight, config, lora, unquantized)
+            sizes = model_sizes(model, lora, setup.training_args.world_size, setup.fp8)
             step_tokens = longest_step(lengths, samples_per_step(setup.training_args))
             plan = choose_plan(sizes, step_tokens, max(lengths), budget, fixed)
             preflight.plan = dataclasses.replace(plan, budget=budget if args.memory_budget else None)
-
-
-def model_sizes(preflight: Preflight, config: ModelDescription, lora: LoraSettings, unquantized: int) -> Sizes:
-    """What the memory plan needs to know.
-
-    Args:
-        preflight: with the number of trained parameters.
-        config: of the model.
-        lora: of the adapter.
-        unquantized: bytes of the model in its compute dtype, with the adapter.
-    """
-    dtype = preflight.compute_dtype
-    quantized_weights = config.num_hidden_layers * config.weights_per_layer
-    resident = int(unquantized - quantized_weights * (dtype.itemsize - BITS_PER_QUANTIZED_WEIGHT / 8))
-    return Sizes(
-        config,
-        dtype.itemsize,
-        resident,
-        preflight.trainable or 0,
-        frozenset(lora.target_modules),
-        lora.rank,
-        preflight.setup.training_args.world_size if preflight.setup else 1,
-        gpu_has_kernels(dtype),
-        preflight.args.compute_dtype == "fp8",
-    )
-
-
-def gpu_has_kernels(dtype: torch.dtype) -> bool:
-    """Whether the kernels of attention and adapter are used on the GPU in this dtype."""
-    return kernels_supported(torch.empty(0, dtype=dtype, device="cuda"))
 
 
 def check_output(preflight: Preflight, training_args: TrainingArguments):
@@ -347,7 +289,7 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
     args = preflight.args
     with preflight.collect_problems():
         if preflight.train_samples:
-            preflight.steps = count_steps(training_args, len(preflight.train_samples))
+            preflight.counts = count_steps(training_args, len(preflight.train_samples))
     with preflight.collect_problems():
         preflight.resume_from = find_checkpoint(args.resume_from_checkpoint, training_args.output_dir)
         if preflight.resume_from and preflight.lora:
@@ -357,7 +299,7 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
         check_run(preflight, training_args)
     with preflight.collect_problems():
         source = f"{args.train_args_json} and the command line" if args.training_args else args.train_args_json
-        check_optimizer(source, training_args, preflight.steps.steps if preflight.steps else 1)
+        check_optimizer(source, training_args, preflight.counts.steps if preflight.counts else 1)
     with preflight.collect_problems():
         check_disk(preflight, training_args)
 
@@ -365,66 +307,14 @@ def check_output(preflight: Preflight, training_args: TrainingArguments):
 def check_run(preflight: Preflight, training_args: TrainingArguments):
     """Describes the run, and checks that a resumed one is that of its checkpoint, and has something to do."""
     args, setup, samples, checkpoint = preflight.args, preflight.setup, preflight.train_samples, preflight.resume_from
-    if not (setup and samples and preflight.adapter and preflight.steps):
+    if not (setup and samples and preflight.adapter and preflight.counts):
         return
     preflight.run = describe_run(args, setup, len(samples), preflight.adapter)
     if checkpoint:
         check_same_run(checkpoint, preflight.run)
-        check_steps_left(checkpoint, training_args.output_dir, preflight.steps.steps)
+        check_steps_left(checkpoint, training_args.output_dir, preflight.counts.steps)
         if training_args.load_best_model_at_end:
             check_best_checkpoint(checkpoint)
-
-
-def check_optimizer(source: str, args: TrainingArguments, steps: int):
-    """Builds the optimizer and the learning rate schedule for a model of one matrix, and takes two steps.
-
-    Args:
-        source: where the values stand, for the message.
-        args: the values.
-        steps: optimizer steps of the run.
-    Raises:
-        ValueError: a value or a combination that the optimizer or the schedule refuses, or a package that is missing.
-    """
-    weight = torch.nn.Parameter(torch.zeros(8, 8, device=args.device))
-    model = torch.nn.Module()
-    model.register_parameter("weight", weight)
-    nothing_else = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer = Trainer(model, dataclasses.replace(args, output_dir=scratch, push_to_hub=False, **nothing_else))
-            ignored = ignored_by_optimizer(args, model)
-            if ignored:
-                raise ValueError(f"it does not use {', '.join(ignored)}; remove it")
-            trainer.create_optimizer_and_scheduler(steps)
-            for _ in range(2):
-                weight.grad = torch.ones_like(weight)
-                trainer.optimizer.step()
-                trainer.lr_scheduler.step()
-    except (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = first_line(error).removesuffix(".")
-        names = f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}"
-        raise ValueError(f"{source}: {names} cannot be used: {reason}.") from error
-
-
-def ignored_by_optimizer(args: TrainingArguments, model: torch.nn.Module) -> list[str]:
-    """The settings that make no difference to the optimizer, each entry of `optim_args` by itself."""
-
-    def arguments(**changes) -> str:
-        return str(Trainer.get_optimizer_cls_and_kwargs(dataclasses.replace(args, **changes), model))
-
-    given = arguments()
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.name in OPTIMIZER_KEYS}
-    ignored = [
-        name
-        for name, default in defaults.items()
-        if getattr(args, name) != default and arguments(**{name: default}) == given
-    ]
-    entries = args.optim_args.split(",") if args.optim_args else []
-    for entry in entries:
-        others = ",".join(other for other in entries if other != entry)
-        if arguments(optim_args=others) == given:
-            ignored.append(f"optim_args {entry.strip()}")
-    return ignored
 
 
 def check_disk(preflight: Preflight, training_args: TrainingArguments):
@@ -435,64 +325,9 @@ def check_disk(preflight: Preflight, training_args: TrainingArguments):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(f"output_dir {output_dir}: {folder} cannot be written to ({error.strerror}).") from error
-    if preflight.steps and preflight.trainable:
+    if preflight.counts and preflight.trainable:
         model_folder = Path(preflight.args.model_name_or_path)
         tokenizer = sum((model_folder / name).stat().st_size for name in tokenizer_files(model_folder))
-        needed = disk_needed(training_args, preflight.steps, preflight.trainable, tokenizer)
-        free = shutil.disk_usage(folder).free
-        preflight.disk = DiskSpace(needed, free)
-        if needed > free:
-            raise ValueError(
-                f"output_dir {output_dir} needs {needed / 1e9:.2f} GB and has {free / 1e9:.2f} GB free. Make room, or "
-                "set save_total_limit in the JSON."
-            )
-
-
-def count_steps(args: TrainingArguments, num_samples: int) -> Steps:
-    """Optimizer steps, evaluations and checkpoints of a run, as the Trainer's own control flow has them.
-
-    Raises:
-        ValueError: there would be no step at all.
-    """
-    step_samples = samples_per_step(args) * args.world_size
-    if args.dataloader_drop_last and num_samples < step_samples:
-        raise ValueError(
-            f"a step takes {step_samples} samples, there are {num_samples}, and dataloader_drop_last drops the "
-            "last step of an epoch if it is not full: there is nothing to train. Set it to false in the JSON."
-        )
-    rounded = math.floor if args.dataloader_drop_last else math.ceil
-    steps_per_epoch = rounded(num_samples / step_samples)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    state, flow = TrainerState(max_steps=steps), DefaultFlowCallback()
-    state.compute_steps(args, steps)
-    evaluations, saves, logged = int(args.eval_on_start), 0, set()
-    for step in range(1, steps + 1):
-        state.global_step, state.epoch = step, step / steps_per_epoch
-        ends = [flow.on_step_end] + [flow.on_epoch_end] * (step % steps_per_epoch == 0 or step == steps)
-        for end in ends:
-            control = TrainerControl()
-            end(args, state, control)
-            evaluations, saves = evaluations + control.should_evaluate, saves + control.should_save
-            if control.should_log or control.should_evaluate or control.should_save:
-                logged.add(step)
-    if args.save_strategy == "best":
-        saves = evaluations  # at most
-    return Steps(steps, evaluations, saves, len(logged) + evaluations + 1)  # 1: the summary
-
-
-def disk_needed(args: TrainingArguments, steps: Steps, trainable: int, tokenizer: int) -> int:
-    """Bytes of the checkpoints that exist at once, and of the adapter at the end, at most.
-
-    Args:
-        args: of the run.
-        steps: numbers of checkpoints and of entries in the log.
-        trainable: parameters of the adapter.
-        tokenizer: bytes of the tokenizer's files, which each checkpoint has.
-    """
-    adapter = trainable * ADAPTER_BYTES + tokenizer + STATE_BYTES + steps.logs * LOG_BYTES
-    optimizer = 0 if args.save_only_model else trainable * OPTIMIZER_BYTES
-    limit = args.save_total_limit or 0
-    if limit > 0:  # an old one is deleted after the new one is written; the best and the newest one are kept
-        limit = max(limit, 2 if args.metric_for_best_model else 1) + 1
-    checkpoints = min(steps.saves, limit) if limit > 0 else steps.saves
-    return checkpoints * (adapter + optimizer) + adapter
+        needed = disk_needed(training_args, preflight.counts, preflight.trainable, tokenizer)
+        preflight.disk = DiskSpace(needed, shutil.disk_usage(folder).free)
+        check_room(f"output_dir {output_dir}", folder, needed, "set save_total_limit in the JSON")

@@ -6,7 +6,6 @@
 import itertools
 import os
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -14,10 +13,10 @@ import torch
 from glm_shared.chat import ChatTokenizer
 from qlora.data.dataset import IGNORE_INDEX, numpy_column, summary
 from qlora.data.row_files import Place
+from qlora.training.model_card import library_versions
 from qlora.training.preflight import Preflight
 from qlora.units import GIB
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 LONGEST_BAR, BARS = 40, 8  # of the histogram: characters of a bar, and lines
 PARTS = {  # (is trained on, is a control token) -> (name, color)
     (False, False): ("prompt", "\033[34m"),  # blue
@@ -25,7 +24,7 @@ PARTS = {  # (is trained on, is a control token) -> (name, color)
     (True, False): ("answer", "\033[32m"),  # green
     (True, True): ("end", "\033[32m"),
 }
-END_OF_COLOUR = "\033[0m"
+END_OF_COLOR = "\033[0m"
 
 
 def describe(preflight: Preflight) -> str:
@@ -38,10 +37,10 @@ def describe(preflight: Preflight) -> str:
     rows = data_table(preflight) if args.dry_run is not None else [*run_table(preflight), *data_table(preflight)]
     lines = [f"{name:<11} {indented(value)}" for name, value in rows if value]
     if preflight.train_samples and preflight.tokenizer:
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
         count = min(args.check or args.dry_run or 0, len(preflight.train_samples))
         first = preflight.train_samples.select(range(count))
-        lines += [show_sample(sample, preflight.tokenizer, colour) for sample in first]
+        lines += [show_sample(sample, preflight.tokenizer, color) for sample in first]
     if not preflight.problems:
         lines.append("OK")
     return "\n".join(lines)
@@ -54,17 +53,17 @@ def indented(text: str) -> str:
 
 def run_table(preflight: Preflight) -> list[tuple[str, str | None]]:
     """Names and values of what is known of machine, model and run; a value is None if it is not known."""
-    args, config, steps, disk = preflight.args, preflight.config, preflight.steps, preflight.disk
+    args, config, counts, disk = preflight.args, preflight.config, preflight.counts, preflight.disk
     plan = preflight.plan_table()
     weights = f"{config.multiplied_weights / 1e6:,.1f} million weights" if config else ""
     return [
-        ("versions", ", ".join(f"{name} {version(name)}" for name in LIBRARIES) + f", CUDA {torch.version.cuda}"),
+        ("versions", f"{library_versions()}, CUDA {torch.version.cuda}"),
         ("GPU", describe_gpu(preflight)),
         ("model", f"{args.model_name_or_path}, {weights}, architecture of {config.display_name}" if config else None),
         ("adapter", describe_adapter(preflight)),
         ("arithmetic", preflight.setup and preflight.setup.arithmetic),
         ("resumes", preflight.resume_from and f"from {preflight.resume_from}"),
-        ("steps", steps and f"{steps.steps:,}, evaluations {steps.evaluations:,}, checkpoints {steps.saves:,}"),
+        ("steps", counts and f"{counts.steps:,}, evaluations {counts.evaluations:,}, checkpoints {counts.saves:,}"),
         ("disk", disk and f"at most {disk.needed / 1e6:,.1f} MB for output_dir, of {disk.free / 1e6:,.0f} MB free"),
         ("memory", plan and plan.strip().replace("\n  ", "\n")),
     ]
@@ -111,13 +110,13 @@ def histogram(lengths: np.ndarray) -> str:
     )
 
 
-def show_sample(sample: dict, tokenizer: ChatTokenizer, colour: bool) -> str:
+def show_sample(sample: dict, tokenizer: ChatTokenizer, color: bool) -> str:
     """A sample as text, one line for each part: prompt, control tokens, answer, end.
 
     Args:
         sample: with `input_ids`, `labels`, `line`, `element`, `turn`, and possibly `file`.
         tokenizer: of the model.
-        colour: whether ANSI codes color the parts.
+        color: whether ANSI codes color the parts.
     """
     control = {*tokenizer.control_token_ids}
     ids, trained = sample["input_ids"], [label != IGNORE_INDEX for label in sample["labels"]]
@@ -129,5 +128,5 @@ def show_sample(sample: dict, tokenizer: ChatTokenizer, colour: bool) -> str:
         name, ansi = PARTS[kind]
         part = [token_id for _, token_id in tokens]
         text = "".join(tokenizer.convert_ids_to_tokens(part)) if kind[1] else tokenizer.decode(part)
-        lines.append(f"  {name:<9} {ansi if colour else ''}{indented(text)}{END_OF_COLOUR if colour else ''}")
+        lines.append(f"  {name:<9} {ansi if color else ''}{indented(text)}{END_OF_COLOR if color else ''}")
     return "\n".join(lines)

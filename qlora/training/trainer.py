@@ -93,21 +93,12 @@ class QLoRATrainer(Trainer):
         max_tokens: most tokens of a micro-batch; None for the plain path, whose micro-batches are the JSON's, a padded
             row for each sample.
         run: what defines the run, see `describe_run`; without it no run can resume from its checkpoints.
-        callbacks: more callbacks.
-        kwargs: anything the Trainer takes; datasets have `input_ids` and `labels`, and `line` to name a row by.
+        kwargs: anything else the Trainer takes; datasets have `input_ids` and `labels`, and `line` to name a row by.
     """
 
     control: TrainerControl
 
-    def __init__(
-        self,
-        model,
-        args: TrainingArguments,
-        max_tokens: int | None,
-        run: dict | None = None,
-        callbacks=(),
-        **kwargs,
-    ):
+    def __init__(self, model, args: TrainingArguments, max_tokens: int | None, run: dict | None = None, **kwargs):
         step_args = dataclasses.replace(
             args,
             per_device_train_batch_size=samples_per_step(args),
@@ -119,8 +110,8 @@ class QLoRATrainer(Trainer):
         if step_args.device.type == "cpu":  # not "cpu:0": transformers 5.17 cannot load an optimizer there
             step_args._setup_devices = torch.device("cpu")
         self.stop = StopOnSignal()
-        callbacks = [self.stop, LogBeforeSaving(), *callbacks]
-        super().__init__(model=model, args=step_args, data_collator=StepBatch.collate, callbacks=callbacks, **kwargs)
+        kwargs |= {"data_collator": StepBatch.collate, "callbacks": [self.stop, LogBeforeSaving()]}
+        super().__init__(model=model, args=step_args, **kwargs)
         # The model is in its compute dtype; of mixed precision only the loss scaling is needed.
         self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.max_tokens, self.plain_rows = max_tokens, args.per_device_train_batch_size

@@ -130,7 +130,7 @@ def read_training_args(
     if others:
         logger.info("Other settings than in %s: %s", path, ", ".join(others))
     values = override(values, given)
-    problems = check_keys(values) + check_evaluation(values, evaluate) + check_epochs(values, given)
+    problems = key_problems(values) + evaluation_problems(values, evaluate) + epoch_problems(values, given)
     if problems:
         raise ValueError(with_sources(problems, path, values, given))
     dtype = set_precision(values, compute_dtype)
@@ -206,7 +206,7 @@ def with_sources(problems: list[str], path: str, values: dict, given: dict) -> s
     return "; ".join(f"{source}: {'; '.join(texts)}" for source, texts in by_source.items()) + "."
 
 
-def check_epochs(values: dict, given: dict) -> list[str]:
+def epoch_problems(values: dict, given: dict) -> list[str]:
     """A problem if a number of epochs was asked for and `max_steps`, which is stronger, is set, too."""
     if "num_train_epochs" in given and type(values.get("max_steps")) is int and values["max_steps"] > 0:
         return [f"num_train_epochs has no effect while max_steps is {values['max_steps']}; add --max_steps -1"]
@@ -234,7 +234,7 @@ def samples_per_step(args: TrainingArguments) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps
 
 
-def check_keys(values: dict) -> list[str]:
+def key_problems(values: dict) -> list[str]:
     """A problem for each wrong key or value that can be found before `TrainingArguments` is constructed."""
     defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     ours = flag_names(FinetuneArguments)
@@ -281,7 +281,7 @@ def check_keys(values: dict) -> list[str]:
     return problems
 
 
-def check_evaluation(values: dict, evaluate: bool) -> list[str]:
+def evaluation_problems(values: dict, evaluate: bool) -> list[str]:
     """A problem if there are settings that need evaluations, for a run without them, or the reverse.
 
     Args:

@@ -282,7 +282,7 @@ def test_text_of_the_system_stays_when_rounds_are_dropped(rows_file, tokenizer):
 
 def test_turn_is_shown_and_reported(rows_file, encoder, tokenizer):
     sample = samples_of(rows_file, [{"messages": messages()}], encoder)[1]
-    shown = show_sample(sample, tokenizer, colour=False)
+    shown = show_sample(sample, tokenizer, color=False)
     assert shown.startswith(f"line 1, turn 2  {sample['length']} tokens, ")
     (row,) = StepBatch.collate([sample]).source_rows
     assert str(row) == "1 (turn 2)"

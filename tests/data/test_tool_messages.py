@@ -97,7 +97,7 @@ def test_samples_are_the_official_messages(third, rows_file):
     assert answered["input_ids"] == start + answer
     assert answered["labels"] == [-100] * (len(start) + 1) + answer[1:]
     assert [sample["turn"] for sample in (called, answered)] == [1, 2]
-    shown = show_sample(called, third, colour=False)
+    shown = show_sample(called, third, color=False)
     assert "weather\n" in shown and "tool_call(city='北京', days=1, now=True)" in shown
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 import train_qlora
 from qlora.arguments import FinetuneArguments, copy_folder
-from qlora.export import official_folder
-from qlora.export.official_folder import save_copy
+from qlora.export import four_bit_copy
+from qlora.export.four_bit_copy import save_copy
 from qlora.loading import COPY_SOURCE, copy_source, find_copy, load_quantized_model, load_tokenizer
 from qlora.training import preflight
 
@@ -85,8 +85,8 @@ def test_copy_that_is_not_finished_is_not_there(golden_folder, monkeypatch):
             write_copy(golden_folder)
     assert not copy.exists() and not partial.exists()
     with monkeypatch.context() as patch:  # killed in the last moment: nothing is cleaned up
-        patch.setattr(official_folder, "publish_folder", lambda *paths: (_ for _ in ()).throw(SystemExit))
-        patch.setattr(official_folder.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(four_bit_copy, "publish_folder", lambda *paths: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(four_bit_copy.shutil, "rmtree", lambda *args, **kwargs: None)
         with pytest.raises(SystemExit):
             write_copy(golden_folder)
     assert (partial / COPY_SOURCE).is_file() and find_copy(str(golden_folder), FP32) is None
@@ -155,7 +155,8 @@ def test_copy_that_cannot_be_written_is_reported_before_the_run(golden_folder, m
     usage = namedtuple("usage", "total used free")(0, 0, 1000)
     with monkeypatch.context() as patch:
         patch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
-        assert "0.0 GB free: make room" in problems(golden_folder)[0]
+        (problem,) = problems(golden_folder)
+        assert problem == "--save_4bit needs 0.00 GB, and its disk has 0.00 GB free. Make room, or leave it out."
     with monkeypatch.context() as patch:
         patch.setattr(preflight.os, "access", lambda path, mode: False)
         assert "cannot be written to: leave it out" in problems(golden_folder)[0]

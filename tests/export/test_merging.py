@@ -16,8 +16,8 @@ from chatglm.chat import CHAT_TEMPLATE
 from qlora.adapter import load_adapter
 from qlora.atomic import atomic_folder
 from qlora.checkpoint import check_checkpoint, weight_files
+from qlora.export.four_bit_copy import write_quantized
 from qlora.export.merging import WeightReader, merged_tensors
-from qlora.export.official_folder import write_quantized
 from qlora.loading import load_quantized_model, load_tokenizer
 
 MODULES = ["query_key_value", "dense_h_to_4h"]
@@ -340,7 +340,7 @@ def test_a_full_disk_is_noticed_before_merging(run, golden_folder, tmp_path, mon
     monkeypatch.setattr("shutil.disk_usage", disk_usage)
     monkeypatch.setattr("qlora.export.merging.delta_weight", lambda layer: pytest.fail("merges already"))
     needed = int(0.9 * sum(sizes))
-    with pytest.raises(SystemExit, match=r"error: --output_dir needs 0\.00 GB, and .* has 0\.00 GB free"):
+    with pytest.raises(SystemExit, match=r"error: --output_dir needs 0\.00 GB, and its disk has 0\.00 GB free"):
         run("merge_lora", model_name_or_path=golden_folder, adapter_path=adapter, output_dir=tmp_path / "new", **flags)
     assert not list(tmp_path.glob("new*"))
     monkeypatch.undo()

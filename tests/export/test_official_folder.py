@@ -14,11 +14,12 @@ from peft import get_peft_model_state_dict
 
 from chatglm import ChatGLMForConditionalGeneration, ChatGLMTokenizer
 from qlora.adapter import add_lora
-from qlora.checkpoint import check_checkpoint, read_config, weight_files
+from qlora.checkpoint import check_checkpoint, linear_layers, read_config, weight_files
 from qlora.data.batching import StepBatch
 from qlora.data.collator import PaddingFreeCollator
-from qlora.export.merging import WeightReader, linear_layers
-from qlora.export.official_folder import quantize_rows, write_checkpoint, write_quantized
+from qlora.export.four_bit_copy import write_quantized
+from qlora.export.merging import WeightReader
+from qlora.export.official_folder import quantize_rows, write_checkpoint
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model, load_tokenizer
 

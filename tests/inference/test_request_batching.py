@@ -1,4 +1,4 @@
-"""qlora/inference/batching.py and slots.py: which requests run together, and their tokens."""
+"""qlora/inference/batcher.py and slots.py: which requests run together, and their tokens."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from conftest import add_random_lora
 from peft import PeftModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, fast_layers
-from qlora.inference.batching import Answer, Batcher
+from qlora.inference.batcher import Answer, Batcher
 from qlora.inference.decoding import decode, draw_tokens, make_sampler
 from qlora.inference.slots import STEPS, Slots, Task, affordable_slots, left_padded
 from qlora.layers.replacement import replace_layers

@@ -36,7 +36,8 @@ from qlora.arguments import InferenceArguments
 from qlora.data.rows import read_prompts
 from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import generate_answers
-from qlora.inference.web import Answerer, Page, check_web, conversation_html, with_settings
+from qlora.inference.serve_checks import PASSWORD_VARIABLE, check_web
+from qlora.inference.web import Answerer, Page, conversation_html, with_settings
 from qlora.layers.replacement import replace_layers
 from qlora.loading import load_quantized_model
 
@@ -264,8 +265,8 @@ def gradio_version(monkeypatch) -> Iterator[dict[str, str]]:
             raise PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(qlora.inference.web.importlib.metadata, "version", version)
-    monkeypatch.delenv(qlora.inference.web.PASSWORD_VARIABLE, raising=False)
+    monkeypatch.setattr("importlib.metadata.version", version)
+    monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
     return installed
 
 
@@ -293,7 +294,7 @@ def test_old_gradio_is_refused(gradio_version):
 
 
 def test_empty_password_is_refused(gradio_version, monkeypatch):
-    monkeypatch.setenv(qlora.inference.web.PASSWORD_VARIABLE, "")
+    monkeypatch.setenv(PASSWORD_VARIABLE, "")
     with pytest.raises(ValueError, match="QLORA_PASSWORD is empty"):
         check_web(InferenceArguments(web=True))
 
@@ -462,7 +463,7 @@ def server(adapter_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     flags = ("--adapter_path", adapter_path, "--port", port, "--max_new_tokens", 24)
     # No proxy answers at this address: serving the page must not need one.
     settings = {
-        qlora.inference.web.PASSWORD_VARIABLE: PASSWORD,
+        PASSWORD_VARIABLE: PASSWORD,
         "PYTHONIOENCODING": "utf-8",
         "http_proxy": "http://127.0.0.1:9",
     }

@@ -90,11 +90,13 @@ def test_zeros_and_values_that_are_not_finite():
 def test_cached_matrices_are_those_made_anew(layer):
     x, grad = torch.randn(3, 128).bfloat16(), torch.randn(3, 192).bfloat16()
     expected = output_and_gradient(layer, x, grad)
-    layer.cache_dequantized()
+    layer.cache_dequantized(True)
     layer.weight.data.zero_()  # is not read any more
     for found, value in zip(output_and_gradient(layer, x, grad), expected, strict=True):
         assert torch.equal(found, value)
-    assert sum(matrix.nbytes for matrix in layer.cached) == 2 * 192 * 128
+    assert sum(matrix.nbytes for matrix in layer.cached_operands) == 2 * 192 * 128
+    layer.cache_dequantized(False)
+    assert not torch.equal(output_and_gradient(layer, x, grad)[1], expected[1])  # it is read again
 
 
 def test_evaluation_is_that_of_the_compute_dtype(layer, linear4bit):

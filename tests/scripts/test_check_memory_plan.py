@@ -8,14 +8,14 @@ import torch
 from conftest import ROOT, StandInRecorder, import_script, run_main
 
 from qlora.loading import load_quantized_model
-from qlora.training import preflight
+from qlora.training import memory_plan
 from qlora.training.graphs import GraphedPasses
 
 
 @pytest.fixture
 def script(monkeypatch):
     module = import_script(ROOT / "scripts" / "check_memory_plan.py")
-    monkeypatch.setattr(preflight, "gpu_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(memory_plan, "gpu_has_kernels", lambda dtype: True)
     monkeypatch.setattr(module, "GraphedPasses", functools.partial(GraphedPasses, recorder=StandInRecorder))
     yield module
     del sys.modules[module.__name__]

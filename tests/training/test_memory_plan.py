@@ -3,11 +3,15 @@
 import dataclasses
 
 import pytest
+import torch
 
 from chatglm import ChatGLMConfig
 from chatglm2 import ChatGLM2Config
 from glm_shared.loss import ROWS_AT_ONCE
 from qlora.adapter import add_lora
+from qlora.layers.linear import NF4Linear
+from qlora.layers.replacement import replace_layers
+from qlora.loading import load_quantized_model
 from qlora.training.memory_plan import (
     MOST_PARTS,
     MOST_ROWS,
@@ -197,3 +201,15 @@ def test_last_layers_are_recomputed(tiny_model):
     first, last = model.get_base_model().blocks
     assert (first.recompute_mlp, last.recompute_mlp) == (False, True)
     assert (first.recompute_attention, last.recompute_attention) == (True, True)
+
+
+def test_first_layers_are_cached_and_another_plan_drops_what_is_not(golden_folder):
+    model = add_lora(load_quantized_model(str(golden_folder), torch.float32), 4, 32, 0.0, ["query_key_value"])
+    replace_layers(model, for_training=True)
+    for cached in (1, 2, 0):
+        apply_plan(model, MemoryPlan(512, 0, 0, dequantized_layers=cached))
+        weights = [
+            [module.cached_weight is not None for module in block.modules() if isinstance(module, NF4Linear)]
+            for block in model.get_base_model().blocks
+        ]
+        assert weights == [[number < cached] * 4 for number in range(len(weights))]

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, copy_tokenizer, write_rows
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import train_qlora
 from chatglm import ChatGLMConfig
@@ -18,21 +17,13 @@ from qlora import loading
 from qlora.adapter import add_lora
 from qlora.arguments import FinetuneArguments, LoraSettings
 from qlora.data.dataset import SampleEncoder, load_samples
-from qlora.export.official_folder import write_quantized
+from qlora.export.four_bit_copy import write_quantized
 from qlora.loading import load_quantized_model
-from qlora.training import preflight
+from qlora.training import memory_plan, preflight
+from qlora.training.disk_space import LOG_BYTES, STATE_BYTES, RunCounts
 from qlora.training.memory_plan import GIB
-from qlora.training.preflight import (
-    Preflight,
-    Steps,
-    check_memory,
-    check_optimizer,
-    count_steps,
-    disk_needed,
-    run_preflight,
-)
+from qlora.training.preflight import Preflight, check_memory, run_preflight
 from qlora.training.preflight_report import describe, histogram, show_sample
-from qlora.training.trainer import LogBeforeSaving
 from qlora.training.training_args import read_training_args
 
 
@@ -86,7 +77,7 @@ def test_run_without_problems(flags, tiny_checkpoint, tiny_config):
     assert found.config.multiplied_weights == tiny_config.multiplied_weights
     assert (len(found.train_samples), len(found.eval_samples)) == (48, 11)
     # 5 steps evaluate or save, and log before: 4, 5, 8, 10 and 12; then the 3 evaluations and the summary.
-    assert found.steps == Steps(steps=12, evaluations=3, saves=3, logs=9)
+    assert found.counts == RunCounts(steps=12, evaluations=3, saves=3, logs=9)
     model = add_lora(load_quantized_model(str(tiny_checkpoint), torch.float32), 4, 32, 0.05, ["query_key_value"])
     assert found.trainable == model.get_nb_trainable_parameters()[0]
     assert 0 < found.disk.needed < found.disk.free
@@ -97,13 +88,13 @@ def test_predictions_hold_for_the_run(flags, values):
     run_main(flags)
     output = Path(values["output_dir"])
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    assert log[-1]["step"] == predicted_run.steps.steps
-    assert sum("eval_loss" in entry for entry in log) == predicted_run.steps.evaluations
+    assert log[-1]["step"] == predicted_run.counts.steps
+    assert sum("eval_loss" in entry for entry in log) == predicted_run.counts.evaluations
     checkpoints = list(output.glob("checkpoint-*"))
-    assert len(checkpoints) == predicted_run.steps.saves
+    assert len(checkpoints) == predicted_run.counts.saves
     written = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    assert len(log) == predicted_run.steps.logs
-    state = (predicted_run.steps.saves + 1) * (preflight.STATE_BYTES + preflight.LOG_BYTES * len(log))
+    assert len(log) == predicted_run.counts.logs
+    state = (predicted_run.counts.saves + 1) * (STATE_BYTES + LOG_BYTES * len(log))
     assert predicted_run.disk.needed - state < written < predicted_run.disk.needed
 
 
@@ -220,28 +211,11 @@ def test_output_dir_that_cannot_be_written_to(flags, values, tmp_path, place):
     assert "file cannot be written to (Not a directory)" in problem_of(flags)
 
 
-@pytest.mark.parametrize(
-    ("changes", "checkpoints"),
-    [
-        ({"save_strategy": "no"}, 0),
-        ({}, 6),
-        ({"save_total_limit": 2}, 3),
-        ({"save_total_limit": 1}, 2),
-        # The best and the newest one are kept, and a third one is being written.
-        ({"save_total_limit": 1, "metric_for_best_model": "loss"}, 3),
-    ],
-)
-def test_disk_has_room_for_all_checkpoints_that_exist_at_once(flags, values, changes, checkpoints):
-    edit_json(flags, values, save_steps=2, **changes)
-    args = read_training_args(flags["train_args_json"]).training_args
-    steps = Steps(steps=12, evaluations=3, saves=6 if args.save_strategy == "steps" else 0, logs=4)
-    others = preflight.STATE_BYTES + 4 * preflight.LOG_BYTES
-    assert disk_needed(args, steps, trainable=0, tokenizer=0) == (checkpoints + 1) * others  # 1: the result
-
-
 def test_full_disk(flags, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    assert re.search(r"output_dir .* needs 0\.01 GB and has 0\.00 GB free.*save_total_limit", problem_of(flags))
+    assert re.search(
+        r"output_dir .* needs 0\.01 GB, and its disk has 0\.00 GB free.*save_total_limit", problem_of(flags)
+    )
 
 
 def test_unknown_target_module(flags):
@@ -272,24 +246,6 @@ def test_optimizer_and_schedule_that_cannot_be_made(flags, values, changes, reas
     edit_json(flags, values, **changes)
     problem = problem_of(flags)
     assert re.search(rf"args\.json: optim \w+ with lr_scheduler_type \w+ cannot be used: .*{reason}", problem), problem
-    assert not Path(values["output_dir"]).exists()
-
-
-@pytest.mark.parametrize(
-    "optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "adamw_8bit", "paged_adamw_8bit"]
-)
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        {"lr_scheduler_type": "cosine", "warmup_steps": 3},
-        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}},
-        {"lr_scheduler_type": "constant"},
-    ],
-)
-def test_optimizers_and_schedules_that_can_be_made(values, optim, schedule):
-    schedule = schedule | ({"optim_args": "momentum=0.9, nesterov=true"} if optim == "sgd" else {})
-    args = TrainingArguments(output_dir=values["output_dir"], optim=optim, use_cpu=True, report_to="none", **schedule)
-    check_optimizer("args.json", args, 12)
     assert not Path(values["output_dir"]).exists()
 
 
@@ -355,7 +311,7 @@ def full_size(genuine_tokenizer, genuine_rows, monkeypatch) -> Preflight:
     found.setup = read_training_args(str(ROOT / "chatGLM_6B_QLoRA.json"), compute_dtype="bf16", evaluate=False)
     found.train_samples = load_samples(str(genuine_rows), SampleEncoder(genuine_tokenizer, "", 512, 1536))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(preflight, "gpu_has_kernels", lambda dtype: True)
+    monkeypatch.setattr(memory_plan, "gpu_has_kernels", lambda dtype: True)
     return found
 
 
@@ -370,11 +326,17 @@ def test_predicted_memory_is_that_of_the_run(full_size, monkeypatch, budget, pre
 
 
 @pytest.mark.parametrize(("name", "fp8"), [("bf16", False), ("fp8", True)])
-def test_8_bit_products_are_planned(monkeypatch, name, fp8):
-    monkeypatch.setattr(preflight, "gpu_has_kernels", lambda dtype: True)
-    found = Preflight(FinetuneArguments(compute_dtype=name), config=ChatGLMConfig())
-    sizes = preflight.model_sizes(found, found.config, LoraSettings(), unquantized=0)
-    assert (sizes.bytes_per_number, sizes.fp8) == (2, fp8)
+def test_8_bit_products_are_planned(flags, monkeypatch, name, fp8):
+    found, planned_for = run_preflight(FinetuneArguments(**flags)), []
+    found.setup = read_training_args(flags["train_args_json"], compute_dtype=name)
+    found.args.memory_budget = "4GiB"  # plans, although there is no GPU
+    monkeypatch.setattr(preflight, "memory_budget", lambda requested: 4 * GIB)
+    monkeypatch.setattr(memory_plan, "gpu_has_kernels", lambda dtype: True)
+    plan = preflight.choose_plan
+    monkeypatch.setattr(preflight, "choose_plan", lambda sizes, *args: planned_for.append(sizes) or plan(sizes, *args))
+    check_memory(found, found.config, LoraSettings())
+    (sizes,) = planned_for
+    assert (sizes.bytes_per_number, sizes.fp8, sizes.trainable) == (2, fp8, found.trainable)
 
 
 def test_too_little_memory(full_size, monkeypatch):
@@ -383,93 +345,32 @@ def test_too_little_memory(full_size, monkeypatch):
     assert full_size.plan is None and "3.00 GiB of GPU memory are too little" in full_size.problems[0]
 
 
-# Numbers of steps, evaluations and checkpoints, compared with those of the Trainer.
-
-
-class Line(torch.nn.Module):
-    """A model with one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: torch.Tensor) -> dict:
-        return {"loss": (self.weight * x).square().mean()}
-
-
-class Counter(TrainerCallback):
-    """Counts steps, evaluations and checkpoints of a Trainer."""
-
-    steps = evaluations = saves = logs = 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.steps += 1
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.evaluations += 1
-
-    def on_save(self, args, state, control, **kwargs):
-        self.saves += 1
-
-    def on_log(self, args, state, control, **kwargs):
-        self.logs += 1
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_train_epochs": 3},
-        {"num_train_epochs": 1.5, "save_steps": 0.3, "eval_steps": 0.2},
-        {"max_steps": 7, "save_steps": 3, "eval_steps": 2},
-        {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 2.5},
-        {"save_strategy": "no", "eval_strategy": "no"},
-        {"eval_on_start": True, "eval_steps": 100, "eval_delay": 2, "dataloader_drop_last": True},
-        {"save_steps": 100, "per_device_train_batch_size": 64},
-        {"logging_strategy": "epoch", "num_train_epochs": 3, "save_steps": 4},
-        {"logging_steps": 2, "logging_first_step": True, "save_strategy": "no"},
-    ],
-)
-def test_counted_steps_are_those_of_the_trainer(tmp_path, settings):
-    defaults = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 2}
-    defaults |= {"eval_strategy": "steps", "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-    args = TrainingArguments(output_dir=str(tmp_path), **defaults | settings)
-    rows = [{"x": torch.ones(1)}] * 37
-    # As in `QLoRATrainer`, a batch has all samples of a step.
-    size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    step_args = TrainingArguments(
-        **args.to_dict() | {"per_device_train_batch_size": size, "gradient_accumulation_steps": 1}
-    )
-    counter = Counter()
-    Trainer(Line(), step_args, train_dataset=rows, eval_dataset=rows, callbacks=[LogBeforeSaving(), counter]).train()
-    assert count_steps(args, len(rows)) == Steps(counter.steps, counter.evaluations, counter.saves, counter.logs)
-
-
 # The report.
 
 
 def test_sample_shows_what_is_trained_on(flags, tokenizer, tmp_path):
     row = {"instruction": "类型#裙", "output": "白色的裙。\n<eop>好看"}
     sample = load_samples(str(write_rows(tmp_path / "rows.jsonl", [row])), SampleEncoder(tokenizer, "", 512, 512))[0]
-    plain = show_sample(sample, tokenizer, colour=False)
+    plain = show_sample(sample, tokenizer, color=False)
     parts = dict(re.findall(r"^  (prompt|control|answer|end) +(.*(?:\n {12}.*)*)", plain, re.M))
     assert parts["prompt"] == "类型#裙" and parts["control"] == "[gMASK]<sop>" and parts["end"] == "<eop>"
     assert parts["answer"].replace("\n" + " " * 12, "\n") == row["output"]
     assert "\033" not in plain
-    coloured = show_sample(sample, tokenizer, colour=True)
-    assert re.sub(r"\033\[\d+m", "", coloured) == plain
-    trained = re.findall(r"\033\[32m(.*?)\033\[0m", coloured, re.S)
+    colored = show_sample(sample, tokenizer, color=True)
+    assert re.sub(r"\033\[\d+m", "", colored) == plain
+    trained = re.findall(r"\033\[32m(.*?)\033\[0m", colored, re.S)
     assert [part.split()[0] for part in trained] == ["白色的裙。", "<eop>"]
 
 
 @pytest.mark.parametrize(
-    ("terminal", "no_color", "coloured"), [(True, None, True), (True, "1", False), (False, None, False)]
+    ("terminal", "no_color", "colored"), [(True, None, True), (True, "1", False), (False, None, False)]
 )
-def test_colors_only_on_terminals(flags, monkeypatch, terminal, no_color, coloured):
+def test_colors_only_on_terminals(flags, monkeypatch, terminal, no_color, colored):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
     if no_color:
         monkeypatch.setenv("NO_COLOR", no_color)
-    assert ("\033[" in describe(run_preflight(FinetuneArguments(**flags, check=1)))) is coloured
+    assert ("\033[" in describe(run_preflight(FinetuneArguments(**flags, check=1)))) is colored
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 2, 3], list(range(3, 900)), [4, 2048]])
