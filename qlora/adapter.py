@@ -80,10 +80,8 @@ def adapter_config(path: str) -> LoraConfig:
     try:
         config = PeftConfig.from_pretrained(path)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{file} is not the configuration of an adapter ({first_line(error)}): copy it there again, or train the "
-            "adapter anew."
-        ) from error
+        found = f"{file} is not the configuration of an adapter ({first_line(error)})"
+        raise ValueError(f"{found}: copy it there again, or train the adapter anew.") from error
     check_plain_lora(path, config)
     problem = config_problem(config)
     if problem:

@@ -103,7 +103,7 @@ def assert_trained_on_as_written(line: bytes, row: dict, encoder: SampleEncoder)
     assert ids[start - 2] == tokenizer.gmask_token_id and ids[-1] == tokenizer.eos_token_id
     assert labels == [IGNORE_INDEX] * start + ids[start:] and start < length - 1
     assert words(tokenizer.decode(ids[: start - 2])) == normalized_words(
-        build_prompt(query, fields.get("history")), tokenizer
+        build_prompt(query, fields.get("history") or ()), tokenizer
     )
     assert words(tokenizer.decode(ids[start:-1])) == normalized_words(answer, tokenizer)
 
