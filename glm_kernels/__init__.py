@@ -1,4 +1,4 @@
-"""Triton kernels for training and running the models on NVIDIA GPUs.
+"""Kernels for training and running the models on NVIDIA GPUs, all but one of them in Triton.
 
 This file does not import Triton: code that also runs without a GPU needs TILE and `kernels_supported` from it.
 

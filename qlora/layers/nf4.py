@@ -1,4 +1,4 @@
-"""NF4 weights with doubly quantized scales, dequantized or multiplied by a Triton kernel where it can run.
+"""NF4 weights with doubly quantized scales, dequantized or multiplied by a kernel where it can run.
 
 A block of 64 weights shares a scale; 256 scales share a second scale:
     weight = NF4[4-bit code] * (code[8-bit scale code] * second scale + offset)
@@ -10,10 +10,10 @@ import torch
 from bitsandbytes.functional import QuantState
 
 from glm_kernels import kernels_supported
+from glm_kernels.cuda_kernel import can_compile
+from glm_kernels.nf4_linear import LEAST_FEATURES, MOST_TOKENS, nf4_linear
 
 BLOCK = 64  # weights that share a scale
-MOST_TOKENS = 64  # with more of them, a product with the dequantized weight is faster than one with the packed weight
-WIDE = 12288  # features of an output for which the kernel is faster than that of bitsandbytes with a single token, too
 
 
 def kernel_supports(packed: torch.Tensor, state: QuantState) -> bool:
@@ -51,12 +51,10 @@ def packed_linear(
     Returns:
         [..., out_features]; None where dequantizing the weight and multiplying with it is faster.
     """
-    out_features, in_features = state.shape
+    _, in_features = state.shape
     tokens = hidden_states.numel() // in_features
-    is_faster = 1 < tokens <= MOST_TOKENS or (tokens == 1 and out_features >= WIDE)
-    if is_faster and kernels_supported(hidden_states) and kernel_supports(packed, state):
-        from glm_kernels.nf4_linear import nf4_linear
-
+    fits = tokens <= MOST_TOKENS and in_features >= LEAST_FEATURES
+    if fits and can_compile() and kernels_supported(hidden_states) and kernel_supports(packed, state):
         output = nf4_linear(hidden_states.reshape(tokens, in_features), packed.data, state, bias)
         return output.view(*hidden_states.shape[:-1], -1)
     if tokens == 1:

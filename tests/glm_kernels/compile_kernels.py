@@ -3,15 +3,14 @@
 Without TRITON_INTERPRET:
     python tests/glm_kernels/compile_kernels.py 86 75 120    # all for compute capability 8.6, some for the others
 
-For the others, these are the LoRA kernels, the product with a packed weight, and the kernels for 8-bit operands where
-the GPU has these; for GPUs older than Ampere, the kernels without matrix products.
+For the others, these are the LoRA kernels, and the kernels for 8-bit operands where the GPU has these; for GPUs older
+than Ampere, the kernels without matrix products.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -27,7 +26,6 @@ from glm_kernels import (
     layer_norm,
     lora,
     nf4,
-    nf4_linear,
     rms_norm,
     rotary,
     swiglu,
@@ -41,7 +39,7 @@ TYPES = {
     " branch_grad sum_grad y y_grad key_value_grad total",
     "*fp32": "lse delta losses nf4 scale_table scales_of_scales offset parts row_scales scales",
     "*fp8e4nv": "quantized e4m3_weight",
-    "*i32": "tiles seed x_pairs",
+    "*i32": "tiles seed",
     "*i64": "labels cache_position",
     "*u8": "packed scale_codes",
     "*i1": "visible",
@@ -49,7 +47,7 @@ TYPES = {
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
 # Integers that change between launches: kernels must not specialize on them.
-VARYING = {"tokens", "layer", "capacity", "numbers", "blocks_of_row"}
+VARYING = {"tokens", "layer", "capacity", "numbers"}
 
 
 def shared_memory(kernel, capability: int, constants: dict, num_stages: int = 3, num_warps: int = 4, **types) -> int:
@@ -106,7 +104,7 @@ def all_kernels(capability: int) -> dict[str, int]:
             f"decoding step {layout}": (decode_attention.decode_attention_kernel, heads | decode, 3),
         }
     found = {name: shared_memory(kernel, capability, *how) for name, (kernel, *how) in launches.items()}
-    return found | kernels_of_older_gpus(capability) | lora_kernels(capability) | packed_product(capability)
+    return found | kernels_of_older_gpus(capability) | lora_kernels(capability)
 
 
 def kernels_of_older_gpus(capability: int) -> dict[str, int]:
@@ -149,19 +147,12 @@ def fp8_kernels(capability: int) -> dict[str, int]:
     return found
 
 
-def packed_product(capability: int) -> dict[str, int]:
-    """The same for the product with a packed weight, with the tile that takes the most shared memory."""
-    constants = nf4_linear.constants_of(64, torch.bfloat16) | {"BIAS": True}
-    warps = constants.pop("num_warps")
-    return {"packed product": shared_memory(nf4_linear.nf4_linear_kernel, capability, constants, num_warps=warps)}
-
-
 if __name__ == "__main__":
     first, *others = map(int, sys.argv[1:])
     found = {first: all_kernels(first)}
     for capability in others:
         if capability >= 80:
-            found[capability] = lora_kernels(capability) | packed_product(capability)
+            found[capability] = lora_kernels(capability)
         else:
             found[capability] = kernels_of_older_gpus(capability)
         if capability >= 89:

@@ -20,7 +20,7 @@ from chatglm2 import rotary as pair_rotary
 from chatglm2.activation import gated_activation
 from chatglm2.fused_norm import FusedRMSNorm, FusedSublayerNorm
 from chatglm2.modeling_chatglm2 import SublayerNorm
-from glm_kernels import fp8, fp8_reference, lora, lora_reference, nf4, nf4_linear
+from glm_kernels import fp8, fp8_reference, lora, lora_reference, nf4
 from glm_kernels.attention import GroupedPackedAttention, PackedAttention
 from glm_kernels.cross_entropy import cross_entropy_in_place
 from glm_kernels.decode_attention import decode_attention
@@ -137,48 +137,6 @@ def test_dequantized_weights_equal_those_of_bitsandbytes(shape):
     )
     expected = bitsandbytes.functional.dequantize_4bit(packed, state)
     assert torch.equal(nf4.dequantize(packed, state), expected)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "shape"),
-    [(1, (40, 64)), (3, (33, 576)), (20, (70, 1088)), (70, (33, 128)), (9, (40, 1024))],
-)
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_product_with_a_packed_weight(tokens, shape, has_bias):
-    x, bias = torch.randn(tokens, shape[1], dtype=torch.float16), torch.randn(shape[0], dtype=torch.float16)
-    packed, state = bitsandbytes.functional.quantize_4bit(
-        torch.randn(shape), quant_type="nf4", compress_statistics=True
-    )
-    weight = bitsandbytes.functional.dequantize_4bit(packed, state)
-    expected = x.float() @ weight.T + (bias if has_bias else 0)
-    found = nf4_linear.nf4_linear(x, packed, state, bias if has_bias else None)
-    assert (found.float() - expected).norm() < 2**-11 * expected.norm()  # table and output are rounded to fp16
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_instructions_that_look_up_codes(dtype):
-    """Triton's interpreter has no PTX: these are the instructions of it, in Python."""
-    table = bitsandbytes.functional.get_4bit_type("nf4", device="cpu").to(dtype)
-    codes = torch.randint(0, 256, (4,), dtype=torch.uint8)
-    registers = {"$4": int.from_bytes(codes.tolist(), "little")}
-
-    def select_bytes(low: int, high: int, selector: int) -> int:
-        data = low.to_bytes(4, "little") + high.to_bytes(4, "little")
-        return int.from_bytes([data[selector >> 4 * i & 15] for i in range(4)], "little")
-
-    operations = {
-        "and.b32": lambda a, b: a & b,
-        "shr.u32": lambda a, b: a >> b,
-        "lop3.b32": lambda a, b, c, table: (a & b) | c,
-        "prmt.b32": select_bytes,
-    }
-    for line in nf4_linear.lookup_ptx(dtype).splitlines()[2:-1]:
-        name, target, *sources = line.rstrip(";").replace(",", "").split()
-        registers[target] = operations[name](*(registers[s] if s in registers else int(s, 0) for s in sources))
-    words = torch.tensor([registers[f"${i}"] for i in range(4)]).to(torch.uint32)
-    upper, lower = words.view(dtype).chunk(2)
-    assert torch.equal(upper, table[(codes >> 4).int()])
-    assert torch.equal(lower, table[(codes & 15).int()])
 
 
 # Triton's interpreter does not round to 8 bits as a GPU does: these numbers need no rounding.

@@ -5,6 +5,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+import bitsandbytes
 import pytest
 import torch
 from conftest import add_random_lora
@@ -77,24 +78,33 @@ def test_half_precision_gives_gradients_in_fp32(golden_folder, batch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "wide", "expected_product"),
+    ("tokens", "least_features", "has_compiler", "expected_product"),
     [
-        (1, 192, "nf4_linear"),
-        (1, 193, "matmul_4bit"),
-        (2, 193, "nf4_linear"),
-        (nf4.MOST_TOKENS, 193, "nf4_linear"),
-        (nf4.MOST_TOKENS + 1, 1, "linear"),
+        (1, 64, True, "nf4_linear"),
+        (nf4.MOST_TOKENS, 64, True, "nf4_linear"),
+        (nf4.MOST_TOKENS + 1, 64, True, "linear"),
+        (1, 65, True, "matmul_4bit"),
+        (2, 65, True, "linear"),
+        (1, 64, False, "matmul_4bit"),
     ],
 )
-def test_few_tokens_are_multiplied_with_the_packed_weight(golden_folder, monkeypatch, tokens, wide, expected_product):
-    kernel = pytest.importorskip("glm_kernels.nf4_linear")
+def test_few_tokens_are_multiplied_with_the_packed_weight(
+    golden_folder, monkeypatch, tokens, least_features, has_compiler, expected_product
+):
     model = make_model(golden_folder, torch.float16).get_base_model()
-    layer = NF4Linear(model.transformer.layers[0].attention.query_key_value.base_layer)
+    layer = NF4Linear(model.transformer.layers[0].attention.query_key_value.base_layer)  # of 64 input features
     products = []
+
+    def in_place_of_kernel(x, packed, state, bias):
+        return linear.F.linear(x, bitsandbytes.functional.dequantize_4bit(packed, state), bias)
+
     monkeypatch.setattr(nf4, "kernels_supported", lambda tensor: True)
     monkeypatch.setattr(nf4, "kernel_supports", lambda packed, state: True)
-    monkeypatch.setattr(nf4, "WIDE", wide)  # the layer has 192 output features
-    for module, name in ((kernel, "nf4_linear"), (linear.F, "linear"), (nf4.bitsandbytes, "matmul_4bit")):
+    monkeypatch.setattr(nf4, "can_compile", lambda: has_compiler)
+    monkeypatch.setattr(nf4, "LEAST_FEATURES", least_features)
+    monkeypatch.setattr(linear, "dequantize", bitsandbytes.functional.dequantize_4bit)
+    monkeypatch.setattr(nf4, "nf4_linear", in_place_of_kernel)
+    for module, name in ((nf4, "nf4_linear"), (linear.F, "linear"), (nf4.bitsandbytes, "matmul_4bit")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, f=function, n=name, **kw: products.append(n) or f(*args, **kw))
     hidden_states = torch.randn(1, tokens, 64, dtype=torch.float16)
