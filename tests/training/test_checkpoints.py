@@ -33,7 +33,7 @@ from conftest import (
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
@@ -397,6 +397,8 @@ def test_resuming_with_other_flags_or_data_is_refused(problems_of, train_file, t
     assert re.search(r'--train_data_path "48 samples, sha256 \w{12}" \(not "40 samples, sha256 \w{12}"\)', problem)
     assert "--lora_dropout 0.05 (not 0.5)" in problem and '--prompt_text "" (not "问")' in problem
     assert "--max_input_length 512 (not 99)" in problem
+    (problem,) = problems_of({}, max_output_length=99)
+    assert re.search(r"--max_output_length \d+ \(not 99\)", problem)
 
 
 def test_resuming_with_another_number_of_processes_is_refused(problems_of, output):
@@ -408,6 +410,13 @@ def test_resuming_with_another_number_of_processes_is_refused(problems_of, outpu
     assert "is of a run with processes 2 (not 1), and" in problem
 
 
+def test_description_of_a_run_has_its_processes(train_file, tmp_path, monkeypatch):
+    setup = read_training_args(str(write_json(tmp_path / "args.json", tmp_path / "out")))
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    args = FinetuneArguments(train_data_path=[str(train_file)], eval_data_path=None)
+    assert describe_run(args, setup, 48, {})["processes"] == 2
+
+
 def test_resuming_with_the_adapter_of_another_model_is_refused(problems_of, output):
     checkpoint = output / f"checkpoint-{SAVE_STEPS}"
     name = change_adapter(checkpoint, lambda tensors: tensors.update({min(tensors): torch.zeros(4, 96)}))
@@ -415,6 +424,8 @@ def test_resuming_with_the_adapter_of_another_model_is_refused(problems_of, outp
     edit(checkpoint / RUN_FILE, adapter=shapes | {name: "4x96"})
     (problem,) = problems_of({})
     assert "is of a run with a model of other layers or widths, and" in problem
+    (problem,) = problems_of({"seed": 1})
+    assert "is of a run with seed 42 (not 1), and" in problem  # this may be why
 
 
 @pytest.mark.parametrize(
