@@ -45,6 +45,7 @@ from qlora.training.checkpoints import (
     ADAPTER_FILE,
     CHECKPOINT_FILES,
     STAGING,
+    check_best_checkpoint,
     check_output_dir,
     check_same_adapter,
     check_saved_adapter,
@@ -525,6 +526,13 @@ def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(
     assert f"{output} holds an earlier run (checkpoint-{STEPS}" in error_of(train_qlora, *flags)
 
 
+def test_last_checkpoint_may_have_another_path(output, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(output / f"checkpoint-{STEPS}")
+    monkeypatch.chdir(tmp_path)
+    for path in (f"out/checkpoint-{STEPS}", "link"):
+        check_output_dir(str(output), path)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_run_that_was_stopped_near_its_end_can_be_resumed(
     trained, tiny_checkpoint, train_file, dev_file, tmp_path, damaged
@@ -575,6 +583,15 @@ def test_best_checkpoint_is_kept_and_loaded_after_the_folder_was_renamed(
     result, expected = load_file(output / ADAPTER_FILE), load_file(best / ADAPTER_FILE)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
     assert json.loads((output / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+
+
+def test_damaged_best_checkpoint_is_named(output):
+    newest, best = checkpoints(output)
+    edit(newest / "trainer_state.json", best_model_checkpoint=f"elsewhere/{best.name}")
+    check_best_checkpoint(str(newest))
+    (best / ADAPTER_FILE).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"{best}, the best checkpoint so far, is missing or damaged"):
+        check_best_checkpoint(str(newest))
 
 
 def test_state_has_the_final_path_of_the_best_checkpoint(tiny_checkpoint, train_file, dev_file, tmp_path):
