@@ -96,6 +96,28 @@ def test_chat_template_gives_the_prompt(tokenizer):
     batch = tokenizer.apply_chat_template([messages, messages[-1:]], padding=True, return_tensors="pt")
     assert batch["input_ids"][0].tolist() == ids
     assert batch["attention_mask"].sum(1).tolist() == [len(ids), len(tokenizer.build_prompt_ids(query))]
+    assert len(tokenizer.apply_chat_template([messages, messages[-1:]])["input_ids"]) == 2
+    messages[0]["role"] = "developer"
+    assert tokenizer.apply_chat_template(messages)["input_ids"] == ids
+
+
+def test_ids_of_pieces_and_control_tokens(tokenizer):
+    pieces, control = tokenizer.sp_model.get_piece_size(), list(tokenizer.control_tokens)
+    assert tokenizer.vocab_size == len(tokenizer.get_vocab()) == pieces + len(control)
+    # The embedding has rows without a token.
+    found = tokenizer.convert_ids_to_tokens([*range(pieces, tokenizer.vocab_size + 1)])
+    assert found == [*control, tokenizer.unk_token]
+    assert tokenizer.control_token_ids == [*range(pieces, tokenizer.vocab_size), tokenizer.eos_token_id]
+    assert tokenizer.longest_token == max(len(token) for token, i in tokenizer.get_vocab().items() if i < pieces)
+    one, other = (tokenizer.encode(text, add_special_tokens=False) for text in ("白裙", "黑裤"))
+    ids = tokenizer.encode("白裙", "黑裤")
+    assert ids == [
+        pieces + control.index("[gMASK]"),
+        pieces + control.index("sop"),
+        *one,
+        *other,
+        tokenizer.eos_token_id,
+    ]
 
 
 def prompt_of_query(tokenizer: ChatGLM2Tokenizer) -> list[int]:
