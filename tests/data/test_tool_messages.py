@@ -68,6 +68,14 @@ def test_texts_of_the_system_and_weights():
     found = parse_row(row)
     assert json.loads(found.messages)[0] == {"role": "system", "content": "好。\n简短。\n客气。"}
     assert found.turns == [2]
+    question, _, call, result, answer = SHAREGPT
+    conversation = [question, call | {"weight": 0}, result, answer]
+    assert parse_row({"conversations": conversation, "tools": [TOOL]}).turns == [2]
+
+
+def test_tools_that_are_not_called_are_described():
+    found = parse_row({"messages": [QUESTION, ANSWER], "tools": [TOOL]})
+    assert json.loads(found.messages) == [{"role": "system", "content": "", "tools": [TOOL]}, QUESTION, ANSWER]
 
 
 def test_rows_without_a_call_stay_conversations():
