@@ -215,6 +215,7 @@ def values_of(golden_folder: Path, changes: dict[str, float]):
         ("q4_0", "transformer.layers.1.mlp.dense_4h_to_h.weight", float("nan")),
         ("q8_0", "transformer.layers.2.attention.dense.bias", float("-inf")),
         ("q8_0", "transformer.layers.2.attention.dense.weight", 1e7),
+        ("q4_0", "transformer.layers.2.attention.dense.weight", 1e6),
     ],
 )
 def test_weights_that_the_type_cannot_hold_are_refused_by_name(golden_folder, tokenizer, tmp_path, dtype, name, value):
