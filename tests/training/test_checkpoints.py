@@ -411,11 +411,16 @@ def test_resuming_with_another_number_of_processes_is_refused(problems_of, outpu
     assert "is of a run with processes 2 (not 1), and" in problem
 
 
-def test_description_of_a_run_has_its_processes(train_file, tmp_path, monkeypatch):
-    setup = read_training_args(str(write_json(tmp_path / "args.json", tmp_path / "out")))
+def test_description_of_a_run_has_its_processes_arithmetic_and_weights(train_file, tmp_path, monkeypatch):
+    setup = read_training_args(str(write_json(tmp_path / "args.json", tmp_path / "out")), compute_dtype="fp8")
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    args = FinetuneArguments(train_data_path=[str(train_file)], eval_data_path=None)
-    assert describe_run(args, setup, 48, {})["processes"] == 2
+    runs = [
+        describe_run(FinetuneArguments(train_data_path=[data], eval_data_path=None), setup, 48, {})
+        for data in (str(train_file), f"{train_file}:0.5")
+    ]
+    assert runs[0]["processes"] == 2 and runs[0]["settings"]["--compute_dtype"] == "fp8"
+    different = [name for name, value in runs[0]["settings"].items() if runs[1]["settings"][name] != value]
+    assert different == ["--train_data_path"]
 
 
 def test_resuming_with_the_adapter_of_another_model_is_refused(problems_of, output):

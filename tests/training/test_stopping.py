@@ -126,6 +126,11 @@ def test_lock_file_that_is_gone_or_cannot_be_read_is_no_problem(tmp_path, monkey
     check_not_locked(str(tmp_path))
 
 
+def test_folders_above_are_created_too(tmp_path):
+    with lock_output_dir(tmp_path / "new" / "out"):
+        assert (tmp_path / "new" / "out" / LOCK_FILE).exists()
+
+
 def test_lock_file_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / LOCK_FILE).mkdir()
     with pytest.raises(TrainingStopped, match="cannot be written"), lock_output_dir(tmp_path):
@@ -145,6 +150,13 @@ def test_file_system_without_locks_is_reported(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with lock_output_dir(tmp_path):
         assert "has no locks (No locks available), so that nothing prevents a second run there" in caplog.text
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Input/output error"), lock_output_dir(tmp_path):
+        pass
 
 
 # Signals of a scheduler.
