@@ -13,9 +13,9 @@ OPTIMIZER_KEYS = ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsi
 
 
 def check_optimizer(source: str, args: TrainingArguments, steps: int):
-    """Builds the optimizer and the learning rate schedule for a model of one matrix, and takes a few of the steps.
+    """Builds the optimizer and the learning rate schedule for a model of one matrix, and takes a step with each.
 
-    These are one in the warm-up, if there is one, the first after it, and the last of the run.
+    That of the schedule is the last one of the run, since one in the warm-up does not show what comes after it.
 
     Args:
         source: where the values stand, for the message.
@@ -35,14 +35,13 @@ def check_optimizer(source: str, args: TrainingArguments, steps: int):
             if ignored:
                 raise ValueError(f"it does not use {', '.join(ignored)}; remove it")
             trainer.create_optimizer_and_scheduler(steps)
-            for step in (1, args.get_warmup_steps(steps), steps - 1):
-                weight.grad = torch.ones_like(weight)
-                trainer.optimizer.step()
-                if isinstance(trainer.lr_scheduler, LambdaLR):
-                    trainer.lr_scheduler.last_epoch = step - 1  # it computes a step from its number alone
-                    trainer.lr_scheduler.step()
-                else:
-                    trainer.lr_scheduler.step(0.0)  # the loss of an evaluation
+            weight.grad = torch.ones_like(weight)
+            trainer.optimizer.step()
+            if isinstance(trainer.lr_scheduler, LambdaLR):
+                trainer.lr_scheduler.last_epoch = steps - 2  # it computes a step from its number alone
+                trainer.lr_scheduler.step()
+            else:
+                trainer.lr_scheduler.step(0.0)  # the loss of an evaluation
     except Exception as error:  # many libraries have optimizers
         reason = first_line(error).removesuffix(".")
         names = f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}"

@@ -248,7 +248,6 @@ def test_optimizer_and_schedule_that_cannot_be_made(flags, values, changes, reas
     edit_json(flags, values, **changes)
     problem = problem_of(flags)
     assert re.search(rf"args\.json: optim \w+ with lr_scheduler_type \w+ cannot be used: .*{reason}", problem), problem
-    assert not problem.endswith("..")
     assert not Path(values["output_dir"]).exists()
 
 
