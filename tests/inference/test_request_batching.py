@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -150,6 +151,7 @@ def test_tokens_in_slots_are_those_of_each_alone(model, monkeypatch, kernel):
 def test_drawn_tokens_go_by_the_settings_of_their_task(tiny_model: ChatGLMForConditionalGeneration):
     end = [tiny_model.config.gmask_token_id, tiny_model.config.bos_token_id]
     task = Task([5, 6, 7, *end], 5, temperature=3.0, top_p=0.8, seed=7)
+    assert not torch.equal(task.random_numbers(), dataclasses.replace(task, seed=8).random_numbers())
     numbers, settings = iter(task.random_numbers()), (torch.tensor([[3.0]]), torch.tensor([[0.8]]))
     ids, mask = left_padded([task.prompt_ids], 3, torch.device("cpu"))
     pieces = decode(
