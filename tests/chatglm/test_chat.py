@@ -50,8 +50,9 @@ def test_chat_template_gives_the_prompt_and_its_ids(tokenizer):
     batch = tokenizer.apply_chat_template([MESSAGES[:1], MESSAGES], padding=True, return_tensors="pt")
     assert [row[mask == 1].tolist() for row, mask in zip(*batch.values(), strict=True)] == ids
     assert all(row[-2:] == [tokenizer.gmask_token_id, tokenizer.bos_token_id] for row in ids)
-    cut = tokenizer.apply_chat_template(MESSAGES, truncation=True, max_length=5, return_dict=False)
-    assert len(cut) == 5
+    for truncation, length in ((True, 5), (False, len(ids[1]))):
+        cut = tokenizer.apply_chat_template(MESSAGES, truncation=truncation, max_length=5, return_dict=False)
+        assert len(cut) == length
 
 
 def test_prompt_with_a_history_or_a_text_of_the_system_is_more_than_its_question():
@@ -139,7 +140,7 @@ def test_chat_equals_generate_on_the_prompt(tiny_model, tokenizer):
 
 def test_reply_has_no_control_tokens(tiny_model, tokenizer, monkeypatch):
     def generate(input_ids, streamer, **options):
-        for ids in (input_ids, *torch.tensor([tokenizer.build_answer_ids("白裙")]).T):
+        for ids in (input_ids, *torch.tensor([[*tokenizer.build_answer_ids("白裙"), tokenizer.unk_token_id]]).T):
             streamer.put(ids)
         streamer.end()
 

@@ -33,7 +33,7 @@ from conftest import (
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
@@ -57,7 +57,7 @@ from qlora.training.checkpoints import (
 )
 from qlora.training.preflight import run_preflight
 from qlora.training.same_run import RUN_FILE, describe_run
-from qlora.training.trainer import QLoRATrainer
+from qlora.training.trainer import FindBestCheckpoint, QLoRATrainer
 from qlora.training.training_args import read_training_args
 
 KILLS = 6 * HOSTILE_TIMES  # of each kind: at random times, at random file accesses, in random forward passes
@@ -597,6 +597,16 @@ def test_damaged_best_checkpoint_is_named(output):
     (best / ADAPTER_FILE).write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=f"{best}, the best checkpoint so far, is missing or damaged"):
         check_best_checkpoint(str(newest))
+
+
+def test_best_checkpoint_that_is_gone_is_none(output):
+    newest, best = checkpoints(output)
+    edit(newest / "trainer_state.json", best_model_checkpoint=f"elsewhere/{best.name}")
+    for expected in (str(best), None):
+        state = TrainerState()
+        FindBestCheckpoint(str(newest)).on_train_begin(None, state, None)
+        assert state.best_model_checkpoint == expected
+        shutil.rmtree(best, ignore_errors=True)
 
 
 def test_state_has_the_final_path_of_the_best_checkpoint(tiny_checkpoint, train_file, dev_file, tmp_path):
