@@ -76,20 +76,10 @@ def build_messages(query: str, history: Rounds = (), system: str = "") -> list[d
 
 
 def clean_response(text: str) -> str:
-    """A reply of ChatGLM2-6B as it is shown to the user: without surrounding white space, with the date.
+    """A reply as it is shown to the user: without surrounding white space, with the date.
 
-    Source: modeling_chatglm.py of THUDM/chatglm2-6b.
+    A message of ChatGLM3-6B begins with a line that is empty or, for a call, has the name of the tool, which is shown.
+
+    Source: modeling_chatglm.py of THUDM/chatglm2-6b and THUDM/chatglm3-6b.
     """
     return with_training_time(text.strip())
-
-
-def clean_message(text: str) -> str:
-    """A reply of ChatGLM3-6B as it is shown to the user.
-
-    The first line of a message is its metadata, the name of a tool that the model calls; for other messages the line
-    is empty. A call is shown as it is, below the name of the tool.
-
-    Source: modeling_chatglm.py of THUDM/chatglm3-6b.
-    """
-    metadata, _, content = text.partition("\n")
-    return clean_response(text if metadata.strip() else content)

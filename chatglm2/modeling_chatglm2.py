@@ -63,7 +63,6 @@ class ChatGLM2Attention(nn.Module):
         self.head_dim = config.kv_channels
         self.num_key_value_groups = self.heads // self.groups  # by which transformers' SDPA repeats keys and values
         self.scaling = self.head_dim**-0.5
-        self.is_causal = False  # every call has an explicit mask
         (projected, hidden), (_, output) = config.attention_shapes.values()
         self.query_key_value = nn.Linear(hidden, projected)
         self.dense = nn.Linear(output, hidden, bias=False)

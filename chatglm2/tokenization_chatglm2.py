@@ -19,7 +19,6 @@ from chatglm2.chat import (
     TOOLS_PROMPT,
     build_messages,
     build_rounds,
-    clean_message,
     clean_response,
 )
 from chatglm2.configuration_chatglm2 import told_version
@@ -259,10 +258,6 @@ class ChatGLM3Tokenizer(ChatGLM2Tokenizer):
         else:
             batch = self.pad({"input_ids": ids}, padding=padding or len(ids) > 1, return_tensors=return_tensors)
         return batch if return_dict else batch["input_ids"]
-
-    def clean_response(self, text: str) -> str:
-        """The reply as the official `chat` formats it; a call of a tool stays a text."""
-        return clean_message(text)
 
     def begins_call(self, text: str, tools: Collection[str]) -> bool:
         """See `chatglm2.tool_calls.begins_call`."""

@@ -42,10 +42,6 @@ class PackedSequences:
         """The same layout in pinned memory, from which a copy to the GPU does not block the host."""
         return PackedSequences(self.lengths, self.tiles.pin_memory())
 
-    def clone(self) -> "PackedSequences":
-        """The same layout with lengths and tiles of its own."""
-        return PackedSequences([*self.lengths], self.tiles.clone())
-
     def copy_(self, other: "PackedSequences", non_blocking: bool = False) -> "PackedSequences":
         """Takes over a layout with as many tiles, in place."""
         self.lengths[:] = other.lengths

@@ -3,8 +3,8 @@
     python tests/mutate.py                     # all of tests/mutations.txt, a few seconds each
     python tests/mutate.py glm_kernels/ rows   # those whose file has one of these texts in its path
 
-Works on copies of the files that git knows, so the checkout may be edited meanwhile. Exit status 1 if a change was not
-noticed, or if its line is no longer in the code.
+Works on copies of the files that git knows, so the checkout may be edited meanwhile. Tests that do not end are killed,
+and count as noticing. Exit status 1 if a change was not noticed, or if its line is no longer in the code.
 """
 
 import contextlib
@@ -13,9 +13,11 @@ import importlib
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "mutations.txt"
 # What the tests import, but nothing of the project: imported once, for all processes that are forked.
 LIBRARIES = ("pytest", "hypothesis", "matplotlib.figure", "bitsandbytes", "peft", "datasets", "transformers.trainer")
+TIMES_LONGER, SECONDS_MORE = 5, 30  # of tests with a change, before they are killed
 
 
 @dataclass
@@ -64,35 +67,44 @@ def outcome(mutation: Mutation, folder: Path) -> str:
     """`caught`, `NOT NOTICED`, or what is wrong with the list; the copy is as before afterwards."""
     original = folder / mutation.file
     kept = original.read_bytes()
-    if unchanged := status_unchanged(tuple(mutation.tests), folder):
+    unchanged, seconds = without_change(tuple(mutation.tests), folder)
+    if unchanged:
         return f"STALE: the exit status of pytest is {unchanged} without the change"
     try:
         apply(mutation, folder)
-        status = exit_status(mutation.tests, folder)
+        status = exit_status(mutation.tests, folder, TIMES_LONGER * seconds + SECONDS_MORE)
     except ValueError as error:
         return f"STALE: {error}"
     finally:
         original.write_bytes(kept)
     # 1: a test failed; 2: a test file could not be imported. Anything else is a mistake of this list.
-    return {0: "NOT NOTICED", 1: "caught", 2: "caught"}.get(status, f"STALE: the exit status of pytest is {status}")
+    noticed = dict.fromkeys((1, 2, -signal.SIGKILL), "caught")
+    return {0: "NOT NOTICED", **noticed}.get(status, f"STALE: the exit status of pytest is {status}")
 
 
 @functools.cache
-def status_unchanged(tests: tuple[str, ...], folder: Path) -> int | None:
-    """The exit status of pytest without a change."""
-    return exit_status(tests, folder)
+def without_change(tests: tuple[str, ...], folder: Path) -> tuple[int | None, float]:
+    """The exit status of pytest without a change, and the seconds that it took."""
+    started = time.monotonic()
+    return exit_status(tests, folder), time.monotonic() - started
 
 
-def exit_status(tests: Sequence[str], folder: Path) -> int | None:
-    """Of pytest, in a forked process."""
+def exit_status(tests: Sequence[str], folder: Path, most_seconds: float | None = None) -> int | None:
+    """Of pytest, in a forked process, which is killed after this time with all that it started."""
     process = multiprocessing.get_context("fork").Process(target=run_tests, args=(tests, folder))
     process.start()
-    process.join()
+    try:
+        process.join(most_seconds)
+    finally:
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
     return process.exitcode
 
 
 def run_tests(tests: Sequence[str], folder: Path):
     """Runs tests in the copy of the project, up to the first failure; exits with pytest's status."""
+    os.setpgrp()
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     os.environ |= {"PYTHONPATH": str(folder)}

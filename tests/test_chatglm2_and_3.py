@@ -80,8 +80,8 @@ def test_sample_is_the_official_prompt_with_the_answer(tokenizer, version):
     assert ids[: len(prompt)] == prompt and labels[: len(prompt)] == [-100] * len(prompt)
     assert labels[len(prompt) :] == ids[len(prompt) :] == tokenizer.build_answer_ids("白色。")
     cut, *_ = SampleEncoder(tokenizer, "", 12, 512).encode("类型#裙*颜色#白色*风格#简约*图案#条纹", [], "白")
-    end = tokenizer.prompt_end
-    assert cut[:12] == prompt_of_query(tokenizer)[: 12 - end] + prompt_of_query(tokenizer)[-end:] * bool(end)
+    prompt, end = prompt_of_query(tokenizer), tokenizer.prompt_end
+    assert cut == prompt[: 12 - end] + prompt[-end:] * bool(end) + tokenizer.build_answer_ids("白")
 
 
 def test_chat_template_gives_the_prompt(tokenizer):
@@ -96,6 +96,28 @@ def test_chat_template_gives_the_prompt(tokenizer):
     batch = tokenizer.apply_chat_template([messages, messages[-1:]], padding=True, return_tensors="pt")
     assert batch["input_ids"][0].tolist() == ids
     assert batch["attention_mask"].sum(1).tolist() == [len(ids), len(tokenizer.build_prompt_ids(query))]
+    assert len(tokenizer.apply_chat_template([messages, messages[-1:]])["input_ids"]) == 2
+    messages[0]["role"] = "developer"
+    assert tokenizer.apply_chat_template(messages)["input_ids"] == ids
+
+
+def test_ids_of_pieces_and_control_tokens(tokenizer):
+    pieces, control = tokenizer.sp_model.get_piece_size(), list(tokenizer.control_tokens)
+    assert tokenizer.vocab_size == len(tokenizer.get_vocab()) == pieces + len(control)
+    # The embedding has rows without a token.
+    found = tokenizer.convert_ids_to_tokens([*range(pieces, tokenizer.vocab_size + 1)])
+    assert found == [*control, tokenizer.unk_token]
+    assert tokenizer.control_token_ids == [*range(pieces, tokenizer.vocab_size), tokenizer.eos_token_id]
+    assert tokenizer.longest_token == max(len(token) for token, i in tokenizer.get_vocab().items() if i < pieces)
+    one, other = (tokenizer.encode(text, add_special_tokens=False) for text in ("白裙", "黑裤"))
+    ids = tokenizer.encode("白裙", "黑裤")
+    assert ids == [
+        pieces + control.index("[gMASK]"),
+        pieces + control.index("sop"),
+        *one,
+        *other,
+        tokenizer.eos_token_id,
+    ]
 
 
 def prompt_of_query(tokenizer: ChatGLM2Tokenizer) -> list[int]:

@@ -1,5 +1,6 @@
 """GPUs older than Ampere, with a stand-in for their compute capability: fp16, loss scaling, PyTorch's operations."""
 
+import dataclasses
 import logging
 from types import SimpleNamespace
 
@@ -86,6 +87,8 @@ def test_memory_plan_counts_copies_of_the_operations_without_kernels(targets, wi
     assert (with_kernels.copied_bytes, without.copied_bytes) == (0, 2 * 2 * 4096 + width)
     for working in (Sizes.mlp_working_bytes, Sizes.attention_working_bytes):
         assert working(without, 1000, False) - working(with_kernels, 1000, False) == 1000 * without.copied_bytes
+    in_fp32 = dataclasses.replace(without, bytes_per_number=4)
+    assert in_fp32.copied_bytes == 2 * 4 * 4096  # nothing has to be converted
 
 
 def test_gradients_in_fp16_without_kernels_are_close_to_fp32(golden_folder):

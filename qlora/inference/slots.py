@@ -151,8 +151,7 @@ class Slots:
         self.random_numbers[slot, length : length + task.max_new_tokens] = task.random_numbers()
 
     def end(self, slot: int):
-        """Frees a slot."""
-        self.positions[:, slot] = 0
+        """Frees a slot, which the next step moves to position 0."""
         self.last_position[slot] = 0
 
     @torch.no_grad()

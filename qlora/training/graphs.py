@@ -154,8 +154,8 @@ class GraphedPasses:
         return inputs, self.recorder.record(lambda: self.passes(inputs))
 
     def to_device(self, inputs: dict) -> dict:
-        """New tensors on the device of the model."""
-        return {name: value.clone().to(self.device) for name, value in inputs.items()}
+        """The inputs on the device of the model."""
+        return {name: value.to(self.device) for name, value in inputs.items()}
 
     def passes(self, inputs: dict):
         """The work of a graph."""

@@ -4,6 +4,7 @@ import dataclasses
 import tempfile
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
 from qlora.errors import first_line
@@ -12,7 +13,9 @@ OPTIMIZER_KEYS = ("optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsi
 
 
 def check_optimizer(source: str, args: TrainingArguments, steps: int):
-    """Builds the optimizer and the learning rate schedule for a model of one matrix, and takes two steps.
+    """Builds the optimizer and the learning rate schedule for a model of one matrix, and takes a step with each.
+
+    That of the schedule is the last one of the run, since one in the warm-up does not show what comes after it.
 
     Args:
         source: where the values stand, for the message.
@@ -24,19 +27,22 @@ def check_optimizer(source: str, args: TrainingArguments, steps: int):
     weight = torch.nn.Parameter(torch.zeros(8, 8, device=args.device))
     model = torch.nn.Module()
     model.register_parameter("weight", weight)
-    nothing_else = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            trainer = Trainer(model, dataclasses.replace(args, output_dir=scratch, push_to_hub=False, **nothing_else))
+            args_here = dataclasses.replace(args, output_dir=scratch, push_to_hub=False, report_to="none")
+            trainer = Trainer(model, args_here, eval_dataset=[])
             ignored = ignored_by_optimizer(args, model)
             if ignored:
                 raise ValueError(f"it does not use {', '.join(ignored)}; remove it")
             trainer.create_optimizer_and_scheduler(steps)
-            for _ in range(2):
-                weight.grad = torch.ones_like(weight)
-                trainer.optimizer.step()
+            weight.grad = torch.ones_like(weight)
+            trainer.optimizer.step()
+            if isinstance(trainer.lr_scheduler, LambdaLR):
+                trainer.lr_scheduler.last_epoch = steps - 2  # it computes a step from its number alone
                 trainer.lr_scheduler.step()
-    except (ArithmeticError, AssertionError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            else:
+                trainer.lr_scheduler.step(0.0)  # the loss of an evaluation
+    except Exception as error:  # many libraries have optimizers
         reason = first_line(error).removesuffix(".")
         names = f"optim {args.optim.value} with lr_scheduler_type {args.lr_scheduler_type.value}"
         raise ValueError(f"{source}: {names} cannot be used: {reason}.") from error

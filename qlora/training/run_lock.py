@@ -59,11 +59,9 @@ def open_lock_file(path: Path) -> TextIO:
 
 
 def check_not_locked(output_dir: str):
-    """ValueError if another run holds the lock of a folder; takes no lock and creates nothing."""
+    """ValueError if another run holds the lock of a folder; creates nothing, and passes over a file it cannot read."""
     path = Path(output_dir) / LOCK_FILE
-    if not os.access(path, os.R_OK):
-        return
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
         if problem := lock_problem(file, exclusive=False):
             raise ValueError(problem)
 

@@ -79,7 +79,7 @@ def describe_run(
         "--train_data_path": f"{num_samples} samples, sha256 {digest(args.train_files())}",
         "--compute_dtype": setup.arithmetic,
         **{f"--{name}": getattr(args, name) for name in SAMPLE_FLAGS},
-        "--lora_dropout": args.lora_settings().dropout,
+        "--lora_dropout": args.lora_dropout,
     }
     if source := model_source(args.model_name_or_path):
         values["--model_name_or_path"] = f"{source['repository']}, revision {source['revision']}"

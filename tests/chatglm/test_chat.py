@@ -6,10 +6,12 @@ The expected texts follow the official `build_prompt` and `process_response` of 
 import threading
 
 import pytest
+import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, LogitsProcessor
 
 from chatglm.chat import CHAT_TEMPLATE, build_prompt, clean_response
+from glm_shared.chat import Prompt
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
@@ -48,6 +50,14 @@ def test_chat_template_gives_the_prompt_and_its_ids(tokenizer):
     batch = tokenizer.apply_chat_template([MESSAGES[:1], MESSAGES], padding=True, return_tensors="pt")
     assert [row[mask == 1].tolist() for row, mask in zip(*batch.values(), strict=True)] == ids
     assert all(row[-2:] == [tokenizer.gmask_token_id, tokenizer.bos_token_id] for row in ids)
+    for truncation, length in ((True, 5), (False, len(ids[1]))):
+        cut = tokenizer.apply_chat_template(MESSAGES, truncation=truncation, max_length=5, return_dict=False)
+        assert len(cut) == length
+
+
+def test_prompt_with_a_history_or_a_text_of_the_system_is_more_than_its_question():
+    prompts = Prompt("裙"), Prompt("裙", [("裤", "好")]), Prompt("裙", (), "简短。")
+    assert [prompt.is_single for prompt in prompts] == [True, False, False]
 
 
 def test_genuine_chat_template_gives_the_ids_of_chat(genuine_tokenizer):
@@ -126,6 +136,16 @@ def test_chat_equals_generate_on_the_prompt(tiny_model, tokenizer):
     output = tiny_model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
     expected = clean_response(tokenizer.decode(output, skip_special_tokens=True))
     assert tiny_model.chat(tokenizer, "类型#裙", history, **GREEDY)[0] == expected
+
+
+def test_reply_has_no_control_tokens(tiny_model, tokenizer, monkeypatch):
+    def generate(input_ids, streamer, **options):
+        for ids in (input_ids, *torch.tensor([[*tokenizer.build_answer_ids("白裙"), tokenizer.unk_token_id]]).T):
+            streamer.put(ids)
+        streamer.end()
+
+    monkeypatch.setattr(tiny_model, "generate", generate)
+    assert tiny_model.chat(tokenizer, "类型#裙") == ("白裙", [("类型#裙", "白裙")])
 
 
 def test_last_item_of_the_stream_is_what_chat_returns(tiny_model, tokenizer):

@@ -226,6 +226,23 @@ def test_rotary_tables_are_those_of_the_official_code_in_fp32():
     torch.testing.assert_close(sin[0, :, 0], angles.sin(), atol=1e-3, rtol=0)
 
 
+def test_weights_of_norms_begin_with_one():
+    model = ChatGLM2ForConditionalGeneration(AutoConfig.from_pretrained(CHECKPOINT))
+    norms = [weight for name, weight in model.named_parameters() if "norm" in name]
+    for weight in norms:
+        torch.nn.init.zeros_(weight)
+    model.apply(model._init_weights)
+    assert len(norms) == 7 and all((weight == 1).all() for weight in norms)
+
+
+def test_embedding_and_head_can_be_replaced():
+    model = ChatGLM2ForConditionalGeneration(AutoConfig.from_pretrained(CHECKPOINT))
+    embedding, head = torch.nn.Embedding(8, 64), torch.nn.Linear(64, 8)
+    model.set_input_embeddings(embedding)
+    model.set_output_embeddings(head)
+    assert model.get_input_embeddings() is embedding and model.get_output_embeddings() is head
+
+
 def test_norm_multiplies_by_the_weight_before_it_rounds():
     norm = RMSNorm(64, 1e-5)
     torch.nn.init.normal_(norm.weight)

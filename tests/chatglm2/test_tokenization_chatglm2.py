@@ -13,7 +13,7 @@ from conftest import GOLDEN, ROOT
 from transformers import AutoTokenizer
 
 from chatglm2 import ChatGLM2Tokenizer, ChatGLM3Tokenizer
-from chatglm2.chat import build_rounds, clean_message, clean_response
+from chatglm2.chat import build_rounds, clean_response
 
 CASES = json.loads((GOLDEN / "chatglm2" / "tok_cases.json").read_text(encoding="utf-8"))
 
@@ -142,9 +142,9 @@ def test_replies_equal_official():
         assert clean_response(case["text"]) == case["out"]
     for case in CASES["v3_process_response"]:
         if isinstance(case["content"], str):
-            assert clean_message(case["text"]) == case["content"]
+            assert clean_response(case["text"]) == case["content"]
         else:  # the call of a tool, which the official code evaluates
-            assert clean_message(case["text"]) == case["text"].strip()
+            assert clean_response(case["text"]) == case["text"].strip()
 
 
 def test_control_tokens_give_no_text(second, third):

@@ -47,6 +47,10 @@ def test_what_is_trained_is_read(arguments):
     assert call.name == "天气 预报" and json.loads(call.arguments) == arguments
 
 
+def test_spaces_around_the_name_are_no_part_of_it():
+    assert parse_call(message("tool_call()", " weather "), TOOLS).name == "weather"
+
+
 @pytest.mark.parametrize(
     ("code", "arguments"),
     [

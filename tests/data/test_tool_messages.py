@@ -68,6 +68,20 @@ def test_texts_of_the_system_and_weights():
     found = parse_row(row)
     assert json.loads(found.messages)[0] == {"role": "system", "content": "好。\n简短。\n客气。"}
     assert found.turns == [2]
+    question, _, call, result, answer = SHAREGPT
+    conversation = [question, call | {"weight": 0}, result, answer]
+    assert parse_row({"conversations": conversation, "tools": [TOOL]}).turns == [2]
+
+
+def test_result_that_is_a_text_stays_as_it_is():
+    question, _, called, answer = FINE_TUNING
+    row = {"conversations": [question, called | {"observation": '"晴"'}, answer], "tools": [TOOL]}
+    assert json.loads(parse_row(row).messages)[-2] == {"role": "observation", "content": '"晴"'}
+
+
+def test_tools_that_are_not_called_are_described():
+    found = parse_row({"messages": [QUESTION, ANSWER], "tools": [TOOL]})
+    assert json.loads(found.messages) == [{"role": "system", "content": "", "tools": [TOOL]}, QUESTION, ANSWER]
 
 
 def test_rows_without_a_call_stay_conversations():
@@ -150,6 +164,7 @@ def test_models_without_tools_refuse_them(tokenizer, rows_file):
         ([QUESTION, NATIVE | {"weight": 0}], "no answer to train on: each has the weight 0"),
         ([QUESTION, {"role": "assistant", "tool_calls": [OPENAI_CALL] * 2}], "2 calls in one message; ChatGLM3-6B"),
         ([QUESTION, {"role": "assistant", "tool_calls": ["x"]}], "field 'tool_calls' must be a list of objects"),
+        ([QUESTION, {"role": "assistant", "tool_calls": 1}], "field 'tool_calls' must be a list of objects"),
         ([QUESTION, {"role": "assistant", "tool_calls": [{}]}], "a call has no object with name and arguments"),
         (
             [QUESTION, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],

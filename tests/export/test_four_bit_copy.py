@@ -4,6 +4,8 @@ import logging
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -95,9 +97,17 @@ def test_copy_that_is_not_finished_is_not_there(golden_folder, monkeypatch):
     assert not partial.exists() and find_copy(str(golden_folder), FP32) == copy
 
 
-def test_copy_that_another_process_wrote_is_left_alone(golden_folder):
+def test_copy_that_another_process_wrote_is_left_alone(golden_folder, tmp_path, monkeypatch):
     copy = write_copy(golden_folder)
     before = copy.stat().st_ino
+    copy.rename(tmp_path / "of another process")
+
+    @contextmanager
+    def only_process(*args: object) -> Iterator[None]:
+        (tmp_path / "of another process").rename(copy)  # while this one waits
+        yield
+
+    monkeypatch.setattr(four_bit_copy, "only_process", only_process)
     write_copy(golden_folder)
     assert copy.stat().st_ino == before and not golden_folder.with_name("golden-nf4.partial").exists()
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chatglm import ChatGLMForConditionalGeneration
 from chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from qlora.checkpoint import read_config
+from qlora.export import ggml
 from qlora.export.ggml import encode_q4_0, encode_q8_0, hyperparameters, write_ggml
 from qlora.export.merging import WeightReader, merged_tensors
 from qlora.export.official_folder import parameter_shapes, quantize_rows, write_checkpoint
@@ -214,6 +215,7 @@ def values_of(golden_folder: Path, changes: dict[str, float]):
         ("q4_0", "transformer.layers.1.mlp.dense_4h_to_h.weight", float("nan")),
         ("q8_0", "transformer.layers.2.attention.dense.bias", float("-inf")),
         ("q8_0", "transformer.layers.2.attention.dense.weight", 1e7),
+        ("q4_0", "transformer.layers.2.attention.dense.weight", 1e6),
     ],
 )
 def test_weights_that_the_type_cannot_hold_are_refused_by_name(golden_folder, tokenizer, tmp_path, dtype, name, value):
@@ -227,6 +229,15 @@ def test_scales_extend_the_range_of_fp16(golden_folder, tokenizer, tmp_path):
     config, tensor = values_of(golden_folder, {name: 1e5})
     write_ggml(tmp_path / "file", config, tokenizer, tensor, "q8_0")
     assert read_ggml(tmp_path / "file").tensors[name].values[0, 0] == pytest.approx(1e5, rel=2**-11)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "q4_0"])
+def test_room_is_asked_for_the_whole_file(golden_folder, tokenizer, tmp_path, monkeypatch, dtype):
+    asked, (config, tensor) = [], values_of(golden_folder, {})
+    monkeypatch.setattr(ggml, "check_room", lambda what, folder, size, advice: asked.append(size))
+    write_ggml(tmp_path / "file", config, tokenizer, tensor, dtype)
+    others = (tmp_path / "file").stat().st_size - asked[0]
+    assert 0 < others < 120 * len(parameter_shapes(config))  # names and shapes of tensors
 
 
 def test_rows_that_are_not_divisible_into_blocks_are_refused(golden_folder, tokenizer, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from chatglm import ChatGLMTokenizer
 from chatglm.chat import clean_response
 from chatglm2 import ChatGLM3Tokenizer
-from chatglm2.chat import clean_message
+from chatglm2.chat import clean_response as clean_chatglm3
 from chatglm2.tool_calls import parse_call
 from qlora.inference.answer_text import AnswerText, held_back
 
@@ -90,7 +90,7 @@ class Messages(Letters):
     """Letters whose first token begins another message, as that of ChatGLM3-6B."""
 
     message_token_id = 0
-    clean_response = staticmethod(clean_message)
+    clean_response = staticmethod(clean_chatglm3)
     begins_call, parse_call = ChatGLM3Tokenizer.begins_call, ChatGLM3Tokenizer.parse_call
 
 
@@ -110,7 +110,7 @@ def test_call_is_not_shown_and_what_is_no_call_is():
             messages[-1].append(pieces[token])
         *before, last = ["".join(message) for message in messages]
         assert text.call == parse_call(last, tools)
-        assert final == clean_message("".join([*before, last] if text.call is None else before))
+        assert final == clean_chatglm3("".join([*before, last] if text.call is None else before))
         found.add((text.call is not None, bool(final)))
     assert len(found) == 4
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from conftest import add_random_lora
 from peft import PeftModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, fast_layers
+from qlora.inference import batcher as batcher_module
 from qlora.inference.batcher import Answer, Batcher
 from qlora.inference.decoding import decode, draw_tokens, make_sampler
 from qlora.inference.slots import STEPS, Slots, Task, affordable_slots, left_padded
@@ -62,6 +64,7 @@ def run(
         kept = [answer for place, answer in enumerate(answers) if place not in cancelled]
         found = [await tokens_of(answer) for answer in kept]
         batcher.stop()
+        assert not slots.lengths  # every slot is free again
         return found, slots.begun
 
     return asyncio.run(asyncio.wait_for(main(), 10))
@@ -75,9 +78,9 @@ def test_answer_begins_when_a_slot_is_free():
 
 
 def test_prompts_computed_together_have_no_more_tokens_than_the_longest():
-    tasks = [Task([0] * length, 50) for length in (3, 4, 9, 20, 3)]
-    _, begun = run(tasks, count=5)
-    assert begun == [{0: 3, 1: 4}, {2: 9}, {3: 20}, {4: 3}]
+    tasks = [Task([0] * length, 50) for length in (3, 4, 9, 20, 3, 10)]
+    _, begun = run(tasks, count=6)
+    assert begun == [{0: 3, 1: 4}, {2: 9}, {3: 20}, {4: 3, 5: 10}]
 
 
 def test_answer_ends_with_its_token():
@@ -87,6 +90,16 @@ def test_answer_ends_with_its_token():
 def test_cancelled_request_is_not_begun():
     found, begun = run([Task([0] * length, 3) for length in (3, 4, 5)], count=1, cancelled=(1,))
     assert found == [[3] * 3, [5] * 3] and begun == [{0: 3}, {0: 5}]
+
+
+def test_queue_has_room_for_so_many(monkeypatch):
+    monkeypatch.setattr(batcher_module, "MOST_WAITING", 2)
+
+    async def main() -> list[bool]:
+        batcher = Batcher(Counting(1), [EOS])
+        return [batcher.submit(Answer(Task([0], 1))) for _ in range(3)]
+
+    assert asyncio.run(main()) == [True, True, False]
 
 
 @pytest.fixture
@@ -128,6 +141,31 @@ def test_tokens_in_slots_are_those_of_each_alone(model, monkeypatch, kernel):
         rows = slots.generate(highest_slot=1)
         found[1], found[2] = found[1] + rows[1], found[2] + rows[0]
     assert [tokens[:most] for tokens in found] == expected
+    slots.end(0)
+    slots.end(1)
+    found = [[token] for token in slots.begin({1: tasks[0], 0: tasks[1]})]  # in one batch, the first one padded
+    rows = slots.generate(highest_slot=1)
+    assert [found[0] + rows[1], found[1] + rows[0]] == [tokens[:3] for tokens in expected[:2]]
+
+
+def test_drawn_tokens_go_by_the_settings_of_their_task(tiny_model: ChatGLMForConditionalGeneration):
+    end = [tiny_model.config.gmask_token_id, tiny_model.config.bos_token_id]
+    task = Task([5, 6, 7, *end], 5, temperature=3.0, top_p=0.8, seed=7)
+    assert not torch.equal(task.random_numbers(), dataclasses.replace(task, seed=8).random_numbers())
+    numbers, settings = iter(task.random_numbers()), (torch.tensor([[3.0]]), torch.tensor([[0.8]]))
+    ids, mask = left_padded([task.prompt_ids], 3, torch.device("cpu"))
+    pieces = decode(
+        tiny_model, ids, mask, 5, lambda logits: draw_tokens(logits, next(numbers)[None, None], *settings, 9)
+    )
+    expected = torch.cat(list(pieces), dim=1)[0].tolist()
+    assert expected != torch.cat(list(decode(tiny_model, ids, mask, 5, make_sampler(False))), dim=1)[0].tolist()
+    slots = Slots(tiny_model, count=2, top_k=9)
+    slots.begin({0: Task([8, *end], 5)})
+    assert slots.temperature.min() > 0  # no division by the 0 of the likeliest token
+    found = slots.begin({1: task})
+    for _ in range(2):
+        found += slots.generate(highest_slot=1)[1]
+    assert found == expected
 
 
 def test_step_is_the_smallest_that_has_all_answers(tiny_model: ChatGLMForConditionalGeneration):
@@ -180,15 +218,18 @@ def test_extreme_random_numbers_and_settings():
     assert draw_tokens(logits, random_numbers, temperature, top_p, 0)[:, 0].tolist() == [1, 0, 1, 1]
 
 
-@pytest.mark.parametrize(("free", "most", "expected"), [(75, 256, 80), (75, 16, 16), (3.7, 8, 1)])
-def test_slots_leave_memory_for_prompts_and_logits(monkeypatch, free, most, expected):
-    weight = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
-    model = SimpleNamespace(config=ChatGLMConfig(), get_output_embeddings=lambda: SimpleNamespace(weight=weight))
+@pytest.mark.parametrize(
+    ("free", "most", "layers", "expected"),
+    [(75, 256, 28, 80), (75, 16, 28, 16), (3.7, 8, 28, 1), (3, 256, 1, 40)],
+)
+def test_slots_leave_memory_for_prompts_and_logits(monkeypatch, free, most, layers, expected):
+    weight, config = SimpleNamespace(is_cuda=True, element_size=lambda: 2), ChatGLMConfig(num_layers=layers)
+    model = SimpleNamespace(config=config, get_output_embeddings=lambda: SimpleNamespace(weight=weight))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * GIB, 80 * GIB))
     count = affordable_slots(model, most)
     assert count == expected
     # Keys and values of 2,048 tokens in bf16, for the slots and for prompts; six copies of the logits in fp32.
-    needed = (count + 1) * 2 * 28 * 2048 * 4096 * 2 + count * 6 * 130528 * 4 + 1.5 * GIB
+    needed = (count + 1) * 2 * layers * 2048 * 4096 * 2 + count * 6 * 130528 * 4 + 1.5 * GIB
     assert needed < free * GIB
 
 

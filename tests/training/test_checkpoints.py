@@ -33,7 +33,7 @@ from conftest import (
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+from transformers import Trainer, TrainerState, TrainingArguments
 
 import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
@@ -45,6 +45,7 @@ from qlora.training.checkpoints import (
     ADAPTER_FILE,
     CHECKPOINT_FILES,
     STAGING,
+    check_best_checkpoint,
     check_output_dir,
     check_same_adapter,
     check_saved_adapter,
@@ -56,7 +57,7 @@ from qlora.training.checkpoints import (
 )
 from qlora.training.preflight import run_preflight
 from qlora.training.same_run import RUN_FILE, describe_run
-from qlora.training.trainer import QLoRATrainer
+from qlora.training.trainer import FindBestCheckpoint, QLoRATrainer
 from qlora.training.training_args import read_training_args
 
 KILLS = 6 * HOSTILE_TIMES  # of each kind: at random times, at random file accesses, in random forward passes
@@ -397,6 +398,8 @@ def test_resuming_with_other_flags_or_data_is_refused(problems_of, train_file, t
     assert re.search(r'--train_data_path "48 samples, sha256 \w{12}" \(not "40 samples, sha256 \w{12}"\)', problem)
     assert "--lora_dropout 0.05 (not 0.5)" in problem and '--prompt_text "" (not "问")' in problem
     assert "--max_input_length 512 (not 99)" in problem
+    (problem,) = problems_of({}, max_output_length=99)
+    assert re.search(r"--max_output_length \d+ \(not 99\)", problem)
 
 
 def test_resuming_with_another_number_of_processes_is_refused(problems_of, output):
@@ -408,6 +411,18 @@ def test_resuming_with_another_number_of_processes_is_refused(problems_of, outpu
     assert "is of a run with processes 2 (not 1), and" in problem
 
 
+def test_description_of_a_run_has_its_processes_arithmetic_and_weights(train_file, tmp_path, monkeypatch):
+    setup = read_training_args(str(write_json(tmp_path / "args.json", tmp_path / "out")), compute_dtype="fp8")
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    runs = [
+        describe_run(FinetuneArguments(train_data_path=[data], eval_data_path=None), setup, 48, {})
+        for data in (str(train_file), f"{train_file}:0.5")
+    ]
+    assert runs[0]["processes"] == 2 and runs[0]["settings"]["--compute_dtype"] == "fp8"
+    different = [name for name, value in runs[0]["settings"].items() if runs[1]["settings"][name] != value]
+    assert different == ["--train_data_path"]
+
+
 def test_resuming_with_the_adapter_of_another_model_is_refused(problems_of, output):
     checkpoint = output / f"checkpoint-{SAVE_STEPS}"
     name = change_adapter(checkpoint, lambda tensors: tensors.update({min(tensors): torch.zeros(4, 96)}))
@@ -415,6 +430,8 @@ def test_resuming_with_the_adapter_of_another_model_is_refused(problems_of, outp
     edit(checkpoint / RUN_FILE, adapter=shapes | {name: "4x96"})
     (problem,) = problems_of({})
     assert "is of a run with a model of other layers or widths, and" in problem
+    (problem,) = problems_of({"seed": 1})
+    assert "is of a run with seed 42 (not 1), and" in problem  # this may be why
 
 
 @pytest.mark.parametrize(
@@ -514,6 +531,13 @@ def test_later_checkpoints_of_another_run_are_not_mixed_with_this_one(
     assert f"{output} holds an earlier run (checkpoint-{STEPS}" in error_of(train_qlora, *flags)
 
 
+def test_last_checkpoint_may_have_another_path(output, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(output / f"checkpoint-{STEPS}")
+    monkeypatch.chdir(tmp_path)
+    for path in (f"out/checkpoint-{STEPS}", "link"):
+        check_output_dir(str(output), path)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_run_that_was_stopped_near_its_end_can_be_resumed(
     trained, tiny_checkpoint, train_file, dev_file, tmp_path, damaged
@@ -564,6 +588,25 @@ def test_best_checkpoint_is_kept_and_loaded_after_the_folder_was_renamed(
     result, expected = load_file(output / ADAPTER_FILE), load_file(best / ADAPTER_FILE)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
     assert json.loads((output / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+
+
+def test_damaged_best_checkpoint_is_named(output):
+    newest, best = checkpoints(output)
+    edit(newest / "trainer_state.json", best_model_checkpoint=f"elsewhere/{best.name}")
+    check_best_checkpoint(str(newest))
+    (best / ADAPTER_FILE).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"{best}, the best checkpoint so far, is missing or damaged"):
+        check_best_checkpoint(str(newest))
+
+
+def test_best_checkpoint_that_is_gone_is_none(output):
+    newest, best = checkpoints(output)
+    edit(newest / "trainer_state.json", best_model_checkpoint=f"elsewhere/{best.name}")
+    for expected in (str(best), None):
+        state = TrainerState()
+        FindBestCheckpoint(str(newest)).on_train_begin(None, state, None)
+        assert state.best_model_checkpoint == expected
+        shutil.rmtree(best, ignore_errors=True)
 
 
 def test_state_has_the_final_path_of_the_best_checkpoint(tiny_checkpoint, train_file, dev_file, tmp_path):

@@ -15,6 +15,9 @@ from qlora.training.trainer import LogBeforeSaving
         ({}, 6),
         ({"save_total_limit": 2}, 3),
         ({"save_total_limit": 1}, 2),
+        ({"save_total_limit": 9}, 6),
+        ({"save_total_limit": -1}, 6),
+        ({"save_only_model": True}, 6),
         # The best and the newest one are kept, and a third one is being written.
         ({"save_total_limit": 1, "metric_for_best_model": "loss"}, 3),
     ],
@@ -22,8 +25,26 @@ from qlora.training.trainer import LogBeforeSaving
 def test_disk_has_room_for_all_checkpoints_that_exist_at_once(tmp_path, changes, checkpoints):
     args = TrainingArguments(output_dir=str(tmp_path), save_steps=2, report_to="none", use_cpu=True, **changes)
     counts = RunCounts(steps=12, evaluations=3, saves=6 if args.save_strategy == "steps" else 0, logs=4)
-    others = STATE_BYTES + 4 * LOG_BYTES
-    assert disk_needed(args, counts, trainable=0, tokenizer=0) == (checkpoints + 1) * others  # 1: the result
+    folder = STATE_BYTES + 4 * LOG_BYTES + 4 * 1000 + 50  # an adapter in fp32
+    optimizer = 0 if args.save_only_model else 3 * 4 * 1000
+    needed = checkpoints * (folder + optimizer) + folder  # the last one is the result
+    assert disk_needed(args, counts, trainable=1000, tokenizer=50) == needed
+
+
+def test_every_evaluation_may_find_a_better_checkpoint(tmp_path):
+    best = {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "epoch"}
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **best)
+    assert count_steps(args, 37)[1:3] == (3, 3)
+
+
+def test_step_takes_samples_of_all_processes(tmp_path, monkeypatch):
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", dataloader_drop_last=True, **sizes)
+    assert count_steps(args, 8).steps == count_steps(args, 15).steps == 1
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    assert count_steps(args, 32).steps == 2
+    with pytest.raises(ValueError, match="a step takes 16 samples, there are 15"):
+        count_steps(args, 15)
 
 
 class Line(torch.nn.Module):

@@ -60,7 +60,9 @@ def test_micro_batches_and_steps_add_up_until_gradients_are_dropped(model, passe
     torch.testing.assert_close(loss, expected[0][0] + expected[1][0], atol=1e-6, rtol=1e-6)
     gradients = [one + other for one, other in zip(expected[0][1], expected[1][1], strict=True)]
     torch.testing.assert_close([p.grad for p in passes.parameters], gradients, atol=1e-6, rtol=1e-5)
+    kept = loss.clone()
     passes.forward_backward([first], divisor=5, loss_scale=torch.tensor(2.0))
+    assert torch.equal(loss, kept)  # it is checked some steps later
     gradients = [total + 2 * one for total, one in zip(gradients, expected[0][1], strict=True)]
     torch.testing.assert_close([p.grad for p in passes.parameters], gradients, atol=1e-6, rtol=1e-5)
 
@@ -124,12 +126,16 @@ def test_evaluation_before_the_first_step_changes_nothing_in_it(model, passes):
 
 
 def test_forgotten_graphs_are_recorded_again(model, passes):
-    samples = random_samples(model.config, (5, 9))
-    passes.forward_backward([samples], divisor=1)
-    passes.forget()
-    assert not passes.graphs
-    passes.forward_backward([samples], divisor=1)
-    assert len(passes.graphs) == 1
+    recorders = []
+    passes.make_recorder = lambda: recorders.append(StandInRecorder()) or recorders[-1]
+    samples, longer = random_samples(model.config, (5, 9)), random_samples(model.config, (50, 90))
+    for times in (1, 2):
+        for row in (samples, longer, samples):
+            passes.forward_backward([row], divisor=1)
+        # One recorder for all sizes, whose memory ends with its graphs.
+        assert len(passes.graphs) == 2 and len(recorders) == times and passes.recorder is recorders[-1]
+        passes.forget()
+        assert not passes.graphs
 
 
 def dropout_layers(model) -> list[torch.nn.Dropout]:

@@ -1,6 +1,7 @@
 """qlora/training/memory_plan.py: a plan fits its budget, and a larger budget never gives a slower plan."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -9,20 +10,27 @@ from chatglm import ChatGLMConfig
 from chatglm2 import ChatGLM2Config
 from glm_shared.loss import ROWS_AT_ONCE
 from qlora.adapter import add_lora
+from qlora.arguments import LoraSettings
 from qlora.layers.linear import NF4Linear
 from qlora.layers.replacement import replace_layers
-from qlora.loading import load_quantized_model
+from qlora.loading import BITS_PER_QUANTIZED_WEIGHT, load_quantized_model
+from qlora.training import memory_plan
 from qlora.training.memory_plan import (
     MOST_PARTS,
     MOST_ROWS,
+    RESERVE,
     WORKSPACES,
     MemoryPlan,
     Sizes,
     apply_plan,
     choose_plan,
     longest_step,
+    memory_budget,
+    model_sizes,
+    plan_without_gpu,
     predict_peak,
     relative_cost,
+    set_activation_checkpointing,
 )
 from qlora.units import GIB
 
@@ -35,7 +43,7 @@ STEP_TOKENS, LONGEST_SAMPLE = 32 * 110, 217  # tokens, as in ADGEN
 def test_plan_fits_the_budget(gib):
     plan = choose_plan(SIZES, STEP_TOKENS, LONGEST_SAMPLE, gib * GIB)
     assert plan.predicted_peak == predict_peak(SIZES, plan) <= gib * GIB
-    assert plan.max_tokens >= LONGEST_SAMPLE
+    assert plan.max_tokens >= LONGEST_SAMPLE and plan.step_tokens == STEP_TOKENS
     assert all(0 <= n <= 28 for n in (plan.recompute_mlp, plan.recompute_attention, plan.dequantized_layers))
 
 
@@ -55,14 +63,30 @@ def test_step_is_not_split_if_it_fits():
 def test_host_counts_where_there_are_no_graphs():
     one = MemoryPlan(STEP_TOKENS, 28, 28)
     eight = MemoryPlan(STEP_TOKENS // 8, 28, 28)
-    graphs, launches = SIZES, dataclasses.replace(SIZES, processes=2)
-    costs = [[relative_cost(sizes, plan, STEP_TOKENS) for plan in (one, eight)] for sizes in (graphs, launches)]
-    assert costs[0][0] == costs[1][0] and 4 * costs[0][1] < 3 * costs[1][1]
+    graphs, *launches = SIZES, dataclasses.replace(SIZES, processes=2), dataclasses.replace(SIZES, has_kernels=False)
+    launched = [relative_cost(graphs, plan, STEP_TOKENS) for plan in (one, eight)]
+    for sizes in launches:
+        costs = [relative_cost(sizes, plan, STEP_TOKENS) for plan in (one, eight)]
+        assert costs[0] == launched[0] and 4 * launched[1] < 3 * costs[1]
+
+
+def test_offloading_costs_time():
+    plan = MemoryPlan(STEP_TOKENS, 28, 28)
+    costs = [
+        relative_cost(SIZES, dataclasses.replace(plan, offload=offload), STEP_TOKENS) for offload in (False, True)
+    ]
+    assert costs[0] < costs[1]
 
 
 def test_too_small_budget_is_refused():
-    with pytest.raises(ValueError, match=r"4\.00 GiB of GPU memory are too little: the longest sample, 2048 tokens"):
+    too_little = r"^4\.00 GiB of GPU memory are too little: the longest sample, 2048 tokens, needs ([\d.]+) GiB\."
+    with pytest.raises(ValueError, match=too_little) as raised:
         choose_plan(SIZES, STEP_TOKENS, 2048, 4 * GIB)
+    # So much is enough for this sample, and for no longer micro-batch; less is not.
+    needed = float(re.match(too_little, str(raised.value))[1])
+    assert choose_plan(SIZES, STEP_TOKENS, 2048, int((needed + 0.01) * GIB)).max_tokens == 2048
+    with pytest.raises(ValueError, match="are too little"):
+        choose_plan(SIZES, STEP_TOKENS, 2048, int((needed - 0.01) * GIB))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +95,41 @@ def test_too_small_budget_is_refused():
 def test_fixed_fields_are_not_changed(fixed):
     plan = choose_plan(SIZES, STEP_TOKENS, LONGEST_SAMPLE, 24 * GIB, fixed)
     assert {name: getattr(plan, name) for name in fixed} == fixed
+
+
+def test_fixed_micro_batches_hold_the_longest_sample():
+    assert choose_plan(SIZES, STEP_TOKENS, LONGEST_SAMPLE, 24 * GIB, {"max_tokens": 100}).max_tokens == LONGEST_SAMPLE
+
+
+def test_nothing_is_offloaded_without_a_gpu():
+    assert plan_without_gpu({"offload": True, "recompute_mlp": 2}) == MemoryPlan(memory_plan.CPU_TOKENS, 2, 0)
+
+
+@pytest.mark.parametrize(("tokens", "shown"), [(3000, "1 micro-batch "), (3001, "2 micro-batches ")])
+def test_table_counts_micro_batches(tokens, shown):
+    assert f"3,000 ({shown}for the longest step)" in MemoryPlan(3000, 28, 28, step_tokens=tokens).table(28)
+
+
+def test_budget_is_what_is_free_or_a_part_of_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: GIB)  # by this process
+    assert memory_budget(None) == 8 * GIB - RESERVE
+    assert memory_budget("8GiB") == 8 * GIB
+    with pytest.raises(ValueError, match=r"^--memory_budget 9GiB: only 8\.00 GiB are free on this GPU"):
+        memory_budget("9GiB")
+
+
+def test_sizes_of_a_model(tiny_model, monkeypatch):
+    monkeypatch.setattr(memory_plan, "gpu_has_kernels", lambda dtype: False)
+    model = add_lora(tiny_model, *LoraSettings())
+    sizes = model_sizes(model, LoraSettings(), processes=2, fp8=True)
+    assert (sizes.processes, sizes.has_kernels, sizes.fp8) == (2, False, True)
+    assert (sizes.rank, sizes.targets, sizes.bytes_per_number) == (4, {"query_key_value"}, 4)
+    # Of the linear layers' weights, in fp32 here, 4 bits and the scales are left.
+    quantized = 2 * (3 + 1 + 2 + 2) * 64**2  # query_key_value, dense, and the two of the MLP, in two layers
+    every = sum(parameter.nbytes for parameter in model.parameters())
+    assert sizes.resident == pytest.approx(every - quantized * (4 - BITS_PER_QUANTIZED_WEIGHT / 8), abs=1)
 
 
 def test_longest_step():
@@ -103,6 +162,8 @@ def test_peak_counts_what_a_layer_saves():
     # The input of the GELU in bf16 and the statistics; norm, projection (3) and output, statistics of 32 heads.
     assert predict_peak(SIZES, less_mlp) - predict_peak(SIZES, plan) == T * (2 * 16384 + 16)
     assert predict_peak(SIZES, less_attention) - predict_peak(SIZES, plan) == T * (5 * 2 * 4096 + 4 * 32 + 16)
+    # Without the kernel of attention also queries and keys after the rotation, and the values.
+    assert dataclasses.replace(SIZES, has_kernels=False).attention_bytes == SIZES.attention_bytes + 3 * 2 * 4096
     adapters = dataclasses.replace(SIZES, targets=frozenset(["dense_h_to_4h", "dense_4h_to_h"]))
     saved_more = predict_peak(adapters, less_mlp) - predict_peak(adapters, plan)
     assert saved_more == T * (2 * 16384 + 16 + 2 * 4096 + 2 * 16384)
@@ -185,6 +246,9 @@ def test_peak_of_8_bit_products():
         # gradient that shares its memory.
         more = T * 16384 + scales - (0 if dequantized else 2 * 4096 * 16384 - 2 * T * 16384)
         assert predict_peak(eight, plan) - predict_peak(SIZES, plan) == more
+    # The gradient of query_key_value's output in e4m3.
+    T = 3072
+    assert eight.attention_working_bytes(T, False) - SIZES.attention_working_bytes(T, False) == T * 3 * 4096
 
 
 def test_cost_of_8_bit_products():
@@ -192,6 +256,8 @@ def test_cost_of_8_bit_products():
     kept, recomputed = MemoryPlan(3072, 0, 0, dequantized_layers=28), MemoryPlan(3072, 28, 0, dequantized_layers=28)
     costs = [[relative_cost(sizes, plan, 3072) for plan in (kept, recomputed)] for sizes in (SIZES, eight)]
     assert 1.6 < costs[0][0] / costs[1][0] < 2  # the head has 16-bit operands, and launches take as long
+    # Two operations for a weight of the first matrix of an MLP and a token.
+    assert costs[0][1] - costs[0][0] == 2 * 3072 * 28 * 4096 * 16384
     assert costs[1][1] - costs[1][0] == (costs[0][1] - costs[0][0]) / 2
 
 
@@ -201,6 +267,24 @@ def test_last_layers_are_recomputed(tiny_model):
     first, last = model.get_base_model().blocks
     assert (first.recompute_mlp, last.recompute_mlp) == (False, True)
     assert (first.recompute_attention, last.recompute_attention) == (True, True)
+    for enabled in (False, True):
+        set_activation_checkpointing(model, enabled)
+        assert {block.recompute_mlp for block in (first, last)} == {enabled}
+        assert {block.recompute_attention for block in (first, last)} == {enabled}
+
+
+def test_recomputed_sublayers_are_offloaded_and_the_budget_is_a_limit(tiny_model, monkeypatch):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (7 * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(memory_plan, "ActivationOffload", lambda *args: args)
+    model = add_lora(tiny_model, *LoraSettings())
+    apply_plan(model, MemoryPlan(500, recompute_mlp=1, recompute_attention=2, offload=True, budget=4 * GIB))
+    # The inputs of three sub-layers, of a row of 500 tokens that is filled up.
+    assert {block.offload for block in model.get_base_model().blocks} == {(3, 512 * 64, torch.float32)}
+    assert fractions == [4 / 16]
 
 
 def test_first_layers_are_cached_and_another_plan_drops_what_is_not(golden_folder):

@@ -154,10 +154,15 @@ def test_lowest_evaluation_loss_is_named_beside_the_last():
 
 
 def test_failed_upload_says_where_the_adapter_is(monkeypatch):
+    given = {}
+
     def fail(self, **kwargs):
+        given.update(kwargs)
         raise RuntimeError("no route to host")
 
     monkeypatch.setattr(HfApi, "upload_folder", fail)
-    args = SimpleNamespace(hub_revision=None, output_dir="saved_files/x")
+    args = SimpleNamespace(hub_revision="v2", output_dir="saved_files/x")
     with pytest.raises(TrainingStopped, match=r"is in saved_files/x, but its upload to me/x failed: no route"):
         QLoRATrainer.push_to_hub(SimpleNamespace(args=args, hub_model_id="me/x"))
+    # Neither checkpoints nor training_args.bin.
+    assert given["allow_patterns"] == list(UPLOADED) and given["revision"] == "v2"

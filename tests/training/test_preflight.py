@@ -236,9 +236,11 @@ def test_no_checkpoint_to_resume_from(flags):
         ({"optim": "adamw_torch_4bit"}, "torchao"),
         ({"adam_beta2": 1.5}, "beta"),
         ({"learning_rate": -1.0}, "learning rate: -1.0"),
+        ({"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}}, "division by zero"),
         ({"optim_args": "momentum=0.9"}, "it does not use optim_args momentum=0.9; remove it"),
         ({"optim": "sgd", "optim_args": "momentum=0.9, mass=1"}, "it does not use optim_args mass=1; remove it"),
         ({"optim": "sgd", "adam_beta2": 0.9}, "it does not use adam_beta2; remove it"),
+        ({"optim": "sgd", "adam_epsilon": 1e-6}, "it does not use adam_epsilon; remove it"),
         ({"optim_target_modules": ["attn"]}, "it does not use optim_target_modules; remove it"),
     ],
 )

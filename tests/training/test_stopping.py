@@ -106,6 +106,31 @@ def test_file_that_its_holder_deletes_while_it_is_opened_gives_no_lock(tmp_path,
         pass
 
 
+def test_checks_do_not_block_each_other(tmp_path):
+    with open(tmp_path / LOCK_FILE, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as another check
+        check_not_locked(str(tmp_path))
+        fcntl.flock(file, fcntl.LOCK_EX)  # a run that has not yet written who it is
+        with pytest.raises(ValueError, match=r"in use by another run \(which has just started\)"):
+            check_not_locked(str(tmp_path))
+
+
+def test_lock_file_that_is_gone_or_cannot_be_read_is_no_problem(tmp_path, monkeypatch):
+    with lock_output_dir(tmp_path):
+        (tmp_path / LOCK_FILE).unlink()
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    check_not_locked(str(tmp_path))
+
+
+def test_folders_above_are_created_too(tmp_path):
+    with lock_output_dir(tmp_path / "new" / "out"):
+        assert (tmp_path / "new" / "out" / LOCK_FILE).exists()
+
+
 def test_lock_file_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / LOCK_FILE).mkdir()
     with pytest.raises(TrainingStopped, match="cannot be written"), lock_output_dir(tmp_path):
@@ -125,6 +150,13 @@ def test_file_system_without_locks_is_reported(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", refuse)
     with lock_output_dir(tmp_path):
         assert "has no locks (No locks available), so that nothing prevents a second run there" in caplog.text
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Input/output error"), lock_output_dir(tmp_path):
+        pass
 
 
 # Signals of a scheduler.

@@ -16,6 +16,7 @@ import train_qlora
 from chatglm import ChatGLMForConditionalGeneration
 from qlora.data.batching import SourceRow, StepBatch
 from qlora.errors import TrainingStopped
+from qlora.training import trainer as trainer_module
 from qlora.training.checkpoints import STAGING, checkpoints
 from qlora.training.step_check import MOST_SKIPPED, Step, StepCheck, name_rows
 from qlora.training.trainer import LogBeforeSaving, QLoRATrainer
@@ -314,6 +315,27 @@ def test_training_is_the_same_with_and_without_evaluations(flags, tmp_path):
     run_main(train_qlora, *flags("without", evaluate=False))
     assert_same_run(tmp_path / "with", tmp_path / "without")
     assert len(history(tmp_path / "with", "eval_loss")) == STEPS
+
+
+def test_rate_is_that_of_the_steps_since_the_last_log(flags, tmp_path, monkeypatch):
+    seconds, tokens, train, evaluate = [0], [], QLoRATrainer.training_step, trainer_module.own_samples
+
+    def training_step(self, model, inputs, *args):
+        seconds[0] += 2
+        tokens.append(inputs.num_tokens)
+        return train(self, model, inputs, *args)
+
+    def own_samples(*args):  # only an evaluation asks for them
+        seconds[0] += 100
+        return evaluate(*args)
+
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    monkeypatch.setattr(QLoRATrainer, "training_step", training_step)
+    monkeypatch.setattr(trainer_module, "own_samples", own_samples)
+    run_main(train_qlora, *flags(logging_steps=2, eval_steps=3, save_strategy="no", max_steps=6))
+    logged = [tokens[:2], tokens[2:3], tokens[3:4], tokens[4:]]  # also before an evaluation
+    expected = [round(sum(counts) / (2 * len(counts))) for counts in logged]
+    assert history(tmp_path / "out", "tokens_per_second") == expected
 
 
 @pytest.mark.parametrize("due", ["should_evaluate", "should_save", "should_log", None])
