@@ -9,9 +9,7 @@ python inference_qlora.py --serve                                # OpenAI's API 
 python inference_qlora.py --adapter_path none --model_name_or_path THUDM/chatglm-6b-merged   # one model alone
 """
 
-import contextlib
 import itertools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,20 +140,25 @@ def answer(
     args: InferenceArguments,
 ):
     """Prints, and keeps in `--output`, each prompt with its answers as soon as these are finished."""
+    from qlora.atomic import append_lines
     from qlora.inference.generation import compare_answers
 
     options = (args.max_new_tokens, sampler, args.batch_size, args.prompt_text)
     rows = compare_answers(model, tokenizer, prompts, *options)
-    with open(args.output, "x", encoding="utf-8") if args.output else contextlib.nullcontext() as output:
-        try:
-            for row in rows:
-                print("", *(f"{LABELS[name]} {text}" for name, text in row.items()), sep="\n", flush=True)
-                if output:
-                    output.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    output.flush()
-        except KeyboardInterrupt:
-            kept = f"; the finished answers are in {args.output}" if args.output else ""
-            raise KeyboardInterrupt(f"interrupted{kept}") from None
+    output = Path(args.output) if args.output else None
+    if output:
+        output.touch(exist_ok=False)
+    try:
+        for row in rows:
+            print("", *(f"{LABELS[name]} {text}" for name, text in row.items()), sep="\n", flush=True)
+            if output:
+                append_lines(output, [row])
+    except KeyboardInterrupt:
+        kept = f"; the finished answers are in {output}" if output else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from None
+    finally:
+        if output and output.stat().st_size == 0:
+            output.unlink()
 
 
 def converse(

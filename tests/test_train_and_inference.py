@@ -16,6 +16,7 @@ from conftest import (
     error_of,
     flags_of,
     history,
+    largest_file,
     run_main,
     run_script,
     write_json,
@@ -366,6 +367,18 @@ def test_interruption_loses_no_finished_answer(few_prompts, tmp_path, monkeypatc
     printed = capsys.readouterr()
     assert printed.err.endswith(f"\ninterrupted; the finished answers are in {output}\n")
     assert len(answers(printed.out)) == len(output.read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.parametrize(("size", "kept"), [(10, 0), (120, 1)])
+def test_full_disk_leaves_whole_answers(few_prompts, tmp_path, capsys, size, kept):
+    output = tmp_path / "answers.jsonl"
+    with largest_file(size):
+        message = error_of(inference_qlora, *few_prompts, "--output", output)
+    assert re.fullmatch(f"error: {output} cannot be written: [^\n]*", message)
+    assert output.exists() == bool(kept)
+    if kept:
+        rows = output.read_text(encoding="utf-8").splitlines()
+        assert len(rows) == kept and all(map(json.loads, rows))
 
 
 @pytest.mark.parametrize(
