@@ -9,7 +9,10 @@ python inference_qlora.py --serve                                # OpenAI's API 
 python inference_qlora.py --adapter_path none --model_name_or_path THUDM/chatglm-6b-merged   # one model alone
 """
 
+import contextlib
+import io
 import itertools
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,7 +174,9 @@ def converse(
     from glm_shared.chat import Prompt
     from qlora.inference.generation import check_prompt, stream_answer
 
-    print("清空历史 clear history: clear   结束 leave: exit")
+    print("停止回答 stop the answer: Ctrl-C   清空历史 clear history: clear   结束 leave: exit")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no UTF-8 is refused with the prompt
+        sys.stdin.reconfigure(errors="surrogateescape")
     history = []
     while (query := ask()) not in ("exit", "quit", None):
         if query == "clear":
@@ -183,12 +188,14 @@ def converse(
             except ValueError as error:
                 print(error)
                 continue
-            for longer in stream_answer(model, tokenizer, prompt, args.max_new_tokens, sampler, args.prompt_text):
-                # A mark that is printed already may become full-width with the next character; it is not reprinted.
-                print(longer[len(reply) :], end="", flush=True)
-                reply = longer
+            with contextlib.suppress(KeyboardInterrupt):  # it ends the answer alone
+                for longer in stream_answer(model, tokenizer, prompt, args.max_new_tokens, sampler, args.prompt_text):
+                    # A mark that is printed already may become full-width with the next character; it stays as it is.
+                    print(longer[len(reply) :], end="", flush=True)
+                    reply = longer
             print()
-            history.append((query, reply))
+            if reply:
+                history.append((query, reply))
 
 
 def ask() -> str | None:
