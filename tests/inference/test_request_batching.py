@@ -62,6 +62,7 @@ def run(
         kept = [answer for place, answer in enumerate(answers) if place not in cancelled]
         found = [await tokens_of(answer) for answer in kept]
         batcher.stop()
+        batcher.thread.join()
         return found, slots.begun
 
     return asyncio.run(asyncio.wait_for(main(), 10))
