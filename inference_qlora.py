@@ -10,8 +10,9 @@ python inference_qlora.py --adapter_path none --model_name_or_path THUDM/chatglm
 """
 
 import contextlib
+import io
 import itertools
-import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,20 +143,25 @@ def answer(
     args: InferenceArguments,
 ):
     """Prints, and keeps in `--output`, each prompt with its answers as soon as these are finished."""
+    from qlora.atomic import append_lines
     from qlora.inference.generation import compare_answers
 
     options = (args.max_new_tokens, sampler, args.batch_size, args.prompt_text)
     rows = compare_answers(model, tokenizer, prompts, *options)
-    with open(args.output, "x", encoding="utf-8") if args.output else contextlib.nullcontext() as output:
-        try:
-            for row in rows:
-                print("", *(f"{LABELS[name]} {text}" for name, text in row.items()), sep="\n", flush=True)
-                if output:
-                    output.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    output.flush()
-        except KeyboardInterrupt:
-            kept = f"; the finished answers are in {args.output}" if args.output else ""
-            raise KeyboardInterrupt(f"interrupted{kept}") from None
+    output = Path(args.output) if args.output else None
+    if output:
+        output.touch(exist_ok=False)
+    try:
+        for row in rows:
+            print("", *(f"{LABELS[name]} {text}" for name, text in row.items()), sep="\n", flush=True)
+            if output:
+                append_lines(output, [row])
+    except KeyboardInterrupt:
+        kept = f"; the finished answers are in {output}" if output else ""
+        raise KeyboardInterrupt(f"interrupted{kept}") from None
+    finally:
+        if output and output.stat().st_size == 0:
+            output.unlink()
 
 
 def converse(
@@ -168,7 +174,9 @@ def converse(
     from glm_shared.chat import Prompt
     from qlora.inference.generation import check_prompt, stream_answer
 
-    print("清空历史 clear history: clear   结束 leave: exit")
+    print("停止回答 stop the answer: Ctrl-C   清空历史 clear history: clear   结束 leave: exit")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is no UTF-8 is refused with the prompt
+        sys.stdin.reconfigure(errors="surrogateescape")
     history = []
     while (query := ask()) not in ("exit", "quit", None):
         if query == "clear":
@@ -180,12 +188,14 @@ def converse(
             except ValueError as error:
                 print(error)
                 continue
-            for longer in stream_answer(model, tokenizer, prompt, args.max_new_tokens, sampler, args.prompt_text):
-                # A mark that is printed already may become full-width with the next character; it is not reprinted.
-                print(longer[len(reply) :], end="", flush=True)
-                reply = longer
+            with contextlib.suppress(KeyboardInterrupt):  # it ends the answer alone
+                for longer in stream_answer(model, tokenizer, prompt, args.max_new_tokens, sampler, args.prompt_text):
+                    # A mark that is printed already may become full-width with the next character; it stays as it is.
+                    print(longer[len(reply) :], end="", flush=True)
+                    reply = longer
             print()
-            history.append((query, reply))
+            if reply:
+                history.append((query, reply))
 
 
 def ask() -> str | None:

@@ -60,7 +60,8 @@ def train(args: FinetuneArguments):
         read_ahead(args.model_name_or_path)
     # Imported here: the libraries behind them take seconds to import, and a misspelt flag is answered before.
     with quick_imports():
-        from qlora.training.checkpoints import check_output_dir
+        from qlora.atomic import publish_files
+        from qlora.training.checkpoints import check_output_dir, staging_dir
         from qlora.training.curves import draw_losses
         from qlora.training.model_card import PICTURE, data_files, write_model_card
         from qlora.training.preflight import run_preflight
@@ -85,12 +86,14 @@ def train(args: FinetuneArguments):
         trainer.train(resume_from_checkpoint=preflight.resume_from)
         trainer.save_model()
         if trainer.is_world_process_zero():
-            with message_instead_of_traceback():
-                draw_losses({output_dir.name: trainer.state.log_history}, output_dir / PICTURE)
-                write_model_card(output_dir, args, preflight.setup, preflight.lora, files, trainer.state.log_history)
-                if trainer.args.push_to_hub:
-                    trainer.push_to_hub()
             logger.info("The adapter is in %s", output_dir)
+            with message_instead_of_traceback(), staging_dir(output_dir, owner=True) as staging:
+                staging.mkdir()
+                draw_losses({output_dir.name: trainer.state.log_history}, staging / PICTURE)
+                write_model_card(staging, args, preflight.setup, preflight.lora, files, trainer.state.log_history)
+                publish_files(staging, output_dir)
+            if trainer.args.push_to_hub:
+                trainer.push_to_hub()
 
 
 def prepare(preflight: "Preflight") -> "QLoRATrainer":

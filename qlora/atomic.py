@@ -5,14 +5,98 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from qlora.units import readable_size
+
 logger = logging.getLogger(__name__)
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full disk, exceeded quota, file size limit
+NO_ROOM = {
+    errno.ENOSPC: "its disk is full",
+    errno.EDQUOT: "the quota of its disk is reached",
+    errno.EFBIG: "a file there must not be so large",
+}
+OF_TORCH = re.compile("inline_container(?!.*StreamReader)|iostream", re.S)  # torch.save gives no cause
+OF_DATASETS = "Not enough disk space"
+
+
+def lack_of_room(error: BaseException | None) -> str | None:
+    """Why there was no room for what was written, as a clause; None for any other error.
+
+    Args:
+        error: of the system, or what safetensors, torch or datasets made of it.
+    """
+    while error:
+        text = str(error)
+        in_text = re.search(r"os error (\d+)", text)  # safetensors gives the number in its text
+        number = int(in_text[1]) if in_text else getattr(error, "errno", None)
+        if number in NO_ROOM:
+            return NO_ROOM[number]
+        if text.startswith(OF_DATASETS):
+            return NO_ROOM[errno.ENOSPC]
+        if isinstance(error, RuntimeError) and OF_TORCH.search(text):
+            return "its disk is full, or cannot be written to"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, advice: str = "") -> Iterator[None]:
+    """Names the file or folder that is written, if there is no room for it.
+
+    Args:
+        path: of it.
+        advice: what else to do than to make room, after `or`.
+    Raises:
+        OSError: in place of an error for which `lack_of_room` has a reason; others are not changed.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = lack_of_room(error)
+        if reason is None:
+            raise
+        make_room = f"Make room, or {advice}" if advice else "Make room"
+        raise OSError(f"{path} cannot be written: {reason}. {make_room}.") from error
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file to write; it is renamed to `path` at the end, and deleted where writing fails.
+
+    Raises:
+        OSError: see `writing`.
+    """
+    partial = path.with_name(f"partial.{path.name}")  # the suffix may say in which format to write
+    with writing(path):
+        try:
+            yield partial
+            flush(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def append_lines(path: Path, rows: Iterable[dict]):
+    """Adds rows to a file, a line of JSON each; the file stays as it was where there is no room for all of them.
+
+    Raises:
+        OSError: see `writing`.
+    """
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    size = path.stat().st_size if path.exists() else 0
+    with writing(path):
+        try:
+            with path.open("ab") as file:
+                file.write(lines.encode())
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
 @contextlib.contextmanager
@@ -21,18 +105,20 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         ValueError: `path` exists.
+        OSError: see `writing`.
     """
     target = Path(path)
     if target.exists():
         raise ValueError(f"--output_dir {path} exists already: name another folder, or delete it.")
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    publish_folder(partial, target)
+    with writing(path, "name a folder on another disk"):
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        publish_folder(partial, target)
 
 
 def publish_folder(source: Path, target: Path, replaced: Path | None = None):
@@ -88,11 +174,12 @@ def only_process(folder: Path, what: str) -> Iterator[None]:
 
 
 def check_room(what: str, folder: Path, needed: int, advice: str):
-    """ValueError if the disk of a folder has fewer than `needed` bytes free; `what` needs them."""
+    """OSError if the disk of a folder has fewer than `needed` bytes free; `what` needs them."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
-            f"{what} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free. Make room, or {advice}."
+        raise OSError(
+            f"{what} needs {readable_size(needed)}, and the disk of {folder} has {readable_size(free)} free. "
+            f"Make room, or {advice}."
         )
 
 
@@ -125,4 +212,5 @@ def flush(*paths: Path):
 
 def write_json(path: Path, values: dict):
     """One key a line, sorted."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -82,7 +82,9 @@ def all_tokenizer_files() -> set[str]:
 def check_folder(path: str) -> Path:
     """The path of a folder; FileNotFoundError if there is none."""
     if not Path(path).is_dir():
-        raise FileNotFoundError(f"there is no folder {path}. {HOW_TO_GET}")
+        model = Path(path).as_posix().lower()
+        advice = f"Did you mean THUDM/{model}?" if model in MODELS else HOW_TO_GET
+        raise FileNotFoundError(f"there is no folder {path}. {advice}")
     return Path(path)
 
 

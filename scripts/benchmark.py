@@ -43,8 +43,9 @@ with one_line_on_interrupt():  # these imports take seconds
 
     from glm_shared.chat import ChatTokenizer, Prompt
     from qlora.adapter import add_lora
+    from qlora.atomic import append_lines
     from qlora.benchmark.arithmetic import flops_per_token, matmul_rate
-    from qlora.benchmark.records import append_record, code_hash, machine
+    from qlora.benchmark.records import code_hash, machine
     from qlora.data.rows import read_rows
     from qlora.hub.fetch import fetch_model
     from qlora.inference.decoding import decode, make_sampler
@@ -114,7 +115,7 @@ def main():
     name = args.name if model == "ChatGLM-6B" else f"{model} {args.name}"
     record = {"name": name, "date": time.strftime("%Y-%m-%d"), "code": code_hash(), **result, **machine()}
     if args.record:
-        append_record(Path(args.record), record)
+        append_lines(Path(args.record), [record])
     print(json.dumps(record))
 
 

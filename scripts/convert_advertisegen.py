@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
+from qlora.atomic import writing
 from qlora.data.fields import text_field
 from qlora.data.row_files import parse_lines
 from qlora.data.strict_json import kind_of, parse_json
@@ -135,13 +136,13 @@ def main() -> None:
     """Convert, or end with one message and exit status 1."""
     args = parse_args()
     try:
-        convert(args.source, args.output_dir, args.overwrite)
+        with writing(args.output_dir):
+            convert(args.source, args.output_dir, args.overwrite)
     except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
         reason = f"is not a whole .tar.gz, nor the folder that it holds: {error}"
         raise SystemExit(f"error: {args.source} {reason}") from None
     except (ValueError, OSError) as error:
-        names_no_file = isinstance(error, OSError) and error.errno and not error.filename  # as on a full disk
-        raise SystemExit(f"error: {args.output_dir}: {error}" if names_no_file else f"error: {error}") from None
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -122,13 +122,14 @@ def evaluate(args: EvaluationArguments):
             check_hardware(config, compute_dtype)
             model = load_quantized_model(base_path, compute_dtype, config)
             model = load_adapter(model, args.adapter_path).eval()
-    if len(predictions) < len(rows):
-        with advice_if_out_of_memory(f"{args.batch_size} prompts at once are too many, lower --batch_size"):
-            answer(model, tokenizer, prompts, rows, args, predictions, folder)
-    if task:
-        section = summarize_general(folder, settings, predictions, tokenizer, args.data_path, task)
-    else:
-        section = summarize(folder, settings, predictions, tokenizer)
+    with message_instead_of_traceback(OSError):
+        if len(predictions) < len(rows):
+            with advice_if_out_of_memory(f"{args.batch_size} prompts at once are too many, lower --batch_size"):
+                answer(model, tokenizer, prompts, rows, args, predictions, folder)
+        if task:
+            section = summarize_general(folder, settings, predictions, tokenizer, args.data_path, task)
+        else:
+            section = summarize(folder, settings, predictions, tokenizer)
     if folder.resolve().parent == Path(args.adapter_path).resolve():
         with message_instead_of_traceback():
             add_section(Path(args.adapter_path), *section)
@@ -179,6 +180,7 @@ def answer(
     """Generates the missing predictions, adds them to `predictions` and appends each batch to their file."""
     import torch
 
+    from qlora.atomic import append_lines
     from qlora.evaluation.predictions import PREDICTIONS, answer_rows
     from qlora.inference.decoding import make_sampler
     from qlora.inference.generation import generate_texts
@@ -194,11 +196,9 @@ def answer(
         torch.manual_seed(seed)
         return generate_texts(model, tokenizer, [prompts[i] for i in indices], **options)
 
-    with open(folder / PREDICTIONS, "a", encoding="utf-8") as file:
-        for batch in answer_rows(model, generate, rows, args.batch_size, args.seed, predictions):
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch))
-            file.flush()
-            predictions.update({row["index"]: row for row in batch})
+    for batch in answer_rows(model, generate, rows, args.batch_size, args.seed, predictions):
+        append_lines(folder / PREDICTIONS, batch)
+        predictions.update({row["index"]: row for row in batch})
 
 
 def summarize(
@@ -209,7 +209,7 @@ def summarize(
     Returns:
         Name, text and scores of a section for the adapter's card.
     """
-    from qlora.atomic import write_json
+    from qlora.atomic import atomic_file, write_json
     from qlora.evaluation.page import MODELS, render_page
     from qlora.evaluation.predictions import METRICS_FILE, write_predictions
     from qlora.training.model_card import shown_path
@@ -222,7 +222,8 @@ def summarize(
     write_json(folder / METRICS_FILE, {"settings": settings, "samples": len(rows), **means})
     title = f"{settings['data_path']} · {settings['protocol']}"
     page = render_page(title, settings, means, rows, tokenizer.clean_response)
-    (folder / "summary.html").write_text(page, encoding="utf-8")
+    with atomic_file(folder / "summary.html") as partial:
+        partial.write_text(page, encoding="utf-8")
     print(f"{f'{len(rows)} samples':<15}" + "".join(f"{name.upper():>10}" for name in METRICS))
     for model, label in MODELS.items():
         print(f"{label:<12}" + "".join(f"{means[model][name]:10.2f}" for name in METRICS))
@@ -247,7 +248,7 @@ def summarize_general(
     Returns:
         Name and text of a section for the adapter's card.
     """
-    from qlora.atomic import write_json
+    from qlora.atomic import atomic_file, write_json
     from qlora.evaluation.general import compare, format_table, summarize_categories
     from qlora.evaluation.page import render_general_page
     from qlora.evaluation.predictions import METRICS_FILE, write_predictions
@@ -261,7 +262,8 @@ def summarize_general(
     write_json(folder / METRICS_FILE, {"settings": settings, "task": found, "categories": table})
     title = f"{settings['data_path']} · {settings['protocol']}"
     page = render_general_page(title, settings | {"task": data_path}, table, rows, tokenizer.clean_response)
-    (folder / "summary.html").write_text(page, encoding="utf-8")
+    with atomic_file(folder / "summary.html") as partial:
+        partial.write_text(page, encoding="utf-8")
     print(format_table(table))
     print(f"Wrote {folder}/summary.html, metrics.json and predictions.jsonl")
     return f"Answers to general prompts, {settings['protocol']} protocol", format_table(table)

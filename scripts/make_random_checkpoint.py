@@ -18,6 +18,7 @@ with one_line_on_interrupt():  # these imports take seconds
     import torch
 
     from glm_shared.description import ModelDescription
+    from qlora.atomic import writing
     from qlora.checkpoint import read_config, tokenizer_files
     from qlora.export.official_folder import write_checkpoint
 
@@ -41,22 +42,28 @@ def main():
         config = read_config(Path(args.tokenizer_path))
         set_sizes(config, args)
         target = Path(args.output_dir)
-        target.mkdir(parents=True, exist_ok=True)
-        for name in tokenizer_files(Path(args.tokenizer_path)):
-            shutil.copyfile(Path(args.tokenizer_path) / name, target / name)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        generator = torch.Generator(device).manual_seed(args.seed)
-        embeddings: dict[str, torch.Tensor] = {}  # kept, since a head that is the same tensor is written after it
-
-        def tensor(name: str, shape: torch.Size) -> torch.Tensor:
-            if "word_embeddings" not in name:
-                return random_weight(name, shape, generator)
-            if name not in embeddings:
-                embeddings[name] = random_weight(name, shape, generator)
-            return embeddings[name]
-
-        write_checkpoint(args.output_dir, config, tensor)
+        with writing(target):
+            write_random(target, config, Path(args.tokenizer_path), args.seed)
     print(f"Wrote {sum(f.stat().st_size for f in target.iterdir()) / 1e9:.1f} GB to {target}")
+
+
+def write_random(target: Path, config: ModelDescription, tokenizer_path: Path, seed: int):
+    """Writes a folder with random weights and the files of a tokenizer."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in tokenizer_files(tokenizer_path):
+        shutil.copyfile(tokenizer_path / name, target / name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    embeddings: dict[str, torch.Tensor] = {}  # kept, since a head that is the same tensor is written after it
+
+    def tensor(name: str, shape: torch.Size) -> torch.Tensor:
+        if "word_embeddings" not in name:
+            return random_weight(name, shape, generator)
+        if name not in embeddings:
+            embeddings[name] = random_weight(name, shape, generator)
+        return embeddings[name]
+
+    write_checkpoint(target, config, tensor)
 
 
 def set_sizes(config: ModelDescription, args: RandomCheckpointArguments):

@@ -28,7 +28,7 @@ with one_line_on_interrupt():  # these imports take seconds
     from chatglm2 import ChatGLM2Config, ChatGLM2Tokenizer, ChatGLM3Tokenizer
     from glm_shared.chat import ChatTokenizer
     from glm_shared.description import ModelDescription
-    from qlora.atomic import write_json
+    from qlora.atomic import write_json, writing
     from qlora.data.dataset import SampleEncoder
     from qlora.data.rows import read_rows
     from qlora.export.official_folder import write_checkpoint
@@ -67,12 +67,12 @@ def main():
         args = parse_command_line(TinyCheckpointArguments)
         rows = list(read_rows(args.data_path))
     target = Path(args.output_dir or in_repository(f"THUDM/{args.architecture}-tiny"))
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(rows, args.vocab_size, target, args.architecture)
-    with message_instead_of_traceback(TrainingStopped):
+    with message_instead_of_traceback(TrainingStopped, OSError), writing(target):
+        target.mkdir(parents=True, exist_ok=True)
+        tokenizer = make_tokenizer(rows, args.vocab_size, target, args.architecture)
         model = pretrain(rows, tokenizer, args.max_steps, args.seed)
-    state = model.state_dict()
-    write_checkpoint(target, model.config, lambda name, shape: state[name])
+        state = model.state_dict()
+        write_checkpoint(target, model.config, lambda name, shape: state[name])
     print(f"{target}: a ChatGLM of {model.num_parameters() / 1e6:.1f} million parameters in the official format")
 
 

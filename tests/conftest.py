@@ -245,7 +245,7 @@ def golden_folder(tokenizer: ChatGLMTokenizer, tmp_path: Path) -> Path:
 
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Writing a file of more bytes fails, as on a full disk."""
+    """Writing a file of more bytes fails, as on a full disk; also the one of captured output, but for `capsys`."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -76,8 +76,15 @@ def test_sharded_safetensors_folder_passes(golden_folder):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere.*Download"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere\. Download"):
         check_checkpoint(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(("path", "meant"), [("chatglm-6b", "chatglm-6b"), ("ChatGLM3-6B/", "chatglm3-6b")])
+def test_model_without_its_organization_is_recognized(path, meant):
+    with pytest.raises(FileNotFoundError) as raised:
+        check_checkpoint(path)
+    assert str(raised.value) == f"there is no folder {path}. Did you mean THUDM/{meant}?"
 
 
 @pytest.mark.parametrize("name", ["config.json", "ice_text.model", "tokenizer_config.json", *SHARDS])

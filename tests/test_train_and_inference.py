@@ -1,5 +1,6 @@
 """train_qlora.py and inference_qlora.py, run with a random model of two layers."""
 
+import io
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from conftest import (
     error_of,
     flags_of,
     history,
+    largest_file,
     run_main,
     run_script,
     write_json,
@@ -279,6 +281,32 @@ def test_conversation(trained, monkeypatch, capsys):
     assert next(lines, None) is None
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_half_a_character_is_one_line_and_the_conversation_goes_on(trained, monkeypatch, capsys, errors):
+    typed = io.BytesIO("裙".encode()[:2] + "\n类型#裤\n".encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding="utf-8", errors=errors))
+    run_main(inference_qlora, "--adapter_path", trained, "--chat", "--max_new_tokens", 8)
+    _, first, second, end = capsys.readouterr().out.split("\n> ")
+    assert re.fullmatch("[^\n]*half a character[^\n]*\n", first) and "half" not in second and end == ""
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(trained, monkeypatch, capsys):
+    lines, asked, stream_answer = iter(["类型#裙", "类型#裤", "exit"]), [], generation.stream_answer
+
+    def interrupted_once(model, tokenizer, prompt: Prompt, *args):
+        asked.append(prompt)
+        yield "好看"
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield from stream_answer(model, tokenizer, prompt, *args)
+
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(generation, "stream_answer", interrupted_once)
+    run_main(inference_qlora, "--adapter_path", trained, "--chat", "--max_new_tokens", 8)
+    assert "好看" in capsys.readouterr().out
+    assert list(asked[1].history) == [("类型#裙", "好看")]  # what was seen of the answer belongs to the conversation
+
+
 # Errors of an inference run.
 
 
@@ -366,6 +394,18 @@ def test_interruption_loses_no_finished_answer(few_prompts, tmp_path, monkeypatc
     printed = capsys.readouterr()
     assert printed.err.endswith(f"\ninterrupted; the finished answers are in {output}\n")
     assert len(answers(printed.out)) == len(output.read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.parametrize(("size", "kept"), [(10, 0), (120, 1)])
+def test_full_disk_leaves_whole_answers(few_prompts, tmp_path, capsys, size, kept):
+    output = tmp_path / "answers.jsonl"
+    with largest_file(size):
+        message = error_of(inference_qlora, *few_prompts, "--output", output)
+    assert re.fullmatch(f"error: {output} cannot be written: [^\n]*", message)
+    assert output.exists() == bool(kept)
+    if kept:
+        rows = output.read_text(encoding="utf-8").splitlines()
+        assert len(rows) == kept and all(map(json.loads, rows))
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,6 @@ def code_hash(root: Path = REPOSITORY) -> str:
     return whole.hexdigest()[:12]
 
 
-def append_record(path: Path, record: dict):
-    """Adds a line to a file of records."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
 def newest_records(path: Path) -> dict[str, dict]:
     """The last record of each name in a file.
 

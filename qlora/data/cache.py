@@ -13,12 +13,12 @@ import numpy as np
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 
-from qlora.atomic import NO_ROOM
+from qlora.atomic import lack_of_room
 from qlora.data.row_files import update_hash
 
 logger = logging.getLogger(__name__)
 
-CANNOT_WRITE = (*NO_ROOM, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.ENOTDIR)
 
 
 def cache_folder(path: str, version: int) -> Path:
@@ -51,12 +51,14 @@ def use_cache(folder: Path, build: Callable[[], Dataset]) -> Dataset:
     except Exception as error:
         in_data = isinstance(error, DatasetGenerationError)
         cause = (error.__cause__ or error) if in_data else error
-        if isinstance(cause, OSError) and cause.errno in CANNOT_WRITE:
+        reason = lack_of_room(cause)
+        if isinstance(cause, OSError) and cause.errno in NOT_WRITABLE:
+            reason = os.strerror(cause.errno)
+        if reason:
             shutil.rmtree(folder, ignore_errors=True)  # the library leaves the part of a file that it has written
             raise ValueError(
-                f"the cache of tokenized rows in {datasets.config.HF_DATASETS_CACHE} cannot be written to "
-                f"({os.strerror(cause.errno)}). Make room there, or name a folder on another disk in the environment "
-                "variable HF_DATASETS_CACHE."
+                f"the cache of tokenized rows in {datasets.config.HF_DATASETS_CACHE} cannot be written to: {reason}. "
+                "Make room there, or name a folder on another disk in the environment variable HF_DATASETS_CACHE."
             ) from error
         if in_data or not existed:
             raise cause from None

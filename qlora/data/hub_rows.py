@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
 from qlora.arguments import FinetuneArguments
+from qlora.atomic import writing
 from qlora.data.row_files import LONGEST_REASON
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -71,11 +72,12 @@ def fetch_rows(name: str, split: str, columns: dict[str, str]) -> str:
     organization, data_set, *subset = name.split("/")
     repository = f"{organization}/{data_set}"
     try:
-        rows = rename_columns(load_dataset(repository, *subset, split=split), columns)
-        part = re.sub(r"[^\w.-]+", "_", "_".join([*subset, split]))
-        path = folder_of_files() / repository / f"{part}.{rows._fingerprint}.jsonl"
-        if not path.exists():
-            write_lines(rows, path)
+        with writing(datasets.config.HF_DATASETS_CACHE):
+            rows = rename_columns(load_dataset(repository, *subset, split=split), columns)
+            part = re.sub(r"[^\w.-]+", "_", "_".join([*subset, split]))
+            path = folder_of_files() / repository / f"{part}.{rows._fingerprint}.jsonl"
+            if not path.exists():
+                write_lines(rows, path)
     except RepositoryNotFoundError as error:
         where = f"{datasets.config.HF_ENDPOINT} has no public data set {repository}"
         raise ValueError(f"there is no data file {name}, and {where}.") from error

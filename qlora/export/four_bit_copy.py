@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizer
 
 from qlora.arguments import copy_folder
-from qlora.atomic import only_process, publish_folder, write_json
-from qlora.errors import first_line
+from qlora.atomic import only_process, publish_folder, write_json, writing
 from qlora.loading import COPY_SOURCE, is_copy_of
 
 logger = logging.getLogger(__name__)
@@ -50,7 +48,7 @@ def save_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, path: str,
     target = copy_folder(path)
     staging = target.with_name(f"{target.name}.partial")
     staging.mkdir(exist_ok=True)
-    with only_process(staging, "writes"), deleted_on_error(staging):
+    with writing(target, "leave out --save_4bit"), only_process(staging, "writes"), deleted_on_error(staging):
         if is_copy_of(target, source):  # another process has written it meanwhile
             shutil.rmtree(staging, ignore_errors=True)
             return
@@ -66,11 +64,9 @@ def save_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizer, path: str,
 
 @contextlib.contextmanager
 def deleted_on_error(folder: Path) -> Iterator[None]:
-    """Deletes a folder that cannot be finished; ValueError in place of safetensors' error for a full disk."""
+    """Deletes a folder that cannot be finished."""
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise ValueError(f"{folder} cannot be written ({first_line(error)}).") from error
         raise

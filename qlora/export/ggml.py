@@ -113,7 +113,8 @@ def write_ggml(
         dtype: of the matrices, a key of `ENCODINGS`; vectors are in fp32.
     Raises:
         ValueError: chatglm.cpp does not have the model; a weight is not finite, or out of the range of its type; rows
-            are not divisible into blocks; or the disk has not enough room.
+            are not divisible into blocks.
+        OSError: the disk has not enough room.
     """
     head, vocabulary = hyperparameters(config), Path(tokenizer.vocab_file).read_bytes()
     shapes, tied = parameter_shapes(config), tied_weights(config)  # chatglm.cpp ties a missing head to the embedding

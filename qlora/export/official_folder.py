@@ -39,7 +39,8 @@ def write_checkpoint(
         shard_size: largest size of a file.
         dtype: of the weights: fp16, bf16, or, with the linear layers of THUDM/chatglm-6b-int8 and -int4, int8 or int4.
     Raises:
-        ValueError: a weight is not finite, or out of the range of its type; or the disk has not enough room.
+        ValueError: a weight is not finite, or out of the range of its type.
+        OSError: the disk has not enough room.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)

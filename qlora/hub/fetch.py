@@ -15,7 +15,7 @@ from pathlib import Path
 from huggingface_hub.errors import HTTPError
 
 from qlora.arguments import DEFAULT_MODEL, REPOSITORY, DownloadArguments
-from qlora.atomic import NO_ROOM, existing_parent, only_process, publish_folder, write_json
+from qlora.atomic import existing_parent, lack_of_room, only_process, publish_folder, write_json
 from qlora.checkpoint import HOW_TO_GET, MODELS, check_folder, read_config, weight_files
 from qlora.errors import first_line
 from qlora.hub import hugging_face, model_scope
@@ -143,7 +143,7 @@ def download_files(source: Repository, files: list[RemoteFile], staging: Path):
         rest = f"{here} of {size} are in {staging}, and the same command goes on from there"
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted: {rest}") from None
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            raise ValueError(f"the disk of {staging} is full: make room. {rest}.") from error
+        if no_room := lack_of_room(error):
+            raise ValueError(f"{staging} cannot be written to: {no_room}. Make room: {rest}.") from error
         reason = str(error) if isinstance(error, ValueError) else f"the download broke off ({first_line(error)})"
         raise ValueError(f"{source.name} is not complete: {reason}. {rest}.") from error

@@ -5,6 +5,7 @@ import collections
 import logging
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from typing import NamedTuple
 
 from qlora.inference.slots import Slots, Task
 
@@ -13,11 +14,23 @@ logger = logging.getLogger(__name__)
 MOST_WAITING = 1024  # requests
 
 
-class GenerationFailed(Exception):
-    """The thread that generates has ended by an error, which the log has."""
+class Ending(NamedTuple):
+    """Why no more tokens will come, and the HTTP status that says so."""
 
-    def __init__(self):
-        super().__init__("the generation failed; the log of the server says why")
+    reason: str
+    status: int
+
+
+FAILED = Ending("the generation failed; the log of the server says why", 500)
+STOPPED = Ending("the server was stopped", 503)
+
+
+class GenerationEnded(Exception):
+    """The thread that generates has ended before the answer."""
+
+    def __init__(self, ending: Ending):
+        super().__init__(ending.reason)
+        self.status = ending.status
 
 
 class Answer:
@@ -30,10 +43,10 @@ class Answer:
     def __init__(self, task: Task):
         self.task, self.cancelled, self.count = task, False, 0
         self.loop = asyncio.get_running_loop()
-        self.pieces: asyncio.Queue[list[int] | None] = asyncio.Queue()  # None where the generation failed
+        self.pieces: asyncio.Queue[list[int] | Ending] = asyncio.Queue()
 
-    def deliver(self, tokens: list[int] | None):
-        """Hands new tokens over from the thread that generates them."""
+    def deliver(self, tokens: list[int] | Ending):
+        """Hands new tokens over from the thread that generates them, or why there are none."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.pieces.put_nowait, tokens)
 
@@ -41,14 +54,14 @@ class Answer:
         """Yields the new tokens, a few at a time; when it is closed before the end, the generation ends, too.
 
         Raises:
-            GenerationFailed: no more tokens will come.
+            GenerationEnded: no more tokens will come.
         """
         received = 0
         try:
             while True:
                 piece = await self.pieces.get()
-                if piece is None:
-                    raise GenerationFailed
+                if isinstance(piece, Ending):
+                    raise GenerationEnded(piece)
                 yield piece
                 received += len(piece)
                 if received >= self.task.max_new_tokens or piece[-1] in stop_token_ids:
@@ -70,18 +83,19 @@ class Batcher:
         self.waiting: collections.deque[Answer] = collections.deque()
         self.running: dict[int, Answer] = {}  # by slot
         self.changed = threading.Condition()  # guards `waiting` and `stopped`
-        self.stopped = self.failed = False
+        self.stopped = False
+        self.ending: Ending | None = None  # set by the thread at its end
         self.thread = threading.Thread(target=self.run, name="generation", daemon=True)
 
     def submit(self, answer: Answer) -> bool:
         """Puts a request into the queue; False if the queue is full.
 
         Raises:
-            GenerationFailed: the thread has ended.
+            GenerationEnded: the thread has ended.
         """
         with self.changed:
-            if self.failed:
-                raise GenerationFailed
+            if self.ending:
+                raise GenerationEnded(self.ending)
             if len(self.waiting) >= MOST_WAITING:
                 return False
             self.waiting.append(answer)
@@ -89,11 +103,10 @@ class Batcher:
         return True
 
     def stop(self):
-        """Ends the thread after the present step."""
+        """Ends the thread after the present step, and all requests with it."""
         with self.changed:
             self.stopped = True
             self.changed.notify()
-        self.thread.join()
 
     def run(self):
         """Begins waiting answers, generates a few tokens of each, and frees the slots of those that ended."""
@@ -105,9 +118,10 @@ class Batcher:
                     self.deliver({slot: [token] for slot, token in zip(tasks, tokens, strict=True)})
                 if self.running:
                     self.deliver(dict(enumerate(self.slots.generate(highest_slot=max(self.running)))))
+            self.end_all(STOPPED)
         except Exception:
             logger.exception("The generation failed.")
-            self.fail()
+            self.end_all(FAILED)
 
     def has_work(self) -> bool:
         """Waits for a request if there is none; False when the thread is to end."""
@@ -150,11 +164,11 @@ class Batcher:
                 del self.running[slot]
                 self.slots.end(slot)
 
-    def fail(self):
+    def end_all(self, ending: Ending):
         """Ends all requests."""
         with self.changed:
-            self.failed = True
+            self.ending = ending
             for answer in (*self.running.values(), *self.waiting):
-                answer.deliver(None)
+                answer.deliver(ending)
             self.running.clear()
             self.waiting.clear()

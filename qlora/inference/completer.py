@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from glm_shared.chat import ChatTokenizer, NoTools, Prompt, ToolPrompt
 from qlora.arguments import LOWEST_TEMPERATURE, InferenceArguments
 from qlora.inference.answer_text import AnswerText
-from qlora.inference.batcher import Answer, Batcher, GenerationFailed
+from qlora.inference.batcher import Answer, Batcher, GenerationEnded
 from qlora.inference.generation import check_prompt
 from qlora.inference.openai_forms import ChatRequest, Completion, GenerationRequest, RequestError, token_counts
 from qlora.inference.server_metrics import ServerMetrics
@@ -132,8 +132,8 @@ async def events(progress: Progress, completion: Completion, include_usage: bool
                 if include_usage:
                     yield event(completion.usage(usage))
         yield "data: [DONE]\n\n"
-    except GenerationFailed as error:
-        yield event(RequestError(500, str(error)).form())
+    except GenerationEnded as error:
+        yield event(RequestError(error.status, str(error)).form())
     finally:
         await progress.aclose()
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from glm_shared.chat import ChatTokenizer, Prompt, ToolPrompt
+from qlora.data.fields import check_text
 from qlora.inference.decoding import Sampler, decode
 
 
@@ -30,11 +31,17 @@ def check_prompt(
         prompt_text: text put before the prompt.
     Raises:
         NoTools: the prompt has tools, and the model has none.
-        ValueError: the question is blank, or the prompt leaves too little room for the answer.
+        ValueError: the question is blank, a text has half a character, or the prompt leaves too little room for the
+            answer.
     """
     if not prompt.query.strip():
         raise ValueError("输入是空的。 The prompt is empty.")
-    count = len(prompt_text + prompt.text(tokenizer))
+    text = prompt_text + prompt.text(tokenizer)
+    try:
+        check_text(text)
+    except ValueError as error:
+        raise ValueError(f"输入里有不完整的字符。 The prompt has {error}.") from error
+    count = len(text)
     chinese, english = f"{count:,} 个字符", f"{count:,} characters"
     if count <= tokenizer.longest_token * max_length:  # a longer text cannot fit, and would take long to tokenize
         ids = prompt.ids(tokenizer, prompt_text)

@@ -18,9 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qlora.arguments import LoraSettings
-from qlora.atomic import NO_ROOM
+from qlora.atomic import lack_of_room
 from qlora.checkpoint import file_problem
 from qlora.errors import TrainingStopped, first_line
+from qlora.training.model_card import PICTURE
 from qlora.training.same_run import RUN_FILE, tensor_shapes
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,8 @@ def check_steps_left(checkpoint: str, output_dir: str, steps: int):
 
     Args:
         checkpoint: a complete checkpoint.
-        output_dir: of the run; without an adapter in it the run was stopped before it saved its result.
+        output_dir: of the run; without an adapter in it, or its losses, the run was stopped before it saved all of its
+            result.
         steps: optimizer steps of the run.
     Raises:
         ValueError: the run is finished, or ends before the checkpoint.
@@ -163,7 +165,7 @@ def check_steps_left(checkpoint: str, output_dir: str, steps: int):
     done = trainer_state(checkpoint)["global_step"]
     if done > steps:
         raise ValueError(f"{checkpoint} has {done} steps, and the run ends after {steps}: raise max_steps or epochs.")
-    if done == steps and (Path(output_dir) / "adapter_config.json").exists():
+    if done == steps and all((Path(output_dir) / name).exists() for name in ("adapter_config.json", PICTURE)):
         raise ValueError(
             f"the run in {output_dir} is finished: all {steps} steps are trained, and its adapter is there. To train "
             f"it further, start another run with --init_adapter {output_dir}."
@@ -236,30 +238,23 @@ def staging_dir(output_dir: str | Path, owner: bool) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
     try:
         yield staging
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("inline_container|iostream", str(error)):
-            raise  # not an error of torch.save in writing
-        reason = first_line(error)
-        if is_out_of_space(error):
-            reason += f" ({shutil.disk_usage(output_dir).free / 2**20:,.0f} MiB are free there). Make room"
-        raise TrainingStopped(f"saving in {output_dir} failed: {reason}. {resume_advice(output_dir)}") from error
+    except Exception as error:
+        reason = lack_of_room(error)
+        if reason is None and not isinstance(error, (OSError, SafetensorError)):
+            raise
+        problem = f"{reason}. Make room" if reason else first_line(error)
+        raise TrainingStopped(f"saving in {output_dir} failed: {problem}. {resume_advice(output_dir)}") from error
     finally:
         if owner:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-def is_out_of_space(error: OSError | SafetensorError | RuntimeError) -> bool:
-    """Whether a write may have failed for lack of space or by a size limit; always for torch, which gives no cause."""
-    in_text = re.search(r"os error (\d+)", str(error))  # safetensors gives the number in its text
-    number = int(in_text[1]) if in_text else getattr(error, "errno", None)
-    return isinstance(error, RuntimeError) or number in NO_ROOM
 
 
 def resume_advice(output_dir: str | Path) -> str:
     """A sentence for the user: the newest complete checkpoint, and the flag that resumes from it."""
     newest = next((path for path in checkpoints(output_dir) if not checkpoint_problem(path)), None)
     if newest is None:
-        return "There is no checkpoint yet."
+        has_adapter = (Path(output_dir) / "adapter_config.json").exists()
+        return "The adapter is whole." if has_adapter else "There is no checkpoint yet."
     return f"{newest} is whole: go on from it with --resume_from_checkpoint last."
 
 

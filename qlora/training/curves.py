@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora.atomic import atomic_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -18,7 +20,8 @@ def draw_losses(runs: dict[str, list[dict]], path: str | Path):
         runs: label -> the Trainer's log history.
         path: of the file; its suffix gives the format.
     """
-    loss_figure(runs).savefig(path)
+    with atomic_file(Path(path)) as partial:
+        loss_figure(runs).savefig(partial)
 
 
 def loss_figure(runs: dict[str, list[dict]]) -> "Figure":

@@ -139,10 +139,10 @@ def write_model_card(
     files: list[DataFile],
     log_history: list[dict],
 ):
-    """Writes the card of a run that has ended into the folder of its adapter.
+    """Writes the card of a run that has ended.
 
     Args:
-        folder: of the adapter; the picture of the losses is shown if it is there.
+        folder: to write into; the picture of the losses is shown if it is there.
         args: the flags of the run.
         setup: its settings from the JSON.
         lora: those of its adapter.
@@ -163,7 +163,7 @@ def write_model_card(
     ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        name=folder.resolve().name,
+        name=Path(setup.training_args.output_dir).resolve().name,
         base=base,
         prompt_flag=f" --prompt_text {shlex.quote(prompt_text)}" if prompt_text else "",
         files=files,

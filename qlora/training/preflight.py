@@ -318,7 +318,7 @@ def check_run(preflight: Preflight, training_args: TrainingArguments):
 
 
 def check_disk(preflight: Preflight, training_args: TrainingArguments):
-    """ValueError unless output_dir can be written to and there is room for everything that the run will write."""
+    """ValueError or OSError unless output_dir can be written to and has room for everything that the run writes."""
     output_dir = training_args.output_dir
     folder = existing_parent(Path(output_dir))
     try:

@@ -5,7 +5,8 @@ import json
 import pytest
 from conftest import ROOT, import_script
 
-from qlora.benchmark.records import append_record, code_hash, machine, newest_records
+from qlora.atomic import append_lines
+from qlora.benchmark.records import code_hash, machine, newest_records
 
 RECORD = {"name": "train", "code": "abc", "gpu": "H100", "processor": "Xeon", "tokens_per_second": 22000}
 MEMORY = {"peak_memory_gib": 23.04, "predicted_memory_gib": 23.3, "gpu_busy": 0.981}
@@ -15,15 +16,15 @@ def test_newest_record_of_each_name(tmp_path):
     path = tmp_path / "records.jsonl"
     decode = RECORD | {"name": "decode"}
     for record in (RECORD | {"tokens_per_second": 1, "code": "old"}, decode, RECORD):
-        append_record(path, record)
+        append_lines(path, [record])
     assert newest_records(path) == {"train": RECORD, "decode": decode}
 
 
 @pytest.mark.parametrize("key", ["code", "gpu", "processor"])
 def test_records_that_cannot_be_compared_are_refused(tmp_path, key):
     path = tmp_path / "records.jsonl"
-    append_record(path, RECORD)
-    append_record(path, RECORD | {"name": "decode", key: "another"})
+    append_lines(path, [RECORD])
+    append_lines(path, [RECORD | {"name": "decode", key: "another"}])
     with pytest.raises(ValueError, match="measure all of them anew, with one version on one machine"):
         newest_records(path)
 

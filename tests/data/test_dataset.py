@@ -271,7 +271,7 @@ def test_full_disk_of_the_cache_is_named_and_nothing_is_left_there(rows_file, en
     with largest_file(size), pytest.raises(ValueError) as raised:
         load_samples(path, encoder)
     assert re.fullmatch(
-        rf"the cache .* in {own_cache} cannot be written to \(File too large\)\. Make room there, or "
+        rf"the cache .* in {own_cache} cannot be written to: a file there must not be so large\. Make room there, or "
         r"name a folder .* HF_DATASETS_CACHE\.",
         str(raised.value),
     )
@@ -281,7 +281,7 @@ def test_full_disk_of_the_cache_is_named_and_nothing_is_left_there(rows_file, en
 
 def test_cache_folder_that_cannot_be_made_is_named(rows_file, encoder, own_cache):
     own_cache.write_text("a file")
-    with pytest.raises(ValueError, match=rf"the cache .* in {own_cache} cannot be written to \(Not a directory\)"):
+    with pytest.raises(ValueError, match=rf"the cache .* in {own_cache} cannot be written to: Not a directory\."):
         load_samples(write_lines(rows_file, GOOD_LINE), encoder)
 
 

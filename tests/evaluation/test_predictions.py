@@ -1,13 +1,14 @@
 """scripts/evaluate_qlora.py and its modules: an interrupted evaluation gives the results of an uninterrupted one."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, add_random_lora, import_script, write_rows
+from conftest import ROOT, add_random_lora, import_script, largest_file, write_rows
 from huggingface_hub import ModelCard
 
 from chatglm.chat import build_prompt
@@ -141,6 +142,22 @@ def test_rerun_answers_only_the_missing_rows(run, tmp_path, monkeypatch):
         assert read_predictions(interrupted) == read_predictions(complete)
         assert read_metrics(interrupted) == read_metrics(complete)
         answered.clear()
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "predictions.jsonl", "summary.html"])
+def test_full_disk_is_named_and_the_same_command_goes_on(run, tmp_path, capsys, file):
+    expected, output = tmp_path / "expected", tmp_path / "out"
+    run(expected)
+    whole = (expected / "predictions.jsonl").stat().st_size
+    sizes = {"metrics.json": 100, "predictions.jsonl": whole // 2, "summary.html": whole}  # each is larger than before
+    with largest_file(sizes[file]), pytest.raises(SystemExit) as raised:
+        run(output)
+    assert re.fullmatch(rf"error: {output / file} cannot be written: [^\n]*\. Make room\.", str(raised.value))
+    written = [path.name for path in output.iterdir()]
+    assert set(written) <= {"metrics.json", "predictions.jsonl"}
+    assert "predictions.jsonl" not in written or 0 < len(read_predictions(output)) <= ROWS
+    run(output)
+    assert read_predictions(output) == read_predictions(expected)
 
 
 def test_complete_predictions_need_no_gpu_and_no_model(run, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """scripts/merge_lora.py and quantize_checkpoint.py: a merged model has the outputs of base model and adapter."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
-from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, ROOT, import_script
+from conftest import GOLDEN_ADAPTER, GOLDEN_CHECKPOINT, ROOT, import_script, largest_file
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from chatglm import ChatGLMForConditionalGeneration
@@ -340,7 +341,7 @@ def test_a_full_disk_is_noticed_before_merging(run, golden_folder, tmp_path, mon
     monkeypatch.setattr("shutil.disk_usage", disk_usage)
     monkeypatch.setattr("qlora.export.merging.delta_weight", lambda layer: pytest.fail("merges already"))
     needed = int(0.9 * sum(sizes))
-    with pytest.raises(SystemExit, match=r"error: --output_dir needs 0\.00 GB, and its disk has 0\.00 GB free"):
+    with pytest.raises(SystemExit, match=r"error: --output_dir needs 0\.\d MB, and the disk of \S+ has 0\.\d MB free"):
         run("merge_lora", model_name_or_path=golden_folder, adapter_path=adapter, output_dir=tmp_path / "new", **flags)
     assert not list(tmp_path.glob("new*"))
     monkeypatch.undo()
@@ -356,6 +357,20 @@ def test_an_existing_folder_is_not_overwritten(run, golden_folder, tmp_path, nam
     with pytest.raises(SystemExit, match=r"error: --output_dir .*there exists already"):
         run(name, model_name_or_path=golden_folder, output_dir=tmp_path / "there", **adapter)
     assert not list((tmp_path / "there").iterdir())
+
+
+@pytest.mark.parametrize("size", [200, 20_000, 60_000])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [("quantize_checkpoint", {}), ("merge_lora", {}), ("merge_lora", {"format": "chatglm.cpp", "dtype": "q4_0"})],
+)
+def test_full_disk_leaves_nothing(run, golden_folder, tmp_path, capsys, size, name, flags):
+    adapter = {"adapter_path": make_adapter(tmp_path / "adapter")} if name == "merge_lora" else {}
+    output = tmp_path / "new"
+    with largest_file(size), pytest.raises(SystemExit) as raised:
+        run(name, model_name_or_path=golden_folder, output_dir=output, **adapter, **flags)
+    assert re.fullmatch(f"error: {output} cannot be written: [^\n]*name a folder on another disk.", str(raised.value))
+    assert not list(tmp_path.glob("new*"))
 
 
 def write_folder(path: str, *, appears: Path | None = None):

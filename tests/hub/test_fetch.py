@@ -238,7 +238,7 @@ def test_disk_without_room_is_found_before_the_download(hub, monkeypatch):
 def test_disk_that_is_full_during_the_download(hub):
     with largest_file(200_000):
         message = problem()
-    assert "is full: make room" in message and "the same command goes on from there" in message
+    assert "must not be so large. Make room: " in message and "the same command goes on from there" in message
     fetch_model(NAME, TOLD)
     assert check_checkpoint(NAME)
 

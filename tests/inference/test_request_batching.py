@@ -64,6 +64,7 @@ def run(
         kept = [answer for place, answer in enumerate(answers) if place not in cancelled]
         found = [await tokens_of(answer) for answer in kept]
         batcher.stop()
+        batcher.thread.join()
         assert not slots.lengths  # every slot is free again
         return found, slots.begun
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from api_server import client_of, openai, running
+from api_server import client_of, openai, running, uvicorn
 from conftest import add_random_lora
 
 from chatglm.chat import build_prompt, clean_response
@@ -22,7 +22,7 @@ from qlora.arguments import InferenceArguments
 from qlora.inference import server as server_module
 from qlora.inference.decoding import make_sampler
 from qlora.inference.generation import generate_answers
-from qlora.inference.server import build_app, make_completer
+from qlora.inference.server import Server, build_app, make_completer
 from qlora.inference.slots import Slots
 from qlora.inference.web_guard import LARGEST_BODY
 from qlora.layers.replacement import replace_layers
@@ -313,6 +313,40 @@ def test_metrics_count_requests_and_tokens(served, client):
     status, text = request(served.address, "/metrics")
     assert status == 200 and f"chatglm_slots {SLOTS}.0" in text
     assert metric(served, "chatglm_time_to_first_token_seconds_count") > 0
+
+
+def test_server_that_is_stopped_says_so_to_whoever_waits(varied_checkpoint, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(server_module, "GRACE", 0.3)
+    args = InferenceArguments(serve=True, adapter_path=["none"], batch_size=1)
+    completer = make_completer(load(varied_checkpoint, []), tokenizer, args)
+    generate, servers = Slots.generate, []
+
+    def generate_without_end(self, highest_slot: int) -> list[list[int]]:
+        return [
+            [token + (token in completer.batcher.stop_token_ids) for token in row]
+            for row in generate(self, highest_slot)
+        ]
+
+    def make_server(config: uvicorn.Config) -> uvicorn.Server:
+        config.timeout_graceful_shutdown = None
+        servers.append(Server(config, completer.batcher))
+        return servers[0]
+
+    monkeypatch.setattr(Slots, "generate", generate_without_end)
+    with (
+        running(build_app(completer, None), make_server) as address,
+        client_of(address) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        pieces = iter(complete(client, "裙", stream=True, max_tokens=1900))
+        next(pieces)
+        waiting = pool.submit(complete, client, "裙", max_tokens=1900)
+        until(lambda: completer.batcher.waiting)
+        servers[0].should_exit = True
+        with pytest.raises(openai.APIError, match="the server was stopped"):
+            list(pieces)
+        assert waiting.exception().status_code == 503 and "the server was stopped" in str(waiting.exception())
+    assert not caplog.messages
 
 
 def test_failed_generation_ends_all_requests(varied_checkpoint, tokenizer, monkeypatch, caplog):

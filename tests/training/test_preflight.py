@@ -213,9 +213,7 @@ def test_output_dir_that_cannot_be_written_to(flags, values, tmp_path, place):
 
 def test_full_disk(flags, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    assert re.search(
-        r"output_dir .* needs 0\.01 GB, and its disk has 0\.00 GB free.*save_total_limit", problem_of(flags)
-    )
+    assert re.search(r"output_dir .* needs 5\.. MB, and the disk .* 0\.0 MB free.*save_total_limit", problem_of(flags))
 
 
 def test_unknown_target_module(flags):
