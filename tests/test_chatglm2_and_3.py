@@ -59,15 +59,15 @@ def checkpoint(version, tokenizer, tmp_path_factory) -> Path:
 def trained(checkpoint, train_file, dev_file, tmp_path_factory) -> Path:
     """The output of a short run."""
     folder = tmp_path_factory.mktemp("trained")
-    args_json = write_json(folder / "args.json", folder / "out", max_steps=4, save_strategy="no", eval_steps=4)
+    args_json = write_json(folder / "args.json", folder / "out", max_steps=4, save_strategy="no", eval_steps=4, eval_on_start=True)
     flags = flags_of(args_json, checkpoint, train_file, dev_file)
     run_main(train_qlora, *flags, "--lora_target_modules", "query_key_value", "dense_4h_to_h")
     return folder / "out"
 
 
 def test_training_lowers_the_loss_and_writes_an_adapter(trained, version):
-    losses = history(trained, "loss")
-    assert losses[-1] < losses[0] and len(history(trained, "eval_loss")) == 1
+    before, after = history(trained, "eval_loss")
+    assert after < before
     assert len(adapter(trained)) == 2 * 2 * 2  # A and B of two layers in two blocks
     assert (trained / "tokenizer.model").is_file()
     assert type(load_tokenizer(str(trained))).__name__ == f"ChatGLM{version}Tokenizer"
