@@ -7,7 +7,8 @@ A table is between `<!-- flags: common -->` or `<!-- flags: expert -->` and `<!-
 Chinese, `*_zh.md`, the meanings are not changed; flags and defaults come from the code.
 
 A row of a table of figures has `<!-- measured: NAME -->` in a column. Those after it come from the newest record of
-this name, as `scripts/benchmark.py --record docs/benchmarks.jsonl` adds them.
+this name, as `scripts/benchmark.py --record docs/benchmarks.jsonl` adds them; all rows of a table must have been
+measured with the same version on the same kind of machine.
 """
 
 import os
@@ -16,12 +17,13 @@ from dataclasses import Field, dataclass, field
 from pathlib import Path
 
 from qlora.arguments import FinetuneArguments
-from qlora.benchmark.records import newest_records
+from qlora.benchmark.records import check_comparable, newest_records
 from qlora.command_line import fields_of, parse_command_line, shown_default
 from qlora.errors import message_instead_of_traceback, one_line_on_interrupt
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 TABLE = re.compile(r"(<!-- flags: (\w+) -->\n(?:\|[^\n]*\n){2})((?:\|[^\n]*\n)*)(<!-- end of flags -->)")
+ROWS = re.compile(r"(?:^\|[^\n]*\n)+", re.M)  # of any table
 MEASURED = re.compile(r"^(\|[^\n]*<!-- measured: (.+?) -->[^|\n]*\|)([^\n]*)\|$", re.M)
 ROW = re.compile(r"^\| `--(\w+)` \|.*?\| (.*) \|$", re.M)
 CONTROL_TOKEN = re.compile(r"(\[gMASK\]|<\w+>)")
@@ -43,7 +45,7 @@ def main():
         for page in sorted([*DOCS.glob("*.md"), *DOCS.parent.glob("README*.md")]):
             text = page.read_text(encoding="utf-8")
             updated = TABLE.sub(lambda table, page=page: rewritten(table, page), text)
-            updated = MEASURED.sub(lambda row: measured_row(row, records), updated)
+            updated = ROWS.sub(lambda rows: measured_rows(rows.group(), records), updated)
             if updated != text and args.check:
                 raise ValueError(f"{page} is out of date: run `python scripts/update_docs.py`.")
             if updated != text:
@@ -63,11 +65,19 @@ def rewritten(table: re.Match, page: Path) -> str:
     return head + "".join(lines) + end
 
 
+def measured_rows(rows: str, records: dict[str, dict]) -> str:
+    """The rows of a table, with the figures of those that have a record."""
+    names = [name for _, name, _ in MEASURED.findall(rows)]
+    for name in names:
+        if name not in records:
+            raise ValueError(f"docs/benchmarks.jsonl has no record {name!r}.")
+    check_comparable(records[name] for name in names)
+    return MEASURED.sub(lambda row: measured_row(row, records), rows)
+
+
 def measured_row(row: re.Match, records: dict[str, dict]) -> str:
     """A row of a table of figures, with as many columns as it has."""
     head, name, columns = row.groups()
-    if name not in records:
-        raise ValueError(f"docs/benchmarks.jsonl has no record {name!r}.")
     count = columns.count("|") + 1
     cells = figures(records[name]) + [""] * count
     return head + "".join(f" {cell} |" if cell else " |" for cell in cells[:count])

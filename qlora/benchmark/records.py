@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,21 +43,20 @@ def processor() -> str:
 def code_hash(root: Path = REPOSITORY) -> str:
     """The first digits of a checksum of all code that the speed depends on."""
     whole = hashlib.sha256()
-    for path in sorted(path for folder in CODE for path in (root / folder).rglob("*.py")):
+    for path in sorted(path for folder in CODE for kind in ("*.py", "*.cu") for path in (root / folder).rglob(kind)):
         whole.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return whole.hexdigest()[:12]
 
 
 def newest_records(path: Path) -> dict[str, dict]:
-    """The last record of each name in a file.
-
-    Raises:
-        ValueError: they are not all of the same code, GPU and processor, so that they cannot be compared.
-    """
+    """The last record of each name in a file."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    newest = {record["name"]: record for record in records}
-    kinds = {(record["code"], record["gpu"], record["processor"]) for record in newest.values()}
-    if len(kinds) > 1:
-        listed = "; ".join(f"{name}: {record['code']} on {record['gpu']}" for name, record in newest.items())
-        raise ValueError(f"{path}: measure all of them anew, with one version on one machine. They differ: {listed}")
-    return newest
+    return {record["name"]: record for record in records}
+
+
+def check_comparable(records: Iterable[dict]):
+    """ValueError if the records of a table are not all of the same code, GPU and processor."""
+    kinds = {record["name"]: f"{record['code']} on {record['gpu']}, {record['processor']}" for record in records}
+    if len({*kinds.values()}) > 1:
+        listed = "; ".join(f"{name}: {kind}" for name, kind in kinds.items())
+        raise ValueError(f"measure all rows of a table with one version on one machine; these differ: {listed}.")
