@@ -95,7 +95,8 @@ def append_lines(path: Path, rows: Iterable[dict]):
             with path.open("ab") as file:
                 file.write(lines.encode())
         except OSError:
-            os.truncate(path, size)
+            if path.exists():
+                os.truncate(path, size)
             raise
 
 
