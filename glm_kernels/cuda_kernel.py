@@ -6,18 +6,24 @@ and NVIDIA's bindings of it and of the driver come with PyTorch for CUDA on Linu
 
 import ctypes
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether NVIDIA's bindings are installed."""
+    """Whether NVIDIA's bindings and NVRTC are installed; if they are not, the log says so."""
     try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
-    except ImportError:
+        from cuda.bindings import nvrtc
+
+        checked(nvrtc.nvrtcVersion())
+    except (ImportError, RuntimeError) as error:  # of Python, of the bindings if the library is missing
+        logger.info("Answers take longer, since CUDA kernels cannot be compiled: %s", error)
         return False
     return torch.version.hip is None
 

@@ -59,7 +59,9 @@ def checkpoint(version, tokenizer, tmp_path_factory) -> Path:
 def trained(checkpoint, train_file, dev_file, tmp_path_factory) -> Path:
     """The output of a short run."""
     folder = tmp_path_factory.mktemp("trained")
-    args_json = write_json(folder / "args.json", folder / "out", max_steps=4, save_strategy="no", eval_steps=4, eval_on_start=True)
+    args_json = write_json(
+        folder / "args.json", folder / "out", max_steps=4, save_strategy="no", eval_steps=4, eval_on_start=True
+    )
     flags = flags_of(args_json, checkpoint, train_file, dev_file)
     run_main(train_qlora, *flags, "--lora_target_modules", "query_key_value", "dense_4h_to_h")
     return folder / "out"

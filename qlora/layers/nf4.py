@@ -54,7 +54,7 @@ def packed_linear(
     _, in_features = state.shape
     tokens = hidden_states.numel() // in_features
     fits = tokens <= MOST_TOKENS and in_features >= LEAST_FEATURES
-    if fits and can_compile() and kernels_supported(hidden_states) and kernel_supports(packed, state):
+    if fits and kernels_supported(hidden_states) and kernel_supports(packed, state) and can_compile():
         output = nf4_linear(hidden_states.reshape(tokens, in_features), packed.data, state, bias)
         return output.view(*hidden_states.shape[:-1], -1)
     if tokens == 1:

@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import bitsandbytes
@@ -73,6 +74,13 @@ def test_product_with_a_packed_weight(tokens, dtype, tile, tmp_path, monkeypatch
 def test_compiles_for_gpus(tile, dtype, capability):
     code, name = cuda_kernel.compile_source(nf4_linear.SOURCE, *nf4_linear.kernel_of(tile, dtype), capability)
     assert code.startswith(b"\x7fELF") and name in code
+
+
+def test_missing_bindings_are_logged(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with caplog.at_level("INFO"):
+        assert not cuda_kernel.can_compile.__wrapped__()
+    assert "Answers take longer, since CUDA kernels cannot be compiled" in caplog.text
 
 
 @pytest.mark.skipif(not cuda_kernel.can_compile(), reason="needs NVRTC")
