@@ -22,6 +22,7 @@ import random
 import resource
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,6 +35,7 @@ import numpy as np
 import pytest
 from peft import PeftModel
 from peft.utils import load_peft_weights
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, ChatGLMTokenizer
@@ -380,9 +382,15 @@ def run_main(module, *flags: object):
         module.main()
 
 
+def with_lock_of_its_own(function: Callable, *args: object):
+    """Calls a function with another lock for progress bars than other processes have: who is killed may hold it."""
+    tqdm.set_lock(threading.RLock())
+    function(*args)
+
+
 def fork(function: Callable, *args: object) -> BaseProcess:
     """Starts a function in a forked process, which needs no time for imports and can be killed."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process = multiprocessing.get_context("fork").Process(target=with_lock_of_its_own, args=(function, *args))
     process.start()
     return process
 
