@@ -55,7 +55,8 @@ def packed_linear(
     tokens = hidden_states.numel() // in_features
     fits = tokens <= MOST_TOKENS and in_features >= LEAST_FEATURES
     if fits and kernels_supported(hidden_states) and kernel_supports(packed, state) and can_compile():
-        output = nf4_linear(hidden_states.reshape(tokens, in_features), packed.data, state, bias)
+        x = hidden_states.reshape(tokens, in_features).contiguous()
+        output = nf4_linear(x, packed.data, state, bias)
         return output.view(*hidden_states.shape[:-1], -1)
     if tokens == 1:
         return bitsandbytes.matmul_4bit(hidden_states, packed.t(), bias=bias, quant_state=state)

@@ -96,6 +96,7 @@ def test_few_tokens_are_multiplied_with_the_packed_weight(
     products = []
 
     def in_place_of_kernel(x, packed, state, bias):
+        assert x.is_contiguous()
         return linear.F.linear(x, bitsandbytes.functional.dequantize_4bit(packed, state), bias)
 
     monkeypatch.setattr(nf4, "kernels_supported", lambda tensor: True)
@@ -107,7 +108,7 @@ def test_few_tokens_are_multiplied_with_the_packed_weight(
     for module, name in ((nf4, "nf4_linear"), (linear.F, "linear"), (nf4.bitsandbytes, "matmul_4bit")):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, f=function, n=name, **kw: products.append(n) or f(*args, **kw))
-    hidden_states = torch.randn(1, tokens, 64, dtype=torch.float16)
+    hidden_states = torch.randn(tokens, 2, 64, dtype=torch.float16)[:, 1:]
     with torch.no_grad():
         found = layer(hidden_states)
     assert products[0] == expected_product  # bitsandbytes may use another one itself
