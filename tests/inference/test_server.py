@@ -193,19 +193,22 @@ def test_request_leaves_open_what_the_command_line_says(served, client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_generation_ends_when_the_client_goes_away(served, client, stream):
+def test_generation_ends_when_the_client_goes_away(served, client, stream, monkeypatch):
     def cancelled() -> float:
         return metric(served, 'chatglm_requests_total{model="base",outcome="cancelled"}')
 
-    before = cancelled()
-    options = {"temperature": 1.5, "top_p": 1.0, "seed": 1, "max_tokens": 1900}
+    before, most = cancelled(), 1900
+    monkeypatch.setattr(served.batcher, "stop_token_ids", ())  # the answer does not end by itself
+    options = {"temperature": 1.5, "top_p": 1.0, "seed": 1, "max_tokens": most}
     body = json.dumps({"model": "base", "prompt": "裙", "stream": stream} | options)
     with contextlib.closing(http.client.HTTPConnection(served.address)) as leaving:
         leaving.request("POST", "/v1/completions", body, AUTHORIZED)
         until(lambda: served.batcher.running)
+        (answer,) = served.batcher.running.values()
         if stream:
             leaving.getresponse().readline()
-    until(lambda: not served.batcher.running and cancelled() == before + 1, seconds=2)
+    until(lambda: not served.batcher.running and cancelled() == before + 1)
+    assert answer.count < most
 
 
 # What is refused.
