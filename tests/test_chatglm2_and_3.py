@@ -81,6 +81,8 @@ def test_sample_is_the_official_prompt_with_the_answer(tokenizer, version):
     prompt = tokenizer.build_prompt_ids("类型#裙", [["你好", "你好。"]])
     assert ids[: len(prompt)] == prompt and labels[: len(prompt)] == [-100] * len(prompt)
     assert labels[len(prompt) :] == ids[len(prompt) :] == tokenizer.build_answer_ids("白色。")
+    answer = "\n 白色。" if version == 3 else "白色。"  # messages of ChatGLM3-6B have a line of metadata
+    assert tokenizer.decode(ids[len(prompt) : -1]) == answer and ids[-1] == tokenizer.eos_token_id
     cut, *_ = SampleEncoder(tokenizer, "", 12, 512).encode("类型#裙*颜色#白色*风格#简约*图案#条纹", [], "白")
     prompt, end = prompt_of_query(tokenizer), tokenizer.prompt_end
     assert cut == prompt[: 12 - end] + prompt[-end:] * bool(end) + tokenizer.build_answer_ids("白")
