@@ -13,12 +13,12 @@ from bitsandbytes.functional import QuantState
 from glm_kernels.cuda_kernel import CudaKernel
 
 SOURCE = Path(__file__).with_suffix(".cu")
-THREADS = 256
+THREADS = 256  # of a program, as in the source
 # Tokens of a tile -> its rows, the blocks of a row that a warp takes at a time, and the programs that a multiprocessor
 # has registers for; from measurements.
 TILES = {8: (16, 4, 2), 16: (16, 2, 2), 32: (32, 2, 1), 64: (32, 1, 1)}
 MOST_TOKENS = max(TILES)
-LEAST_FEATURES = 256  # of the input: as many blocks as a warp takes at a time
+LEAST_FEATURES = 64 * max(blocks for _, blocks, _ in TILES.values())  # of the input: a warp has that many blocks
 
 
 def kernel_of(tokens: int, dtype: torch.dtype) -> tuple[str, dict[str, str]]:

@@ -82,13 +82,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
             raise
 
 
+def json_lines(rows: Iterable[dict]) -> str:
+    """A line of JSON for each row."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def append_lines(path: Path, rows: Iterable[dict]):
     """Adds rows to a file, a line of JSON each; the file stays as it was where there is no room for all of them.
 
     Raises:
         OSError: see `writing`.
     """
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = json_lines(rows)
     size = path.stat().st_size if path.exists() else 0
     with writing(path):
         try:

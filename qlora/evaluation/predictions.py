@@ -12,7 +12,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizer
 
-from qlora.atomic import atomic_file, write_json
+from qlora.atomic import atomic_file, json_lines, write_json
 
 PREDICTIONS, METRICS_FILE = "predictions.jsonl", "metrics.json"
 
@@ -80,9 +80,8 @@ def check_settings(folder: Path, settings: dict):
 
 def write_predictions(folder: Path, predictions: dict[int, dict]):
     """Replaces the file of predictions, in the order of the data rows."""
-    text = "".join(json.dumps(predictions[i], ensure_ascii=False) + "\n" for i in sorted(predictions))
     with atomic_file(folder / PREDICTIONS) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(json_lines(predictions[i] for i in sorted(predictions)), encoding="utf-8")
 
 
 def batches_of(rows: list[dict], batch_size: int) -> list[list[int]]:
